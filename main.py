@@ -181,7 +181,12 @@ def read_settings(environment: Mapping[str, str | None]) -> Settings:
         name = str(first["loc"][0])
         is_secret = Settings.model_fields[name].annotation == Key | None
         shown = "(not shown)" if is_secret else repr(texts[name])
-        raise ValueError(f"{name.upper()}={shown}: {first['msg']}") from None
+        raise ValueError(f"{name.upper()}={shown}: {plain(first['msg'])}") from None
+
+
+def plain(message: str) -> str:
+    """Pydantic's message without what it puts before our own."""
+    return message.removeprefix("Value error, ")
 
 
 @lru_cache(maxsize=1)
@@ -225,6 +230,7 @@ HttpUrl = Annotated[
     AfterValidator(check_http_url),
     Field(json_schema_extra={"format": "uri"}),
 ]
+MODEL_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*(:[A-Za-z0-9]+)?$"
 NonBlank = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
 
 
@@ -239,10 +245,9 @@ class JobPromptOnly(BaseModel):
     resolution: Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9]{1,16}$")] = Field(
         default="768p", description="Size of the film; the default model: 512p, 768p, or 1080p with 6 seconds"
     )
-    model: (
-        Annotated[str, StringConstraints(strict=True, max_length=200, pattern=r"^\w[\w.-]*/\w[\w.-]*(:[A-Za-z0-9]+)?$")]
-        | None
-    ) = Field(default=None, description="Replicate model, owner/name or owner/name:version; null: minimax/hailuo-02")
+    model: Annotated[str, StringConstraints(strict=True, max_length=200, pattern=MODEL_PATTERN)] | None = Field(
+        default=None, description="Replicate model, owner/name or owner/name:version; null: minimax/hailuo-02"
+    )
 
 
 class JobPromptTTS(JobPromptOnly):
@@ -698,8 +703,8 @@ class Answer(NamedTuple):
         except (ValueError, RecursionError):
             return None
 
-    def field(self, name: str) -> Any:
-        """A field of a JSON object; None if there is none."""
+    def get(self, name: str) -> Any:
+        """A field of the JSON object; None if there is none."""
         value = self.json()
         return value.get(name) if isinstance(value, dict) else None
 
@@ -742,7 +747,7 @@ CANCEL_RETRY = UPLOAD_RETRY
 
 def meant_status(answer: Answer) -> int:
     """The status an answer means: Supabase Storage hides its own as a text in the body of a 400."""
-    told = answer.field("statusCode") if answer.status == 400 else None
+    told = answer.get("statusCode") if answer.status == 400 else None
     return int(told) if isinstance(told, str) and told.isdecimal() else answer.status
 
 
@@ -751,8 +756,8 @@ def asked_wait_s(answer: Answer, now: float) -> float | None:
 
     Replicate writes `retry_after` or "resets in ~30s" into the body; others send Retry-After, seconds or a date.
     """
-    told = answer.field("retry_after") or answer.headers.get("retry-after") or ""
-    if not told and (resets := re.search(r"resets in ~(\d+)s", str(answer.field("detail")))):
+    told = answer.get("retry_after") or answer.headers.get("retry-after") or ""
+    if not told and (resets := re.search(r"resets in ~(\d+)s", str(answer.get("detail")))):
         told = resets[1]
     if re.fullmatch(r"\d+(\.\d+)?", str(told).strip()):
         return float(told)
@@ -1203,12 +1208,12 @@ class Prediction(BaseModel):
     status: str
     output: Any = None
     error: Any = None
-    logs: str | None = None
+    logs: Any = None
 
     @property
     def percent(self) -> int | None:
         """How far it is, where its log holds a progress bar."""
-        told = re.findall(r"\b(\d{1,2}|100)%", (self.logs or "")[-2000:])
+        told = re.findall(r"\b(\d{1,2}|100)%", str(self.logs)[-2000:])
         return int(told[-1]) if told else None
 
     @property
@@ -1248,12 +1253,11 @@ async def call_replicate(method: str, path: str, retry: Retry, perform: Perform 
     return answer
 
 
-def read_prediction_answer(answer: Answer) -> Prediction:
-    """The prediction in an answer. Raises ProviderFailed if there is none."""
-    try:
+def prediction_in(answer: Answer) -> Prediction | None:
+    """The prediction in an answer, or None if there is none."""
+    with suppress(ValidationError):
         return Prediction.model_validate(answer.json())
-    except ValidationError:
-        raise nonsense("replicate", "a prediction") from None
+    return None
 
 
 async def find_model(name: str | None) -> VideoModel:
@@ -1278,9 +1282,9 @@ async def look_up_model(name: str) -> VideoModel:
     """The model as Replicate describes it now."""
     plain_name, _, version = name.partition(":")
     answer = await call_replicate("GET", f"models/{plain_name}", READ_RETRY)
-    latest = answer.field("latest_version")
+    latest = answer.get("latest_version")
     latest = latest if isinstance(latest, dict) else {}
-    if not version and answer.field("is_official") is not True:  # a community model runs by version only
+    if not version and answer.get("is_official") is not True:  # a community model runs by version only
         version = str(latest.get("id") or "")
         if not version:
             raise nonsense("replicate", f"a version of {name}")
@@ -1342,7 +1346,9 @@ async def create_prediction(model: VideoModel, values: dict[str, Any]) -> Predic
     cancel_after_s = max(shortest, min(round(get_settings().job_timeout_seconds), longest))
     headers = {"Cancel-After": f"{cancel_after_s}s"}
     answer = await call_replicate("POST", path, CREATE_RETRY, create_exchange, json=body, headers=headers)
-    return read_prediction_answer(answer)
+    if (prediction := prediction_in(answer)) is None:
+        raise nonsense("replicate", "a prediction; one may have been made")
+    return prediction
 
 
 async def create_exchange(client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
@@ -1351,9 +1357,9 @@ async def create_exchange(client: httpx.AsyncClient, request: httpx.Request, lim
     try:
         return await asyncio.shield(creating)
     except asyncio.CancelledError:
-        with suppress(httpx.RequestError, ServiceError, asyncio.TimeoutError):
-            answer = await asyncio.wait_for(creating, CANCEL_TIMEOUT_S)
-            await cancel_prediction(read_prediction_answer(answer).id)
+        with suppress(httpx.RequestError, asyncio.TimeoutError):
+            if prediction := prediction_in(await asyncio.wait_for(creating, CANCEL_TIMEOUT_S)):
+                await cancel_prediction(prediction.id)
         raise
 
 
@@ -1369,7 +1375,7 @@ async def wait_for_prediction(prediction: Prediction, on_prediction: Callable[[P
                     poll_delay_s(time.monotonic() - started, resources.polls) * random.uniform(0.9, 1.1)
                 )
                 answer = await call_replicate("GET", f"predictions/{prediction.id}", READ_RETRY)
-                prediction = read_prediction_answer(answer)
+                prediction = prediction_in(answer) or prediction  # what is no prediction is read again
                 on_prediction(prediction)
         finally:
             resources.polls -= 1
@@ -1722,9 +1728,10 @@ async def answer_service_error(request: Request, exc: Exception) -> Response:
 async def answer_invalid(request: Request, exc: Exception) -> Response:
     """A body that is not as the route wants it."""
     assert isinstance(exc, RequestValidationError)
-    errors = [InputError(loc=list(fault["loc"]), msg=fault["msg"]) for fault in exc.errors()]
+    errors = [InputError(loc=list(fault["loc"]), msg=plain(fault["msg"])) for fault in exc.errors()]
     first = errors[0]
-    detail = f"{'.'.join(map(str, first.loc[1:])) or 'The body'}: {first.msg}."
+    name = ".".join(part for part in first.loc[1:] if isinstance(part, str)) or "The body"
+    detail = f"{name}: {first.msg}."
     if not re.match(r"application/([\w.-]+\+)?json\b", request.headers.get("content-type", ""), re.IGNORECASE):
         detail = "The body must be JSON, sent with Content-Type: application/json."
     return error_response(request, InvalidInput(detail, errors=errors))

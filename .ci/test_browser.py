@@ -1,0 +1,355 @@
+"""The try-it page in a real browser: sandbox, service and page on three origins, as in real life."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.sandbox import Sandbox, Service
+
+JOB_MS = 30_000  # a job on the sandbox takes 1 to 3 s
+FAILURES_SHOWN = "#job[data-state=failed] #failure:visible"
+OpenPage = Callable[..., Page]
+StartService = Callable[..., Service]
+
+
+def wait_for(page: Page, state: str) -> None:
+    """Wait until the job is `rest`, `working`, `done` or `failed`."""
+    page.wait_for_selector(f"#job[data-state={state}]", timeout=JOB_MS)
+
+
+def make_film(page: Page, **fields: str) -> None:
+    """Fill in fields by their id and start the job."""
+    for name, value in fields.items():
+        page.fill(f"#{name}", value)
+    page.click("#start")
+
+
+def failure(page: Page, **fields: str) -> str:
+    """Run a job that fails; what the page then says."""
+    make_film(page, **fields)
+    return page.locator(FAILURES_SHOWN).inner_text(timeout=JOB_MS)
+
+
+def overflow(page: Page) -> int:
+    """Pixels by which the page is wider than its window."""
+    return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+
+
+SEEN_AND_HEARD = """(({ videoWidth, webkitAudioDecodedByteCount, muted }) =>
+    [videoWidth, webkitAudioDecodedByteCount, muted])(document.getElementById("film"))"""
+
+
+def plays(page: Page, *, sound: bool = True) -> None:
+    """Make sure that the film moves on, has a picture, and that its sound is decoded."""
+    page.wait_for_function("document.getElementById('film').currentTime > 0.8", timeout=10_000)
+    picture, heard, muted = page.evaluate(SEEN_AND_HEARD)
+    assert picture > 0
+    assert (heard > 0) is sound
+    assert not muted
+
+
+# ---- A job from beginning to end
+
+
+def test_a_job_runs_to_a_film_that_plays_with_sound(page: Page, sandbox: Sandbox) -> None:
+    """One click, six steps with their times, then the film plays by itself and the three addresses can be copied."""
+    make_film(page)
+    wait_for(page, "done")
+    plays(page)
+    assert page.locator("#stages li[data-state=done]").count() == 6
+    assert all(text.endswith(" s") for text in page.locator("#stages time").all_inner_texts())
+    shown = [page.input_value(f"#{name}") for name in ("audio_url", "video_url", "final_url")]
+    assert [page.request.get(url).status for url in shown] == [200, 200, 200]
+    assert len(sandbox.calls("create")) == 1
+
+
+def test_the_bar_shows_the_percentage_of_the_video(page: Page, sandbox: Sandbox) -> None:
+    """While the video is made, the bar has the percentage that the model's log tells."""
+    sandbox.reads_to_finish, sandbox.video_seconds = 8, 1.5
+    make_film(page)
+    page.wait_for_function(
+        "(bar => bar && bar.value > 0 && bar.value < 100)(document.querySelector('progress'))", timeout=JOB_MS
+    )
+    expect(page.locator("#stages li[data-state=started] small")).to_contain_text("processing")
+    wait_for(page, "done")
+    assert page.locator("progress").count() == 0
+
+
+def test_without_a_text_the_film_is_silent(page: Page, sandbox: Sandbox) -> None:
+    """An empty text asks for the film alone: no voice is bought, one step is shown."""
+    page.fill("#text", "")
+    expect(page.locator("#start")).to_have_text("Make a film without speech")
+    make_film(page)
+    wait_for(page, "done")
+    plays(page, sound=False)
+    assert page.locator("#stages li").count() == 1
+    assert sandbox.calls("speech") == []
+
+
+def test_settings_reach_the_model_and_empty_ones_are_left_out(page: Page, sandbox: Sandbox) -> None:
+    """A filled-in field is sent as it is; an empty one leaves the choice to the service."""
+    with page.expect_request("**/jobs_prompt_tts") as sent:
+        make_film(page, seconds="10", resolution="512p")
+    wait_for(page, "done")
+    job = json.loads(sent.value.post_data or "")
+    assert (job["seconds"], job["resolution"], job["fit"]) == (10, "512p", "shortest")
+    assert "model" not in job
+    assert sandbox.calls("create")[0].body.count(b"512p") == 1
+
+
+def test_a_browser_without_streams_gets_plain_json(open_page: OpenPage) -> None:
+    """The page then asks for JSON: no steps, the same film."""
+    page = open_page(script="delete Response.prototype.body")
+    with page.expect_request("**/jobs_prompt_tts") as sent:
+        make_film(page)
+    wait_for(page, "done")
+    assert sent.value.headers["accept"] == "application/json"
+    plays(page)
+
+
+def test_a_picture_can_be_chosen_and_pasted(page: Page, sandbox: Sandbox, tmp_path: Path) -> None:
+    """Both go to the sandbox, which gives the address that the job then uses."""
+    pet = Path(__file__).parent.parent / "tests" / "sandbox" / "pet.jpg"
+    page.set_input_files("#file", pet)
+    expect(page.locator("#picture-hint")).to_have_text("Uploaded.")
+    chosen = page.input_value("#image_url")
+    page.evaluate(PASTE, list(pet.read_bytes()))
+    page.wait_for_function("before => document.getElementById('image_url').value !== before", arg=chosen)
+    assert chosen.startswith(f"{sandbox.url}/pictures/")
+    make_film(page)
+    wait_for(page, "done")
+    assert page.input_value("#image_url").encode() in sandbox.calls("create")[0].body
+
+
+PASTE = """bytes => {
+    const clipboardData = new DataTransfer();
+    clipboardData.items.add(new File([new Uint8Array(bytes)], "pet.jpg", { type: "image/jpeg" }));
+    document.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true }));
+}"""
+
+
+def test_a_file_that_is_no_picture_is_refused_in_words(page: Page, tmp_path: Path) -> None:
+    """The address in the field stays as it was."""
+    before = page.input_value("#image_url")
+    (tmp_path / "note.png").write_text("not a picture")
+    page.set_input_files("#file", tmp_path / "note.png")
+    expect(page.locator("#picture-hint")).to_contain_text("could not be uploaded")
+    assert page.input_value("#image_url") == before
+
+
+def test_cancel_stops_the_job_at_the_provider(page: Page, sandbox: Sandbox) -> None:
+    """The prediction is cancelled, the page says so and is ready for the next job."""
+    sandbox.outcome("never")
+    make_film(page)
+    expect(page.locator("#stages li[data-state=started]")).to_contain_text("Film the picture")
+    page.click("#cancel")
+    expect(page.locator("#status")).to_have_text("Cancelled")
+    expect(page.locator("#start")).to_be_enabled()
+    page.wait_for_timeout(1000)
+    assert [prediction.status for prediction in sandbox.predictions.values()] == ["canceled"]
+
+
+# ---- Errors, read from another origin
+
+
+@pytest.fixture
+def vanishing_folder() -> Iterator[Path]:
+    """A temporary folder for a service, which the test takes away."""
+    folder = Path(tempfile.mkdtemp())
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_configuration_error_names_the_variable(page: Page, start_service: StartService) -> None:
+    """A service without a key says which one, and that nothing was bought."""
+    said = failure(page, service=start_service(ELEVEN_API_KEY="").url)
+    assert "The service is not set up" in said
+    assert "ELEVEN_API_KEY" in said
+
+
+def test_a_validation_error_marks_the_field(page: Page, sandbox: Sandbox) -> None:
+    """Every fault is listed, and its field is marked."""
+    said = failure(page, voice_id="../me", seconds="soon")
+    assert "Something in the form cannot be used" in said
+    assert "voice_id: " in said
+    assert [field.get_attribute("id") for field in page.locator("[aria-invalid]").all()] == ["voice_id", "seconds"]
+    assert sandbox.calls("speech") == []
+    make_film(page, voice_id=sandbox.voice_id, seconds="")
+    wait_for(page, "done")
+    assert page.locator("[aria-invalid]").count() == 0
+
+
+def test_a_provider_error_says_whose_and_keeps_the_speech(page: Page, sandbox: Sandbox) -> None:
+    """A film that failed: the model's own words, the step that failed, and the speech that was paid for."""
+    sandbox.outcome("failed", error="The picture was flagged as sensitive")
+    said = failure(page)
+    assert "Replicate did not accept this job" in said
+    assert "flagged as sensitive" in said
+    assert "Film the picture" in page.locator("li[data-state=failed]").inner_text()
+    expect(page.locator("label[for=audio_url]")).to_contain_text("still usable")
+    assert page.request.get(page.input_value("#audio_url")).ok
+
+
+def test_a_provider_that_is_down_is_told_from_a_refusal(page: Page, sandbox: Sandbox) -> None:
+    """What to do is another thing: wait, not change the input."""
+    sandbox.fault("speech", "status", times=None, status=401)
+    said = failure(page)
+    assert "ElevenLabs did not do its part" in said
+    assert "Try again in a few minutes" in said
+
+
+def test_a_resource_error_keeps_what_was_made(page: Page, sandbox: Sandbox) -> None:
+    """A film that ffmpeg cannot use: speech and film are still there to take."""
+    sandbox.film(b"this is no film")
+    said = failure(page)
+    assert "A file could not be stored, fetched or used" in said
+    assert page.locator("#links li").count() == 2
+
+
+def test_an_internal_error_gives_the_request_number(
+    page: Page, start_service: StartService, vanishing_folder: Path
+) -> None:
+    """The machine's temporary folder disappears under the running service: no inside detail, but a number to quote."""
+    service = start_service(TMPDIR=str(vanishing_folder))
+    make_film(page, service=service.url)
+    wait_for(page, "done")
+    shutil.rmtree(vanishing_folder)
+    said = failure(page)
+    assert "The service made a mistake" in said
+    assert str(vanishing_folder) not in said
+    assert page.locator("#failure code").inner_text() in service.log
+
+
+def test_a_service_that_does_not_answer_is_said_so(page: Page) -> None:
+    """The one case without a category."""
+    assert "There is no proper answer" in failure(page, service="http://127.0.0.1:9")
+
+
+def test_a_proxys_error_page_is_said_so(page: Page, service: Service) -> None:
+    """An answer that is not the service's is told with its status."""
+    page.route("**/jobs_prompt_tts", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"))
+    assert "status 502" in failure(page)
+
+
+def test_a_stream_that_breaks_off_is_said_so(page: Page) -> None:
+    """Without a result or an error at its end, a stream is no success."""
+    half = 'event: stage\ndata: {"stage": "speech", "state": "started", "seconds": 0}\n\n'
+    page.route(
+        "**/jobs_prompt_tts", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=half)
+    )
+    assert "ended early" in failure(page)
+
+
+# ---- Everybody's page
+
+
+def test_the_page_fits_a_phone(open_page: OpenPage, sandbox: Sandbox) -> None:
+    """At 360 px nothing sticks out: at rest, working, done and failed."""
+    page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    sandbox.reads_to_finish, sandbox.video_seconds = 8, 1.0
+    widths = {"rest": overflow(page)}
+    make_film(page)
+    page.wait_for_selector("progress", timeout=JOB_MS)
+    widths["working"] = overflow(page)
+    wait_for(page, "done")
+    widths["done"] = overflow(page)
+    sandbox.outcome("failed", error="x" * 250)
+    failure(page)
+    widths["failed"] = overflow(page)
+    assert widths == dict.fromkeys(widths, 0)
+
+
+def test_the_keyboard_alone_is_enough(open_page: OpenPage, sandbox: Sandbox) -> None:
+    """From the first Tab to the copied address, and cancelling, without a mouse; focus is always somewhere visible."""
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    focused = "document.activeElement.id"
+    reached = []
+    while "start" not in reached:
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate(focused))
+        assert len(reached) < 20
+        assert page.evaluate("document.activeElement.matches(':focus-visible')")
+    assert reached[:4] == ["image_url", "file", "prompt", "text"]
+    page.keyboard.press("Enter")
+    wait_for(page, "done")
+    assert page.evaluate(focused) == "film"
+    page.focus("#final_url")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#status")).to_have_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == page.input_value("#final_url")
+
+
+def test_cancelling_by_keyboard_gives_the_focus_back(page: Page, sandbox: Sandbox) -> None:
+    """The cancel button has the focus while a job runs; after it, the start button."""
+    sandbox.outcome("never")
+    page.focus("#start")
+    page.keyboard.press("Enter")
+    expect(page.locator("#cancel")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#start")).to_be_focused()
+
+
+def test_every_field_has_a_name(page: Page) -> None:
+    """A screen reader can say what each field and button is."""
+    nameless = "[...document.querySelectorAll('input, textarea, select, button, video, img')]"
+    nameless += (
+        ".filter(e => !(e.labels?.length || e.ariaLabel || e.alt || e.textContent.trim())).map(e => e.outerHTML)"
+    )
+    assert page.evaluate(nameless) == []
+
+
+def test_calm_for_those_who_ask_for_it(open_page: OpenPage) -> None:
+    """With reduced motion nothing is animated, and the film waits for its viewer."""
+    page = open_page(reduced_motion="reduce")
+    make_film(page)
+    assert page.evaluate("document.getAnimations().length") == 0
+    wait_for(page, "done")
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.getElementById('film').paused")
+
+
+# ---- The reader of event streams, which others copy
+
+STREAM = (
+    ": a comment\r\n\r\n"
+    "event: stage\r\ndata: {\"stage\":\r\ndata:  \"über 🐶\"}\r\n\r\n"
+    "data:no space\nid: 7\nretry: 10\nunknown: x\n\n"
+    "event: nothing\n\n"
+    "data\rdata: old\r\r"
+    "event: cut off\ndata: never told\n"
+)  # fmt: skip
+EVENTS = [
+    {"event": "stage", "data": '{"stage":\n "über 🐶"}'},
+    {"event": "message", "data": "no space"},
+    {"event": "message", "data": "\nold"},
+]
+READ = """async ([text, size]) => {
+    const bytes = new TextEncoder().encode(text), events = [];
+    const body = new ReadableStream({ start(controller) {
+        for (let i = 0; i < bytes.length; i += size) controller.enqueue(bytes.slice(i, i + size));
+        controller.close();
+    } });
+    for await (const event of serverSentEvents(body)) events.push(event);
+    return events;
+}"""
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64, 1000])
+def test_events_are_read_whatever_the_chunks(page: Page, size: int) -> None:
+    """Line ends of all three kinds, comments, data of several lines, characters of several bytes: cut anywhere."""
+    assert page.evaluate(READ, [STREAM, size]) == EVENTS
+
+
+def test_an_event_is_told_before_the_next_chunk_comes(page: Page) -> None:
+    """A complete event does not wait for what follows it."""
+    first = """async () => {
+        const body = new ReadableStream({ start(c) { c.enqueue(new TextEncoder().encode("data: now\\r\\n\\r\\n")); } });
+        for await (const event of serverSentEvents(body)) return event.data;
+    }"""
+    assert page.evaluate(first) == "now"

@@ -1,0 +1,9 @@
+"""The sandbox: three providers as strict local stand-ins, and the real service beside them.
+
+`python -m tests.sandbox` runs a job on it; the tests use `Sandbox` and `Service` as fixtures.
+"""
+
+from .providers import Sandbox
+from .service import Service
+
+__all__ = ["Sandbox", "Service"]

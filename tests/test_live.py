@@ -1,0 +1,68 @@
+"""One real, paid job with the owner's keys: `python -m pytest tests/test_live.py --live`, `.env` filled in.
+
+It is how an owner checks keys and bucket after set-up. Costs a few characters at ElevenLabs and one film at Replicate.
+LIVE_VOICE_ID names one of the owner's ElevenLabs voices. The picture is the sandbox's pet, put into the bucket as pet.jpg.
+"""
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+import main
+
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
+
+PET = Path(__file__).parent / "sandbox" / "pet.jpg"
+
+
+@pytest.fixture(autouse=True)
+def owners_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner's own variables and `.env`, which other tests keep out."""
+    for name in main.Settings.model_fields:
+        if not os.environ.get(name.upper()):
+            monkeypatch.delenv(name.upper(), raising=False)
+    main.get_settings.cache_clear()
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    """The service in this process, with its lifespan."""
+    transport = httpx.ASGITransport(main.app)
+    async with main.lifespan(main.app), httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+        yield client
+
+
+async def test_every_key_is_set() -> None:
+    """Nothing that speech jobs need is missing."""
+    assert main.get_settings().missing() == []
+
+
+async def test_the_bucket_is_public() -> None:
+    """The key opens the bucket, and everyone may read from it: URLs of a private one would be dead."""
+    settings = main.get_settings()
+    key = settings.required("supabase_service_role")
+    url = f"{settings.required('supabase_url')}/storage/v1/bucket/{settings.supabase_bucket}"
+    async with httpx.AsyncClient() as http:
+        answer = await http.get(url, headers={"Authorization": f"Bearer {key}", "apikey": key})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["public"] is True
+
+
+async def test_a_pet_talks(client: httpx.AsyncClient) -> None:
+    """A whole job: three URLs, and the last one is a film that can be fetched."""
+    assert os.environ.get("LIVE_VOICE_ID"), "set LIVE_VOICE_ID to one of your ElevenLabs voices"
+    body = {
+        "image_url": await main.supabase_upload("pet.jpg", PET.read_bytes(), "image/jpeg"),
+        "prompt": "The cat looks into the camera and talks",
+        "text": "I am alive.",
+        "voice_id": os.environ["LIVE_VOICE_ID"],
+        "resolution": "512p",
+    }
+    answer = await client.post("/jobs_prompt_tts", json=body, timeout=None)
+    assert answer.status_code == 200, answer.text
+    final = await client.post("/debug/head", json={"url": answer.json()["final_url"]})
+    assert final.json()["content_type"] == "video/mp4"
+    assert final.json()["bytes"] > 10_000
