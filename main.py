@@ -33,7 +33,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from http import HTTPStatus
 from itertools import count
 from pathlib import Path
@@ -813,20 +813,23 @@ async def read_answer(response: httpx.Response, limit: int) -> Answer:
 
 
 async def send(
-    build: Callable[[httpx.AsyncClient], httpx.Request],
+    method: str,
+    url: str,
     retry: Retry,
     limit: int = MAX_ANSWER_BYTES,
     perform: Perform = exchange,
+    **options: Any,
 ) -> Answer:
     """Send a request, again as far as `retry` allows, and return the last answer, whatever its status.
 
-    Raises httpx.RequestError if the last attempt had no answer.
+    `options` are those of httpx's build_request. Raises httpx.RequestError if the last attempt had no answer.
     """
     async with shared() as resources:
         for attempt in count(1):
             outcome: Answer | httpx.RequestError
             try:
-                outcome = await perform(resources.http, build(resources.http), limit)
+                request = resources.http.build_request(method, url, **options)
+                outcome = await perform(resources.http, request, limit)
             except httpx.RequestError as exc:
                 outcome = exc
             asked_s = asked_wait_s(outcome, time.time()) if isinstance(outcome, Answer) else None
@@ -919,20 +922,18 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
     Raises ProviderRefused, ProviderFailed, SpeechTooLarge (over 9.5 MB), SettingMissing.
     """
     settings = get_settings()
-    key = settings.required("eleven_api_key")
-
-    def build(client: httpx.AsyncClient) -> httpx.Request:
-        return client.build_request(
+    url = f"{settings.eleven_base_url}/v1/text-to-speech/{voice_id}"
+    try:
+        answer = await send(
             "POST",
-            f"{settings.eleven_base_url}/v1/text-to-speech/{voice_id}",
+            url,
+            SPEECH_RETRY,
+            limit=MAX_SPEECH_BYTES,
             params={"output_format": settings.tts_output_format},  # in the body it would be ignored
-            headers={"xi-api-key": key},
+            headers={"xi-api-key": settings.required("eleven_api_key")},
             json={"text": text, "model_id": "eleven_multilingual_v2"},
             timeout=SPEECH_TIMEOUT,
         )
-
-    try:
-        answer = await send(build, SPEECH_RETRY, limit=MAX_SPEECH_BYTES)
     except httpx.RequestError as exc:
         raise no_answer("elevenlabs", exc) from exc
     if answer.status != 200:
@@ -1225,7 +1226,9 @@ class Prediction(BaseModel):
 def first_url(value: Any) -> str | None:
     """The first http(s) URL in a JSON value."""
     if isinstance(value, str):
-        return value if value.startswith(("https://", "http://")) else None
+        with suppress(ValueError):
+            return check_http_url(value)
+        return None
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return next(filter(None, map(first_url, inside)), None)
 
@@ -1239,13 +1242,10 @@ def poll_delay_s(waited_s: float, polls: int) -> float:
 async def call_replicate(method: str, path: str, retry: Retry, perform: Perform = exchange, **options: Any) -> Answer:
     """One call to Replicate's API. Raises ProviderRefused (not of a prediction's id), ProviderFailed, SettingMissing."""
     settings = get_settings()
+    url = f"{settings.replicate_base_url}/v1/{path}"
     headers = {"Authorization": f"Bearer {settings.required('replicate_api_token')}", **options.pop("headers", {})}
-
-    def build(client: httpx.AsyncClient) -> httpx.Request:
-        return client.build_request(method, f"{settings.replicate_base_url}/v1/{path}", headers=headers, **options)
-
     try:
-        answer = await send(build, retry, perform=perform)
+        answer = await send(method, url, retry, perform=perform, headers=headers, **options)
     except httpx.RequestError as exc:
         raise no_answer("replicate", exc) from exc
     if answer.status not in (200, 201, 202):
@@ -1416,13 +1416,10 @@ async def supabase_upload(path: str, content: bytes | Path, content_type: str) -
         "x-upsert": "true",  # only this makes a repeated upload safe; in the query it does nothing
     }
 
-    def build(client: httpx.AsyncClient) -> httpx.Request:
-        body = file_chunks(content) if isinstance(content, Path) else content
-        url = f"{base_url}/storage/v1/object/{settings.supabase_bucket}/{path}"
-        return client.build_request("POST", url, headers=headers, content=body)
-
+    url = f"{base_url}/storage/v1/object/{settings.supabase_bucket}/{path}"
+    body = FileBody(content) if isinstance(content, Path) else content
     try:
-        answer = await send(build, UPLOAD_RETRY)
+        answer = await send("POST", url, UPLOAD_RETRY, headers=headers, content=body)
     except httpx.RequestError as exc:
         raise no_answer("supabase", exc) from exc
     if answer.status != 200:
@@ -1430,11 +1427,17 @@ async def supabase_upload(path: str, content: bytes | Path, content_type: str) -
     return f"{base_url}/storage/v1/object/public/{settings.supabase_bucket}/{path}"
 
 
-async def file_chunks(path: Path) -> AsyncIterator[bytes]:
-    """A file piece by piece, read beside the event loop."""
-    with path.open("rb") as file:
-        while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
-            yield chunk
+@dataclass(frozen=True)
+class FileBody:
+    """A file as a request's body: piece by piece, read beside the event loop, and from the start at each attempt."""
+
+    path: Path
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """The file's pieces."""
+        with self.path.open("rb") as file:
+            while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield chunk
 
 
 async def download(url: str, target: Path) -> None:
@@ -1442,26 +1445,25 @@ async def download(url: str, target: Path) -> None:
 
     Raises ResourceFailed: over 100 MB, refused, unreachable, or at an address that must not be fetched.
     """
-
-    def build(client: httpx.AsyncClient) -> httpx.Request:
-        return client.build_request("GET", url, headers={"Accept-Encoding": "identity"})
-
-    async def save(client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
-        async with follow_redirects(client, request) as response:
-            if response.status_code != 200:
-                return await read_answer(response, limit)
-            await write_body(response, target)
-            return Answer(200, response.headers, b"")
-
     host = httpx.URL(url).host
     try:
-        answer = await send(build, DOWNLOAD_RETRY, perform=save)
+        perform = partial(save, target)
+        answer = await send("GET", url, DOWNLOAD_RETRY, perform=perform, headers={"Accept-Encoding": "identity"})
     except httpx.RequestError as exc:
         raise ResourceFailed(f"The download from {host} failed: {summary(exc)}.") from exc
     except UrlBlocked as exc:
         raise ResourceFailed(f"The file at {host} may not be fetched. {exc.detail}") from exc
     if answer.status != 200:
         raise ResourceFailed(f"The download from {host} was answered {summary(answer)}.")
+
+
+async def save(target: Path, client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
+    """One attempt at a download: the file goes to `target`, the body of a refusal into the answer."""
+    async with follow_redirects(client, request) as response:
+        if response.status_code != 200:
+            return await read_answer(response, limit)
+        await write_body(response, target)
+        return Answer(200, response.headers, b"")
 
 
 @asynccontextmanager

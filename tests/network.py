@@ -1,6 +1,6 @@
 """A small network for tests, with real sockets: servers on loopback, and names and addresses that lead to them.
 
-A test module that wants its fixtures says `pytest_plugins = ["tests.network"]`.
+A test module takes the fixtures it needs: `serve, inside, internet = network.serve, network.inside, network.internet`.
 """
 
 import socket
@@ -128,7 +128,9 @@ class Internet:
         self.names[name] = [[address]]
         self.addresses[address] = server.port
 
-    def getaddrinfo(self, host: Any, port: Any, *args: Any, **options: Any) -> list[Any]:
+    def getaddrinfo(
+        self, host: Any, port: Any, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
+    ) -> list[Any]:
         """socket.getaddrinfo without a name server: numbers and localhost as the system reads them."""
         name = host.decode() if isinstance(host, bytes) else str(host)
         self.looked_up.append(name)
@@ -136,8 +138,8 @@ class Internet:
             found = answers.pop(0) if len(answers) > 1 else answers[0]
             return [entry for ip in found for entry in self._real_getaddrinfo(ip, port, type=socket.SOCK_STREAM)]
         if name.rstrip(".") != "localhost":
-            options["flags"] = socket.AI_NUMERICHOST
-        return self._real_getaddrinfo(host, port, *args, **options)
+            flags |= socket.AI_NUMERICHOST
+        return self._real_getaddrinfo(host, port, family, type, proto, flags)
 
     async def connect(self, remote_host: Any, remote_port: int, **options: Any) -> Any:
         """anyio.connect_tcp by the addresses known here; a port of loopback that is in use stays itself."""
