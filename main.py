@@ -35,9 +35,11 @@ from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from http import HTTPStatus
+from http.cookiejar import DefaultCookiePolicy
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from urllib.parse import unquote
 from weakref import WeakValueDictionary
 
 import httpcore
@@ -105,10 +107,12 @@ TtsOutputFormat = Literal[
 
 
 def check_base_url(value: str) -> str:
-    """The URL without a slash at its end. Raises ValueError if it is not an absolute http(s) URL."""
-    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", value):
-        raise ValueError("should be an absolute http(s) URL, such as https://example.com")
-    return value.rstrip("/")
+    """The URL as httpx writes it, without a slash at its end. Raises ValueError if it is no absolute http(s) URL."""
+    with suppress(httpx.InvalidURL, ValueError):
+        url = httpx.URL(value)
+        if url.scheme in ("http", "https") and url.host and not (url.userinfo or url.query or url.fragment):
+            return str(url).rstrip("/")
+    raise ValueError("should be an absolute http(s) URL, such as https://example.com")
 
 
 def check_origins(value: str) -> str:
@@ -215,13 +219,11 @@ EXAMPLE_PICTURE = (
 
 def check_http_url(value: str) -> str:
     """The URL as it is. Raises ValueError if it is not an absolute http(s) URL."""
-    try:
+    with suppress(httpx.InvalidURL, ValueError):
         url = httpx.URL(value)
-    except (httpx.InvalidURL, ValueError):
-        url = httpx.URL()
-    if url.scheme not in ("http", "https") or not url.host or re.search(r"[\s\\]", value):
-        raise ValueError("should be an absolute http(s) URL")
-    return value
+        if url.scheme in ("http", "https") and url.host and not re.search(r"[\s\\]", value):
+            return value
+    raise ValueError("should be an absolute http(s) URL")
 
 
 HttpUrl = Annotated[
@@ -581,7 +583,8 @@ def is_trusted(url: httpx.URL) -> bool:
     bases = [settings.eleven_base_url, settings.replicate_base_url]
     if settings.supabase_url:
         bases.append(f"{settings.supabase_url}/storage/v1/object")
-    return any(str(url).startswith(f"{base}/") for base in bases)
+    is_below = any(str(url).startswith(f"{base}/") for base in bases)
+    return is_below and ".." not in unquote(str(url))  # an encoded one could lead out of there
 
 
 class PublicNetwork(httpcore.AnyIOBackend):
@@ -672,6 +675,7 @@ async def shared() -> AsyncIterator[Shared]:
         yield _running
         return
     async with httpx.AsyncClient(transport=Network(), timeout=TIMEOUT) as http:
+        http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # no server is to be told of another's
         yield Shared(http, asyncio.Semaphore(os.cpu_count() or 1))
 
 
@@ -740,7 +744,7 @@ class Retry:
 SPEECH_RETRY = Retry(frozenset({429, 500, 502, 503, 504}), attempts=3, any_transport_error=False)
 CREATE_RETRY = Retry(frozenset({429}), attempts=4, any_transport_error=False)
 READ_RETRY = Retry(SERVER_ERRORS | {408, 429}, unreadable=True)
-UPLOAD_RETRY = Retry(SERVER_ERRORS | {429}, attempts=4)
+UPLOAD_RETRY = Retry(SERVER_ERRORS | {429}, attempts=4, unreadable=True)
 DOWNLOAD_RETRY = Retry(SERVER_ERRORS | {404, 429}, attempts=4)
 CANCEL_RETRY = UPLOAD_RETRY
 
@@ -1424,6 +1428,8 @@ async def supabase_upload(path: str, content: bytes | Path, content_type: str) -
         raise no_answer("supabase", exc) from exc
     if answer.status != 200:
         raise refusal("supabase", answer)
+    if not answer.get("Key"):  # some other server's 200
+        raise ResourceFailed("Supabase Storage answered without having stored the file.", "supabase")
     return f"{base_url}/storage/v1/object/public/{settings.supabase_bucket}/{path}"
 
 
@@ -1445,7 +1451,10 @@ async def download(url: str, target: Path) -> None:
 
     Raises ResourceFailed: over 100 MB, refused, unreachable, or at an address that must not be fetched.
     """
-    host = httpx.URL(url).host
+    try:
+        host = httpx.URL(check_http_url(url)).host
+    except ValueError as exc:
+        raise ResourceFailed("The address of a file to download makes no sense.") from exc
     try:
         perform = partial(save, target)
         answer = await send("GET", url, DOWNLOAD_RETRY, perform=perform, headers={"Accept-Encoding": "identity"})
@@ -1472,7 +1481,10 @@ async def follow_redirects(client: httpx.AsyncClient, request: httpx.Request) ->
     following: httpx.Request | None = request
     for _ in range(MAX_REDIRECTS + 1):
         assert following is not None
-        response = await client.send(following, stream=True)
+        try:
+            response = await client.send(following, stream=True)
+        except (httpx.InvalidURL, UnicodeError) as exc:
+            raise httpx.RemoteProtocolError("a redirect to nonsense") from exc
         try:
             following = response.next_request
             if following is None:
