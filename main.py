@@ -20,6 +20,7 @@ import html
 import ipaddress
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -31,7 +32,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from http import HTTPStatus
@@ -106,11 +107,20 @@ TtsOutputFormat = Literal[
 ]  # fmt: skip
 
 
+def check_http_url(value: str) -> str:
+    """The URL as it is. Raises ValueError if it is not an absolute http(s) URL."""
+    with suppress(httpx.InvalidURL, ValueError):
+        url = httpx.URL(value)
+        if url.scheme in ("http", "https") and url.host and not re.search(r"[\s\\]", value):
+            return value
+    raise ValueError("should be an absolute http(s) URL")
+
+
 def check_base_url(value: str) -> str:
     """The URL as httpx writes it, without a slash at its end. Raises ValueError if it is no absolute http(s) URL."""
     with suppress(httpx.InvalidURL, ValueError):
-        url = httpx.URL(value)
-        if url.scheme in ("http", "https") and url.host and not (url.userinfo or url.query or url.fragment):
+        url = httpx.URL(check_http_url(value))
+        if not (url.userinfo or url.query or url.fragment):
             return str(url).rstrip("/")
     raise ValueError("should be an absolute http(s) URL, such as https://example.com")
 
@@ -217,15 +227,6 @@ EXAMPLE_PICTURE = (
 )
 
 
-def check_http_url(value: str) -> str:
-    """The URL as it is. Raises ValueError if it is not an absolute http(s) URL."""
-    with suppress(httpx.InvalidURL, ValueError):
-        url = httpx.URL(value)
-        if url.scheme in ("http", "https") and url.host and not re.search(r"[\s\\]", value):
-            return value
-    raise ValueError("should be an absolute http(s) URL")
-
-
 HttpUrl = Annotated[
     str,
     StringConstraints(strict=True, max_length=4096),
@@ -240,7 +241,7 @@ class JobPromptOnly(BaseModel):
     """A picture to bring to life."""
 
     image_url: HttpUrl = Field(description="Public address of the picture", examples=[EXAMPLE_PICTURE])
-    prompt: NonBlank = Field(description="What should happen", examples=["The cat looks up and talks"])
+    prompt: NonBlank = Field(description="What should happen", examples=["The dog looks up and talks"])
     seconds: int = Field(
         default=6, strict=True, ge=1, le=600, description="Length of the film; the default model: 6 or 10"
     )
@@ -674,7 +675,8 @@ async def shared() -> AsyncIterator[Shared]:
     if _running is not None:
         yield _running
         return
-    async with httpx.AsyncClient(transport=Network(), timeout=TIMEOUT) as http:
+    headers = {"Accept-Encoding": "identity"}  # what is packed small and large unpacked is never unpacked
+    async with httpx.AsyncClient(transport=Network(), timeout=TIMEOUT, headers=headers) as http:
         http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # no server is to be told of another's
         yield Shared(http, asyncio.Semaphore(os.cpu_count() or 1))
 
@@ -709,8 +711,7 @@ class Answer(NamedTuple):
 
     def get(self, name: str) -> Any:
         """A field of the JSON object; None if there is none."""
-        value = self.json()
-        return value.get(name) if isinstance(value, dict) else None
+        return told_under(self.json(), name)
 
 
 @dataclass(frozen=True)
@@ -752,7 +753,7 @@ CANCEL_RETRY = UPLOAD_RETRY
 def meant_status(answer: Answer) -> int:
     """The status an answer means: Supabase Storage hides its own as a text in the body of a 400."""
     told = answer.get("statusCode") if answer.status == 400 else None
-    return int(told) if isinstance(told, str) and told.isdecimal() else answer.status
+    return int(str(told)) if re.fullmatch(r"\d{3}", str(told)) else answer.status
 
 
 def asked_wait_s(answer: Answer, now: float) -> float | None:
@@ -773,23 +774,27 @@ def asked_wait_s(answer: Answer, now: float) -> float | None:
 def provider_message(answer: Answer) -> str:
     """The provider's own words, on one line, whatever its body holds; never empty."""
     words = told_in(answer.json())
-    if not words and b"<" in answer.body[:1000]:
+    if not words and (b"<" in answer.body[:1000] or answer.headers.get("content-type", "").startswith("text/")):
         page = answer.body[:20_000].decode("utf-8", "replace")
         words = html.unescape(re.sub(r"(?s)<(script|style)\b.*?</\1>|<[^>]*>", " ", page))
-    words = " ".join(words.split())[:MAX_DETAIL_CHARS]
     with suppress(ValueError):
-        return words or HTTPStatus(answer.status).phrase
+        return shortened(words) or HTTPStatus(answer.status).phrase
     return "no message"
 
 
-def told_in(value: Any) -> str:
+def shortened(message: str) -> str:
+    """A provider's message on one line, without our keys, at most 300 characters."""
+    return redact(" ".join(message.split()))[:MAX_DETAIL_CHARS]
+
+
+def told_in(value: Any, depth: int = 5) -> str:
     """The message inside an error body: text, object or list, one in the other."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list):
-        return "; ".join(filter(None, map(told_in, value)))
-    if isinstance(value, dict):
-        told = (told_in(value.get(key)) for key in ("detail", "message", "msg", "error", "title"))
+    if isinstance(value, list) and depth:
+        return "; ".join(filter(None, (told_in(part, depth - 1) for part in value)))
+    if isinstance(value, dict) and depth:
+        told = (told_in(value.get(key), depth - 1) for key in ("detail", "message", "msg", "error", "title"))
         return next(filter(None, told), "")
     return ""
 
@@ -809,7 +814,7 @@ async def exchange(client: httpx.AsyncClient, request: httpx.Request, limit: int
 async def read_answer(response: httpx.Response, limit: int) -> Answer:
     """The answer with its body up to `limit` + 1 bytes: more is never held."""
     body = bytearray()
-    async for chunk in response.aiter_bytes(64 * 1024):
+    async for chunk in response.aiter_raw(64 * 1024):
         body += chunk
         if len(body) > limit:
             break
@@ -969,8 +974,24 @@ FIRST_WORDS = {"first", "start", "initial", "init"}
 PICTURE_WORDS = {"image", "img", "picture", "photo", "portrait", "face", "avatar", "frame"}
 SPEECH_WORDS = {"audio", "speech"}
 OTHER_WORDS = {  # uris with one of these in their name are not the first picture, nor speech
-    *("last", "end", "tail", "final", "middle", "reference", "ref", "subject", "character", "style", "mask"),
-    *("video", "movie", "music", "background", "control", "depth", "pose", "lora", "weights", "logo", "watermark"),
+    *("last", "end", "ending", "tail", "final", "middle", "reference", "ref", "subject", "character", "style"),
+    *(
+        "mask",
+        "video",
+        "movie",
+        "music",
+        "song",
+        "sound",
+        "voice",
+        "background",
+        "control",
+        "depth",
+        "pose",
+        "lora",
+        "weights",
+        "logo",
+        "watermark",
+    ),
 }
 SECONDS_NAMES = (
     *("duration", "seconds", "duration_seconds", "duration_in_seconds", "video_duration", "num_seconds"),
@@ -1039,20 +1060,30 @@ def is_uri(prop: Property) -> bool:
 
 def is_first_picture(name: str, prop: Property) -> bool:
     """True for a file that can be the first picture; by its name, else by its description."""
-    if not is_uri(prop) or words(name) & (OTHER_WORDS | SPEECH_WORDS):
+    others = OTHER_WORDS | SPEECH_WORDS
+    if not is_uri(prop) or words(name) & others:
         return False
     about = words(str(prop.get("description", "")))
-    return bool(words(name) & PICTURE_WORDS) or bool(about & PICTURE_WORDS and not about & OTHER_WORDS)
+    return bool(words(name) & PICTURE_WORDS) or bool(about & PICTURE_WORDS and not about & others)
+
+
+# What a keyword of a schema must be to be believed: everyone may publish a model.
+KEYWORD_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("enum", "allOf", "anyOf", "oneOf"), list),
+    **dict.fromkeys(("minimum", "maximum"), (int, float)),
+}
 
 
 def resolved(schema: Any, schemas: Any, depth: int = 4) -> Property:
     """A property with what its `$ref`, `allOf`, `anyOf` and `oneOf` say: Replicate keeps enums there."""
     if not isinstance(schema, dict) or depth == 0:
         return {}
-    parts = [part for key in ("allOf", "anyOf", "oneOf") for part in schema.get(key) or ()]
-    if "$ref" in schema:
-        parts.append(schemas.get(str(schema["$ref"]).rsplit("/", 1)[-1]))
-    whole = dict(schema)
+    whole = {key: value for key, value in schema.items() if isinstance(value, KEYWORD_TYPES.get(key, object))}
+    if isinstance(whole.get("type"), list):  # OpenAPI 3.1 writes nullable so
+        whole["type"] = next((name for name in whole["type"] if name != "null"), None)
+    parts = [part for key in ("allOf", "anyOf", "oneOf") for part in whole.get(key, ())]
+    if "$ref" in whole:
+        parts.append(schemas.get(str(whole["$ref"]).rsplit("/", 1)[-1]))
     for part in parts:
         more = resolved(part, schemas, depth - 1)
         if more.get("type") != "null":
@@ -1066,7 +1097,9 @@ def video_model(name: str, version: str | None, schemas: Any) -> VideoModel:
     if not isinstance(schema, dict) or not isinstance(schema.get("properties"), dict):
         raise nonsense("replicate", f"the input schema of {name}")
     fields = {field: resolved(prop, schemas) for field, prop in schema["properties"].items()}
-    return VideoModel(name, version, fields, tuple(schema.get("required") or ()))
+    required = schema.get("required")
+    named = required if isinstance(required, list) else []
+    return VideoModel(name, version, fields, tuple(field for field in named if isinstance(field, str)))
 
 
 def fit_input(model: VideoModel, job: JobPromptOnly, audio_url: str | None = None) -> dict[str, Any]:
@@ -1149,20 +1182,14 @@ def frames_per_second(model: VideoModel) -> float:
 
 def clamped(number: float, prop: Property) -> float:
     """The number nearest to `number` between a field's bounds."""
-    low, high = prop.get("minimum", number), prop.get("maximum", number)
-    return float(max(low, min(number, high)))
+    return float(max(prop.get("minimum", -math.inf), min(number, prop.get("maximum", math.inf))))
 
 
 def allowed_seconds(prop: Property, options: Mapping[float, Any], rate: float) -> str:
     """The lengths a model makes, for people."""
     if options:
         return " or ".join(f"{number:g}" for number in sorted({round(n / rate, 0 if rate > 1 else 3) for n in options}))
-    bounds = [
-        f"{word} {prop[key] / rate:.0f}"
-        for word, key in (("at least", "minimum"), ("at most", "maximum"))
-        if key in prop
-    ]
-    return " and ".join(bounds)
+    return bounds(prop, rate)
 
 
 def size_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
@@ -1173,8 +1200,8 @@ def size_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
         options = [value for value in prop.get("enum") or () if lines(value)]
         if options:
             return {name: chosen_size(model, job.resolution, options, is_sent)}
-        if name in ("resolution", "video_resolution") and prop.get("type") == "string" and "enum" not in prop:
-            return {name: job.resolution} if is_sent else {}
+        if "resolution" in name and "enum" not in prop and prop.get("type") in ("string", "integer"):
+            return {name: free_size(model, job.resolution, prop)} if is_sent else {}
     return {}
 
 
@@ -1188,10 +1215,25 @@ def chosen_size(model: VideoModel, resolution: str, options: list[Any], is_sent:
     raise unfit("resolution", f"{model.name} takes {' or '.join(map(str, options))}")
 
 
+def free_size(model: VideoModel, resolution: str, prop: Property) -> str | int:
+    """A size for a model that lists none: as it was sent, or as a number of lines within the model's bounds."""
+    if prop["type"] == "string":
+        return resolution
+    if clamped(lines(resolution), prop) == lines(resolution) != 0:
+        return lines(resolution)
+    raise unfit("resolution", f"{model.name} takes {bounds(prop)}")
+
+
+def bounds(prop: Property, rate: float = 1.0) -> str:
+    """A field's bounds, for people, in units of which `rate` make one of the field's."""
+    named = (("at least", "minimum"), ("at most", "maximum"))
+    return " and ".join(f"{words} {prop[key] / rate:.0f}" for words, key in named if key in prop)
+
+
 def lines(size: Any) -> int:
     """The lines of a picture size such as 768p, 4K, 1280x720 or 720; 0 if it is none."""
     told = str(size).casefold()
-    if pair := re.fullmatch(r"(\d+)\s*[x*×]\s*(\d+)", told):
+    if pair := re.fullmatch(r"(\d{2,5})\s*[x*×]\s*(\d{2,5})", told):
         return min(int(pair[1]), int(pair[2]))
     if thousands := re.fullmatch(r"(\d)k", told):
         return int(thousands[1]) * 540
@@ -1218,7 +1260,7 @@ class Prediction(BaseModel):
     @property
     def percent(self) -> int | None:
         """How far it is, where its log holds a progress bar."""
-        told = re.findall(r"\b(\d{1,2}|100)%", str(self.logs)[-2000:])
+        told = re.findall(r"(?<![\d.])(\d{1,2}|100)(?:\.\d+)?%", str(self.logs)[-2000:])
         return int(told[-1]) if told else None
 
     @property
@@ -1227,14 +1269,16 @@ class Prediction(BaseModel):
         return first_url(self.output)
 
 
-def first_url(value: Any) -> str | None:
+def first_url(value: Any, depth: int = 5) -> str | None:
     """The first http(s) URL in a JSON value."""
     if isinstance(value, str):
         with suppress(ValueError):
             return check_http_url(value)
-        return None
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next(filter(None, map(first_url, inside)), None)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list) and depth:
+        return next(filter(None, (first_url(part, depth - 1) for part in value)), None)
+    return None
 
 
 def poll_delay_s(waited_s: float, polls: int) -> float:
@@ -1272,32 +1316,32 @@ async def find_model(name: str | None) -> VideoModel:
     """
     if name in (None, DEFAULT_MODEL):
         return HAILUO
+    plain_name, _, version = str(name).partition(":")
     async with shared() as resources:
-        lock = resources.model_locks.setdefault(str(name), asyncio.Lock())
-        async with lock:
+        async with resources.model_locks.setdefault(plain_name, asyncio.Lock()):
             now = time.monotonic()
             resources.models = {key: kept for key, kept in resources.models.items() if now - kept[0] < MODEL_TTL_S}
-            if name not in resources.models:
-                resources.models[str(name)] = (now, await look_up_model(str(name)))
-            return resources.models[str(name)][1]
+            if plain_name not in resources.models:
+                resources.models[plain_name] = (now, await look_up_model(plain_name))
+            model = resources.models[plain_name][1]
+    return replace(model, version=name) if version else model
 
 
 async def look_up_model(name: str) -> VideoModel:
-    """The model as Replicate describes it now."""
-    plain_name, _, version = name.partition(":")
-    answer = await call_replicate("GET", f"models/{plain_name}", READ_RETRY)
-    latest = answer.get("latest_version")
-    latest = latest if isinstance(latest, dict) else {}
-    if not version and answer.get("is_official") is not True:  # a community model runs by version only
-        version = str(latest.get("id") or "")
-        if not version:
-            raise nonsense("replicate", f"a version of {name}")
-    elif version:
-        version = name
-    document = latest.get("openapi_schema")
-    components = document.get("components") if isinstance(document, dict) else None
-    schemas = components.get("schemas") if isinstance(components, dict) else None
-    return video_model(plain_name, version or None, schemas)
+    """The model as Replicate describes it now; a community model runs by its latest version only."""
+    answer = await call_replicate("GET", f"models/{name}", READ_RETRY)
+    latest = told_under(answer.json(), "latest_version")
+    version = None if answer.get("is_official") is True else told_under(latest, "id")
+    if answer.get("is_official") is not True and not isinstance(version, str):
+        raise nonsense("replicate", f"a version of {name}")
+    return video_model(name, version, told_under(latest, "openapi_schema", "components", "schemas"))
+
+
+def told_under(value: Any, *keys: str) -> Any:
+    """What stands in JSON objects under these keys, one in the other; None if it is not there."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def ignore_prediction(prediction: Prediction) -> None:
@@ -1335,7 +1379,7 @@ async def run_prediction(model: VideoModel, values: dict[str, Any], on_predictio
         await cancel_prediction(prediction.id)
         raise
     if prediction.status != "succeeded":
-        told = told_in(prediction.error)[:MAX_DETAIL_CHARS] or "no reason given"
+        told = shortened(told_in(prediction.error)) or "no reason given"
         raise ProviderRefused(f"No film was made, the prediction ended as {prediction.status}: {told}", "replicate")
     if prediction.video_url is None:
         raise nonsense("replicate", "a film, although it succeeded")
@@ -1456,8 +1500,7 @@ async def download(url: str, target: Path) -> None:
     except ValueError as exc:
         raise ResourceFailed("The address of a file to download makes no sense.") from exc
     try:
-        perform = partial(save, target)
-        answer = await send("GET", url, DOWNLOAD_RETRY, perform=perform, headers={"Accept-Encoding": "identity"})
+        answer = await send("GET", url, DOWNLOAD_RETRY, perform=partial(save, target))
     except httpx.RequestError as exc:
         raise ResourceFailed(f"The download from {host} failed: {summary(exc)}.") from exc
     except UrlBlocked as exc:
@@ -1496,15 +1539,24 @@ async def follow_redirects(client: httpx.AsyncClient, request: httpx.Request) ->
 
 
 async def write_body(response: httpx.Response, target: Path) -> None:
-    """Write a body to disk, piece by piece. Raises ResourceFailed over 100 MB."""
-    told = response.headers.get("content-length", "")
-    size = int(told) if told.isdecimal() else 0
+    """Write a body to disk, piece by piece. Raises ResourceFailed over 100 MB, at once if its length is told."""
+    check_size(told_size(response) or 0)
     with target.open("wb") as file:
         async for chunk in response.aiter_raw(CHUNK_BYTES):
-            size = max(size, file.tell() + len(chunk))
-            if size > MAX_DOWNLOAD_BYTES:
-                raise ResourceFailed("A file to download is larger than 100 MB.")
+            check_size(file.tell() + len(chunk))
             await asyncio.to_thread(file.write, chunk)
+
+
+def check_size(size: int) -> None:
+    """Refuse a download that is too large. Raises ResourceFailed."""
+    if size > MAX_DOWNLOAD_BYTES:
+        raise ResourceFailed("A file to download is larger than 100 MB.")
+
+
+def told_size(response: httpx.Response) -> int | None:
+    """The length of a body in bytes, if the answer tells a plausible one."""
+    told = response.headers.get("content-length", "")
+    return int(told) if re.fullmatch(r"\d{1,18}", told) else None
 
 
 async def head(url: str) -> HeadResult:
@@ -1523,7 +1575,7 @@ async def head(url: str) -> HeadResult:
 async def _head(url: str) -> HeadResult:
     async with shared() as resources:
         for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
-            request = resources.http.build_request(method, url, headers={"Accept-Encoding": "identity", **headers})
+            request = resources.http.build_request(method, url, headers=headers)
             async with follow_redirects(resources.http, request) as response:
                 result = head_result(response)
             if result.status < 400:
@@ -1532,15 +1584,13 @@ async def _head(url: str) -> HeadResult:
 
 
 def head_result(response: httpx.Response) -> HeadResult:
-    """The three things that are passed on of an answer; a part of a file tells the size of the whole."""
-    whole = re.fullmatch(r"bytes [\d*-]+/(\d+)", response.headers.get("content-range", ""))
-    told = whole[1] if whole else response.headers.get("content-length", "")
-    content_type = response.headers.get("content-type")
-    return HeadResult(
-        status=response.status_code,
-        content_type=content_type[:200] if content_type else None,
-        bytes=int(told) if told.isdecimal() and len(told) < 19 else None,
-    )
+    """The three things that are passed on of an answer; a part of a file tells the size of the whole, if it can."""
+    size = told_size(response)
+    if response.status_code == 206:
+        whole = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", response.headers.get("content-range", ""))
+        size = int(whole[1]) if whole else None
+    content_type = response.headers.get("content-type", "")[:200] or None
+    return HeadResult(status=response.status_code, content_type=content_type, bytes=size)
 
 
 # ----------------------------------------------------------------------------------------------------------------

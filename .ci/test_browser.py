@@ -176,7 +176,8 @@ def test_a_validation_error_marks_the_field(page: Page, sandbox: Sandbox) -> Non
     """Every fault is listed, and its field is marked."""
     said = failure(page, voice_id="../me", seconds="soon")
     assert "Something in the form cannot be used" in said
-    assert "voice_id: " in said
+    assert "Voice: " in said
+    assert "Seconds: " in said
     assert [field.get_attribute("id") for field in page.locator("[aria-invalid]").all()] == ["voice_id", "seconds"]
     assert sandbox.calls("speech") == []
     make_film(page, voice_id=sandbox.voice_id, seconds="")

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import lru_cache
 from typing import Any
 
 import anyio
@@ -116,7 +117,8 @@ class Internet:
 
     def __init__(self, inside: Server) -> None:
         self.inside = inside
-        self.names: dict[str, list[list[str]]] = {}  # what each look-up in turn finds; the last one stays
+        # What each look-up in turn finds; the last one stays. Some systems know these two, all should.
+        self.names: dict[str, list[list[str]]] = {"localhost.": [["127.0.0.1"]], "127.0.0.1.": [["127.0.0.1"]]}
         self.addresses: dict[str, int | None] = {}  # the local port behind an address; None: nobody listens
         self.looked_up: list[str] = []
         self.connected: list[str] = []
@@ -137,7 +139,7 @@ class Internet:
         if answers := self.names.get(name):
             found = answers.pop(0) if len(answers) > 1 else answers[0]
             return [entry for ip in found for entry in self._real_getaddrinfo(ip, port, type=socket.SOCK_STREAM)]
-        if name.rstrip(".") != "localhost":
+        if name != "localhost":
             flags |= socket.AI_NUMERICHOST
         return self._real_getaddrinfo(host, port, family, type, proto, flags)
 
@@ -150,6 +152,10 @@ class Internet:
         if port is None:
             raise OSError("nobody listens there")
         return await self._real_connect("127.0.0.1", port)
+
+
+# Reading all certificates takes longer than most tests.
+ssl_context = lru_cache(httpx.create_ssl_context)
 
 
 @pytest.fixture
@@ -181,8 +187,9 @@ def internet(inside: Server, monkeypatch: pytest.MonkeyPatch) -> Internet:
 
 
 @pytest.fixture
-async def client(anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
+async def client(anyio_backend: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the running service, within this process."""
+    monkeypatch.setattr(httpx, "create_ssl_context", ssl_context)
     transport = httpx.ASGITransport(main.app)
     async with main.lifespan(main.app), httpx.AsyncClient(transport=transport, base_url="http://service") as client:
         yield client

@@ -27,7 +27,7 @@ and tilts), prices and plans, webhooks, files that expire.
 TEXT = "Hello! I am Rex. I can talk now, and I have a lot to say!"
 PROMPT = "The dog looks into the camera and talks"
 FILM_FILE = Path("talking-pet.mp4")
-VIDEO_SECONDS = 3.0
+VIDEO_SECONDS = 2.5
 JOB_TIMEOUT_S = 660.0
 ERASE_TO_END = "\x1b[K" if sys.stdout.isatty() else ""  # of the line; empty where nobody watches
 
@@ -47,12 +47,15 @@ def main() -> int:
             print(f"service    {service.url}  (uvicorn main:app, unchanged)")
             succeeded = run_job(service, job_of(sandbox, options))
             if not options.once:
-                print(
-                    f"\nopen {sandbox.url}/ to try it yourself, {service.url}/docs to read on; Ctrl-C ends", flush=True
-                )
-                with suppress(KeyboardInterrupt):
-                    threading.Event().wait()
+                stay_up(sandbox, service)
             return 0 if succeeded else 1
+
+
+def stay_up(sandbox: Sandbox, service: Service) -> None:
+    """Say where the page is, and wait for Ctrl-C."""
+    with suppress(KeyboardInterrupt):
+        print(f"\nopen {sandbox.url}/ to try more, {service.url}/docs to read on; Ctrl-C ends", flush=True)
+        threading.Event().wait()
 
 
 def parse_options() -> argparse.Namespace:

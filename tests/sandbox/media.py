@@ -128,27 +128,19 @@ class FilmPlan:
 
 def film(picture: bytes, plan: FilmPlan, audio: bytes | None = None, follow_audio: bool = False) -> bytes:
     """An h264 film of the picture nodding and tilting, with the sound if given; `follow_audio` takes the sound's length."""
+    source = ("-f", picture_demuxer(picture), "-i", "pipe:0")
+    look = ("-vf", motion(plan), "-r", str(plan.fps), "-c:v", "libx264", "-preset", "ultrafast", "-crf", "27")
+    end = ("-shortest",) if follow_audio else ("-t", f"{plan.seconds:g}")
     with tempfile.TemporaryDirectory(prefix="sandbox-film-") as folder:
         sound: tuple[str, ...] = ("-an",)
         if audio is not None:
             Path(folder, "sound").write_bytes(audio)
             sound = ("-i", f"{folder}/sound", "-map", "0:v", "-map", "1:a", "-c:a", "aac")
-        end = ("-shortest",) if follow_audio else ("-t", f"{plan.seconds:g}")
-        look = ("-vf", motion(plan), "-r", str(plan.fps), "-c:v", "libx264", "-preset", "ultrafast", "-crf", "27")
-        return ffmpeg(
-            "-f",
-            picture_demuxer(picture),
-            "-i",
-            "pipe:0",
-            *sound,
-            *look,
-            "-pix_fmt",
-            "yuv420p",
-            *end,
-            "-f",
-            "mp4",
-            stdin=picture,
-        )
+        try:
+            return ffmpeg(*source, *sound, *look, "-pix_fmt", "yuv420p", *end, "-f", "mp4", stdin=picture)
+        except MediaError as exc:
+            what = "image file" if audio is None else "image or sound file"
+            raise MediaError(f"cannot read {what}: {str(exc).splitlines()[0]}") from exc
 
 
 def picture_demuxer(picture: bytes) -> str:

@@ -59,7 +59,12 @@ class Sandbox(Behaviour):
 
     def start(self) -> Sandbox:
         """Listen, on a free port unless one was given; returns when requests are answered."""
-        listener = socket.create_server(("127.0.0.1", self.port), backlog=2048)
+        listener = socket.socket(
+            socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
+        )  # asyncio: no delay for TCP only
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))
+        listener.listen(2048)
         self.port = listener.getsockname()[1]
         config = uvicorn.Config(
             self.router(), lifespan="off", log_config=None, access_log=False, loop="asyncio", ws="none"

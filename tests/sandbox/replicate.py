@@ -95,15 +95,14 @@ class Prediction:
 
     async def read(self) -> None:
         """Count a read, and end if it is time to."""
-        self.reads += 1
-        if self.status in ENDED or not self.is_due:
+        if self.status in ENDED:
             return
-        if self.outcome == "succeeded" and self.making is not None:
+        self.reads += 1
+        if not self.is_due:
+            return
+        if self.making is not None:
             await self.making  # so that the count of reads does not depend on how long the film takes to make
-        if self.outcome == "succeeded" and self.planned_error is None:
-            self.end("succeeded")
-        else:
-            self.end("failed" if self.outcome == "succeeded" else self.outcome, self.planned_error)
+        self.end("failed" if self.planned_error else self.outcome, self.planned_error)
 
     def json(self, base_url: str) -> dict[str, Any]:
         """The prediction as Replicate shows it."""

@@ -1,0 +1,493 @@
+"""What the service adds to the providers' time, and what it costs: one table, every figure measured in this run.
+
+    python -m tests.bench                  every row, about six minutes on a quiet machine
+    python -m tests.bench --rows start cpu     some of them
+    python -m tests.bench --json           for machines
+    python -m tests.bench --smoke          tiny counts: does it run at all?
+
+The sandbox's providers run in a process of their own, with fixed delays and ready-made media; the service is the real
+one under uvicorn; the load comes from this process, over loopback. All three share this machine's cores, so the figures
+are worse than those of the service alone. Not imitated: TLS, and the internet's round trips. Linux only (/proc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tests.sandbox import Sandbox, Service, media
+from tests.sandbox.providers import PET_FILE
+
+# The limits: what README promises on two cores.
+ONE_SHORT_JOB = 1.04  # of the providers' own time: up to 0.27 s of waiting for a read, then ffmpeg
+ONE_LONG_JOB = 1.02  # reads are 2.5 % of the time waited apart, so half of that is lost on average
+CROWD_WALL = 1.35  # of one job's: the muxes of all share the cores
+HEALTH_P99_MS = 50.0  # far below the 5 s that Render gives a health check
+GROWTH_MB = 60.0  # media stream through; on top of 60 MB at rest that leaves most of 512 MB
+TREE_MB = 300.0  # service and ffmpeg together, of the smallest instance's 512 MB
+REFUSED_READS = 5.0  # of Replicate's limits, 600 creates and 3,000 other calls a minute (docs rate-limits)
+PACED_WALL = 1.6  # of the video's time: reads of 300 jobs are 7.5 s apart
+CPU_OVER_FFMPEG = 1.5  # of bare ffmpeg's: the mux is the one thing that has to be computed here
+START_S = 1.5  # an instance that scales up is of use when it answers
+REST_MB = 80.0  # of 512
+CPU_GROWTH = 1.2  # of the smallest crowd's: nothing may grow with the square of the jobs
+WAITING_JOB_KB = 100.0  # a thousand waiting jobs in 100 MB
+
+# The providers' own time: quicker than the real ones mostly are, so that what the service adds weighs more.
+SPEECH_S, TRANSFER_S = 1.0, 0.2
+SPOKEN_S, FILM_S = 4.0, 6.0  # length of the media
+FILM_LINES = 768
+BIG_FILM_BITS_PER_S = 28_000_000  # 21 MB in 6 s
+
+APART_S = 1.0  # between jobs that are to be alone with their mux
+SAMPLE_S, HEALTH_EVERY_S = 0.05, 0.02
+ANSWER_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything; times in seconds are the video's."""
+
+    starts: int = 5
+    alone: int = 5
+    short_s: float = 6
+    long_s: float = 60
+    crowd: int = 50
+    big_film_s: float = FILM_S
+    paced: int = 300
+    paced_s: float = 20
+    cpu: int = 20
+    growth: tuple[int, ...] = (10, 50, 100, 200)
+    growth_s: float = 20
+
+
+SMOKE = Sizes(1, 2, 0.2, 0.3, 3, 0.2, 3, 0.2, 2, (1, 2), 0.5)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure beside what it may be at most."""
+
+    group: str
+    what: str
+    measured: float
+    at_most: float
+    unit: str = ""
+    note: str = ""
+
+    @property
+    def is_met(self) -> bool:
+        """Whether the figure, as shown, is within its limit."""
+        return float(self.shown(self.measured)) <= self.at_most
+
+    def shown(self, number: float) -> str:
+        """A figure with three digits that count."""
+        return f"{number:.0f}" if number >= 10 or number == int(number) else f"{number:.2f}"
+
+    def line(self) -> str:
+        """The row of the table (Markdown)."""
+        unit = f" {self.unit}" if self.unit else ""
+        measured, at_most = self.shown(self.measured) + unit, self.shown(self.at_most) + unit
+        verdict = "" if self.is_met else " **over**"
+        return f"| {self.what:<66} | {measured + verdict:>8} | {at_most:>7} | {self.note} |"
+
+
+# The three processes
+
+
+class Providers:
+    """The sandbox's providers in a process of their own; a context manager."""
+
+    def __enter__(self) -> Providers:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=provide, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.environment, self.image_url, self.voice_id = self.pipe.recv()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.pipe.close()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+
+    def become(self, film: bytes, video_s: float, delays: bool = True, limits: bool = False) -> None:
+        """Start afresh: this film for everyone after `video_s`; `limits` turns Replicate's rate limits on."""
+        self.pipe.send((film, video_s, delays, limits))
+        self.pipe.recv()
+
+
+def provide(pipe: Connection) -> None:
+    """What the providers' process does, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Sandbox(record=False, reads_to_finish=1, speech_seconds=SPOKEN_S) as sandbox, suppress(EOFError):
+        pipe.send((sandbox.environment(), sandbox.image_url, sandbox.voice_id))
+        while True:
+            film, video_s, delays, limits = pipe.recv()
+            sandbox.reset()
+            sandbox.film(film)
+            sandbox.video_seconds = video_s
+            for call, seconds in {"speech": SPEECH_S, "upload": TRANSFER_S, "output": TRANSFER_S}.items():
+                if delays:
+                    sandbox.fault(call, "slow", times=None, seconds=seconds)
+            if limits:
+                sandbox.limits()
+            pipe.send(None)
+
+
+def providers_s(video_s: float) -> float:
+    """Seconds that a speech job spends at the providers: speech, upload, video, download, upload."""
+    return SPEECH_S + TRANSFER_S + video_s + TRANSFER_S + TRANSFER_S
+
+
+def cpu_s(pid: int) -> tuple[float, float]:
+    """Seconds of processor time: of the process, and of its children that have ended."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+    user, system, children_user, children_system = (int(each) / os.sysconf("SC_CLK_TCK") for each in ticks)
+    return user + system, children_user + children_system
+
+
+def memory_mb(pid: int) -> float:
+    """Resident memory of a process; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    except (OSError, IndexError):
+        return 0.0
+
+
+def children(pid: int) -> list[int]:
+    """The process's children."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+# The load
+
+
+@dataclass
+class Load:
+    """What came of some jobs: the seconds each took, and how many were not answered 200."""
+
+    seconds: list[float]
+    failed: int
+    wall_s: float
+
+
+class Client:
+    """Sends jobs and looks on; its own HTTP, since a client library's work would be measured as well."""
+
+    def __init__(self, service: Service, providers: Providers) -> None:
+        self.service = service
+        self.film_job = {"image_url": providers.image_url, "prompt": "The pet talks"}
+        self.speech_job = {**self.film_job, "text": "Where is my dinner?", "voice_id": providers.voice_id}
+
+    async def jobs(self, count: int, with_speech: bool = True, apart_s: float = 0.0) -> Load:
+        """Send jobs, all at once or `apart_s` after each other, and wait for every answer."""
+        started = time.monotonic()
+        jobs = [self.job(with_speech, number * apart_s) for number in range(count)]
+        answers = await asyncio.gather(*jobs)
+        seconds = [took for status, took in answers if status == 200]
+        return Load(seconds, count - len(seconds), time.monotonic() - started)
+
+    async def job(self, with_speech: bool, after_s: float = 0.0) -> tuple[int, float]:
+        """One job: its HTTP status (0: no answer) and seconds."""
+        path, body = ("tts", self.speech_job) if with_speech else ("only", self.film_job)
+        content = json.dumps(body)
+        head = f"POST /jobs_prompt_{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        await asyncio.sleep(after_s)
+        started = time.monotonic()
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.service.port)
+        writer.write((head + content).encode())
+        answer = await asyncio.wait_for(reader.read(), ANSWER_TIMEOUT_S)
+        writer.close()
+        status = re.match(rb"HTTP/1.1 (\d+)", answer)
+        return int(status[1]) if status else 0, time.monotonic() - started
+
+    async def health_ms(self, milliseconds: list[float]) -> None:
+        """Ask /health for ever, noting how long each answer takes."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.service.port)
+        try:
+            while True:
+                started = time.monotonic()
+                writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                await reader.readuntil(b'{"ok":true}')
+                milliseconds.append((time.monotonic() - started) * 1000)
+                await asyncio.sleep(HEALTH_EVERY_S)
+        finally:
+            writer.close()
+
+    async def memory(self, samples: list[tuple[float, float]]) -> None:
+        """Note the service's memory for ever, and that of its children, in MB."""
+        while True:
+            samples.append((memory_mb(self.service.pid), sum(map(memory_mb, children(self.service.pid)))))
+            await asyncio.sleep(SAMPLE_S)
+
+
+@asynccontextmanager
+async def beside(work: Awaitable[None]) -> AsyncIterator[None]:
+    """Do something in the background until the block ends."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+# The measurements
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all measurements use."""
+
+    providers: Providers
+    sizes: Sizes
+    film: bytes
+
+    def service(self, **environment: str) -> Service:
+        """A new process of the service."""
+        return Service({**self.providers.environment, **environment})
+
+    def start(self) -> Iterator[Row]:
+        """Process start and memory at rest."""
+        seconds, rest_mb = [], []
+        for _ in range(self.sizes.starts):
+            started = time.monotonic()
+            with self.service() as service:
+                seconds.append(time.monotonic() - started)
+                rest_mb.append(memory_mb(service.pid))
+        each = f"median of {len(seconds)}, at most"
+        yield Row("start", "Process start to first `/health`", median(seconds), START_S, "s", f"{each} {max(seconds):.2f} s")
+        yield Row("start", "Memory at rest", median(rest_mb), REST_MB, "MB", f"{each} {max(rest_mb):.0f} MB")
+
+    def alone(self) -> Iterator[Row]:
+        """Jobs that do not meet: what the service adds to the providers' time."""
+        sizes = self.sizes
+        with self.service() as service:
+            client = Client(service, self.providers)
+            for video_s, limit in ((sizes.short_s, ONE_SHORT_JOB), (sizes.long_s, ONE_LONG_JOB)):
+                self.providers.become(self.film, video_s)
+                load = asyncio.run(client.jobs(sizes.alone, apart_s=APART_S))
+                whole_s, theirs_s = statistics.mean(load.seconds), providers_s(video_s)
+                what = f"One speech job, video {video_s:g} s: whole time over the providers'"
+                note = f"{whole_s:.2f} s over {theirs_s:.2f} s; mean of {len(load.seconds)}"
+                yield Row("alone", what, whole_s / theirs_s, limit, note=note)
+
+    def crowd(self) -> Iterator[Row]:
+        """Many speech jobs at once, and /health meanwhile."""
+        count, health_ms = self.sizes.crowd, list[float]()
+        self.providers.become(self.film, self.sizes.short_s)
+        with self.service() as service:
+            client = Client(service, self.providers)
+            one_s = asyncio.run(client.jobs(1)).wall_s
+
+            async def crowded() -> Load:
+                async with beside(client.health_ms(health_ms)):
+                    return await client.jobs(count)
+
+            load = asyncio.run(crowded())
+        name = f"{count} speech jobs at once"
+        yield Row("crowd", f"{name}: not answered", load.failed, 0)
+        note = f"{load.wall_s:.1f} s over {one_s:.1f} s"
+        yield Row("crowd", f"{name}: wall time over one job's", load.wall_s / one_s, CROWD_WALL, note=note)
+        note = f"median {median(health_ms):.1f} ms, {len(health_ms)} asked"
+        yield Row("crowd", f"{name}: `/health` p99 meanwhile", percentile(health_ms, 99), HEALTH_P99_MS, "ms", note)
+
+    def memory(self) -> Iterator[Row]:
+        """Many speech jobs at once with big films."""
+        count, samples = self.sizes.crowd, list[tuple[float, float]]()
+        film = big_film(self.sizes.big_film_s)
+        self.providers.become(film, self.sizes.short_s)
+        with self.service() as service:
+            client = Client(service, self.providers)
+            rest_mb = memory_mb(service.pid)
+
+            async def watched() -> Load:
+                async with beside(client.memory(samples)):
+                    return await client.jobs(count)
+
+            load = asyncio.run(watched())
+        name = f"{count} speech jobs, {len(film) / 1e6:.0f} MB films"
+        yield Row("memory", f"{name}: not answered", load.failed, 0, note=f"wall time {load.wall_s:.1f} s")
+        most_mb = max(service_mb for service_mb, _ in samples)
+        note = f"from {rest_mb:.0f} MB to {most_mb:.0f} MB"
+        yield Row("memory", f"{name}: the service grows by", most_mb - rest_mb, GROWTH_MB, "MB", note)
+        tree_mb = max(map(sum, samples))
+        note = f"ffmpeg at most {max(ffmpeg_mb for _, ffmpeg_mb in samples):.0f} MB"
+        yield Row("memory", f"{name}: with its ffmpeg children in all", tree_mb, TREE_MB, "MB", note)
+
+    def pace(self) -> Iterator[Row]:
+        """Hundreds of films under Replicate's rate limits."""
+        count, video_s = self.sizes.paced, self.sizes.paced_s
+        self.providers.become(self.film, video_s, limits=True)
+        with self.service() as service:
+            load = asyncio.run(Client(service, self.providers).jobs(count, with_speech=False))
+            refused = service.log.count("failed (429")
+        name = f"{count} films at once, Replicate's limits enforced"
+        yield Row("pace", f"{name}: not answered", load.failed, 0)
+        yield Row("pace", f"{name}: answers 429", refused, REFUSED_READS)
+        note = f"{load.wall_s:.1f} s over {video_s:g} s"
+        yield Row("pace", f"{name}: wall time over the video's", load.wall_s / video_s, PACED_WALL, note=note)
+
+    def cpu(self) -> Iterator[Row]:
+        """Processor time of speech jobs, ffmpeg included, and of ffmpeg alone."""
+        count = self.sizes.cpu
+        self.providers.become(self.film, self.sizes.short_s)
+        bare_s = bare_mux_cpu_s(self.film, count)
+        with self.service() as service:
+            client = Client(service, self.providers)
+            asyncio.run(client.jobs(1))
+            before = sum(cpu_s(service.pid))
+            asyncio.run(client.jobs(count))
+            job_s = (sum(cpu_s(service.pid)) - before) / count
+        what = f"CPU per speech job ({count} at once) over bare ffmpeg's for the mux"
+        note = f"{job_s * 1000:.0f} ms over {bare_s * 1000:.0f} ms"
+        yield Row("cpu", what, job_s / bare_s, CPU_OVER_FFMPEG, note=note)
+
+    def growth(self) -> Iterator[Row]:
+        """Ever more jobs at once in one process."""
+        self.providers.become(self.film, self.sizes.growth_s)
+        cpu_ms, waiting_mb, counts = list[float](), list[float](), self.sizes.growth
+        with self.service() as service:
+            client = Client(service, self.providers)
+            asyncio.run(client.jobs(1))
+            for count in counts:
+                before_s = cpu_s(service.pid)[0]
+                samples: list[tuple[float, float]] = []
+
+                async def watched(count: int, samples: list[tuple[float, float]]) -> Load:
+                    async with beside(client.memory(samples)):
+                        return await client.jobs(count)
+
+                load = asyncio.run(watched(count, samples))
+                cpu_ms.append((cpu_s(service.pid)[0] - before_s) / count * 1000)
+                # Two thirds into the video's time all of them wait for it.
+                at = int((SPEECH_S + TRANSFER_S + self.sizes.growth_s * 2 / 3) / load.wall_s * len(samples))
+                waiting_mb.append(samples[at][0])
+        name = f"{', '.join(map(str, counts))} speech jobs at once"
+        note = f"{', '.join(f'{each:.0f}' for each in cpu_ms)} ms, ffmpeg not counted"
+        yield Row("growth", f"{name}: CPU per job, last over first", cpu_ms[-1] / cpu_ms[0], CPU_GROWTH, note=note)
+        each_kb = (waiting_mb[-1] - waiting_mb[0]) * 1000 / (counts[-1] - counts[0])
+        note = f"the service has {', '.join(f'{each:.0f}' for each in waiting_mb)} MB"
+        yield Row("growth", f"{name}: memory per waiting job", each_kb, WAITING_JOB_KB, "kB", note)
+
+
+MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "start": Bench.start,
+    "alone": Bench.alone,
+    "crowd": Bench.crowd,
+    "memory": Bench.memory,
+    "pace": Bench.pace,
+    "cpu": Bench.cpu,
+    "growth": Bench.growth,
+}
+
+
+def bare_mux_cpu_s(film: bytes, count: int) -> float:
+    """Processor time of the service's own ffmpeg command, run without the service, as many at once as there are cores."""
+    import main
+
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        video, speech = folder / "video.mp4", folder / "speech"
+        video.write_bytes(film)
+        speech.write_bytes(media.speech("Where is my dinner?", "mp3_44100_64", seconds=SPOKEN_S))
+
+        def mux(number: int) -> float:
+            arguments = main.mux_arguments(video, speech, "mp3", "shortest", folder / f"final-{number}.mp4")
+            process = subprocess.Popen([main.ffmpeg_path(), *arguments], stdin=subprocess.DEVNULL)
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return used.ru_utime + used.ru_stime
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return statistics.mean(pool.map(mux, range(count)))
+
+
+def big_film(seconds: float) -> bytes:
+    """A film of 28 Mbit a second, filled up to exactly that."""
+    rate = str(BIG_FILM_BITS_PER_S)
+    look = ("-f", "lavfi", "-i", "testsrc2=size=1920x1080:rate=24", "-t", f"{seconds:g}", "-pix_fmt", "yuv420p")
+    filled = ("-b:v", rate, "-minrate", rate, "-maxrate", rate, "-bufsize", rate, "-x264-params", "nal-hrd=cbr")
+    return media.ffmpeg(*look, "-c:v", "libx264", "-preset", "ultrafast", *filled, "-f", "mp4")
+
+
+def median(numbers: list[float]) -> float:
+    """The middle one."""
+    return statistics.median(numbers)
+
+
+def percentile(numbers: list[float], percent: int) -> float:
+    """The number that `percent` of all are not above."""
+    return sorted(numbers)[max(0, -(-len(numbers) * percent // 100) - 1)]
+
+
+# The command
+
+
+def machine() -> str:
+    """What was measured on, in a line."""
+    memory_gb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return (
+        f"{date.today().isoformat()}, {os.cpu_count()} cores, {memory_gb:.0f} GB, {platform.system()} {platform.machine()}, "
+        f"Python {platform.python_version()}, load before {os.getloadavg()[0]:.1f}"
+    )
+
+
+def arguments(given: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rows", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="GROUP")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--smoke", action="store_true", help="tiny counts: the figures mean nothing")
+    return parser.parse_args(given)
+
+
+def run(groups: list[str], sizes: Sizes) -> Iterator[Row]:
+    """Every row of these groups, each as soon as it is measured."""
+    film = media.film(PET_FILE.read_bytes(), media.FilmPlan(FILM_S, FILM_LINES))
+    with Providers() as providers:
+        bench = Bench(providers, sizes, film)
+        for group in groups:
+            yield from MEASUREMENTS[group](bench)
+
+
+def main(given: list[str] | None = None) -> int:
+    """Measure and print; the number of rows that are over their limit, none in a smoke run."""
+    asked, measured_on, rows = arguments(given), machine(), list[Row]()
+    if not asked.json:
+        print(f"{measured_on}\n\n| {'':<66} | measured | at most | |\n|{'-' * 68}|---------:|--------:|-|", flush=True)
+    for row in run(asked.rows, SMOKE if asked.smoke else Sizes()):
+        rows.append(row)
+        if not asked.json:
+            print(row.line(), flush=True)
+    over = [row for row in rows if not row.is_met]
+    if asked.json:
+        print(json.dumps({"measured_on": measured_on, "rows": [{**asdict(row), "is_met": row.is_met} for row in rows]}))
+    return 0 if asked.smoke else len(over)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The service in this process: settings put into the environment, the application called without a socket.
+
+Only what lies outside main.py is replaced: the environment here, HTTP by respx in the tests.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+import main
+
+ELEVEN_URL = "https://api.elevenlabs.io"
+REPLICATE_URL = "https://api.replicate.com"
+SUPABASE_URL = "https://project.supabase.co"
+SECRETS = {
+    "ELEVEN_API_KEY": "sk_0123456789abcdef0123456789abcdef",
+    "REPLICATE_API_TOKEN": "r8_0123456789abcdefghijABCDEFGHIJ",
+    "SUPABASE_SERVICE_ROLE": "eyJhbGciOiJIUzI1NiJ9.eyJyb2xlIjoic2VydmljZSJ9.c2lnbmF0dXJl",
+}
+FAST = {"POLL_MIN_SECONDS": "0.0001", "RETRY_FIRST_SECONDS": "0.0001"}
+
+
+def use_settings(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """A complete, impatient configuration with these changes; an empty text unsets a variable."""
+    for name, value in {**SECRETS, "SUPABASE_URL": SUPABASE_URL, **FAST, **variables}.items():
+        monkeypatch.setenv(name, value)
+    main.get_settings.cache_clear()
+
+
+@asynccontextmanager
+async def running_service() -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application, which is started and shut down around it."""
+    async with main.lifespan(main.app):
+        transport = httpx.ASGITransport(main.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            yield client
+
+
+async def error_of(work: Awaitable[Any]) -> main.ServiceError:
+    """The error that some work ends with."""
+    with pytest.raises(main.ServiceError) as caught:
+        await asyncio.wait_for(work, 10)
+    return caught.value
+
+
+def told(error: main.ServiceError) -> tuple[int, str, str | None]:
+    """Status, category and provider of an error."""
+    return error.http_status, error.category, error.provider
+
+
+def answer(status: int, body: bytes | str = b"", **headers: str) -> main.Answer:
+    """A provider's answer, as the HTTP plumbing holds it."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return main.Answer(status, httpx.Headers(named), body.encode() if isinstance(body, str) else body)
