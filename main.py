@@ -87,7 +87,7 @@ DEFAULT_FPS = 24.0  # where a model counts frames and names no rate
 
 SPEECH_DELAY_MS = 500
 FFMPEG_TIMEOUT_S = 60.0
-FFMPEG_MAX_ALLOC_BYTES = 200_000_000  # one allocation; a mux needs far less, a forged frame size far more
+FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of a film's frame has less, of a 16K one more
 
 HEAD_TIMEOUT_S = 10.0
 MAX_REDIRECTS = 5
@@ -249,7 +249,9 @@ class JobPromptOnly(BaseModel):
         default="768p", description="Size of the film; the default model: 512p, 768p, or 1080p with 6 seconds"
     )
     model: Annotated[str, StringConstraints(strict=True, max_length=200, pattern=MODEL_PATTERN)] | None = Field(
-        default=None, description="Replicate model, owner/name or owner/name:version; null: minimax/hailuo-02"
+        default=None,
+        description="Replicate model, owner/name or owner/name:version; null: minimax/hailuo-02",
+        examples=["minimax/hailuo-02"],
     )
 
 
@@ -775,7 +777,7 @@ def provider_message(answer: Answer) -> str:
     """The provider's own words, on one line, whatever its body holds; never empty."""
     words = told_in(answer.json())
     if not words and (b"<" in answer.body[:1000] or answer.headers.get("content-type", "").startswith("text/")):
-        page = answer.body[:20_000].decode("utf-8", "replace")
+        page = answer.body[:4_000].decode("utf-8", "replace")
         words = html.unescape(re.sub(r"(?s)<(script|style)\b.*?</\1>|<[^>]*>", " ", page))
     with suppress(ValueError):
         return shortened(words) or HTTPStatus(answer.status).phrase
@@ -1619,7 +1621,9 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
         *("-map", "0:V:0", "-map", "1:a:0"),  # the model's picture and our speech, whatever else the film brings
         *("-c:v", "copy", "-c:a", "aac", "-b:a", "128k", "-threads", "1"),
         *("-af", f"{delay},apad" if fit == "video" else delay),
-        *("-shortest", "-movflags", "+faststart", "-f", "mp4", f"file:{final}"),
+        # By default what is copied may run ten seconds ahead, and then ends where it is, not with the shortest.
+        *("-shortest", "-shortest_buf_duration", "3600"),
+        *("-movflags", "+faststart", "-f", "mp4", f"file:{final}"),
     ]
 
 
@@ -2099,7 +2103,8 @@ def event_stream(example: BaseModel) -> dict[int | str, dict[str, Any]]:
         "description": "With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing "
         "happens, then one `result` (the JSON body) or one `error` (the error body and `status`).",
     }
-    return {200: {"content": {"text/event-stream": {"schema": schema, "example": text}}}}
+    plain = {"example": example.model_dump()}
+    return {200: {"content": {"application/json": plain, "text/event-stream": {"schema": schema, "example": text}}}}
 
 
 EXAMPLE_VIDEO = VideoResult(video_url="https://replicate.delivery/xezq/film.mp4")

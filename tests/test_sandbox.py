@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import imageio_ffmpeg
 import pytest
 
 from tests.sandbox import Sandbox, Service, elevenlabs, media, providers, replicate, supabase
@@ -23,6 +22,7 @@ from tests.sandbox.schemas import Model, load_models
 from tests.sandbox.service import ROOT, ServiceError
 
 ELEVEN = {"xi-api-key": elevenlabs.KEY}
+JSON = {**ELEVEN, "content-type": "application/json"}
 BEARER = {"authorization": f"Bearer {replicate.TOKEN}"}
 SERVICE_KEY = supabase.KEYS["service"]
 STORAGE = {"authorization": f"Bearer {SERVICE_KEY}", "apikey": SERVICE_KEY}
@@ -71,14 +71,12 @@ def speak(call: Call, voice_id: str = "SandboxVoiceRex00001", **how: Any) -> htt
         pytest.param({"json": {"text": "  "}}, 400, "empty_text", id="blank text"),
         pytest.param({"json": {"text": "a", "model_id": "eleven_v9"}}, 400, "model_not_found", id="unknown model"),
         pytest.param({"json": {"text": "a" * 10_001}}, 400, "max_character_limit_exceeded", id="text too long"),
-        pytest.param({"content": b"{"}, 400, "invalid_content_type", id="no content type"),
+        pytest.param({"json": None, "content": b"{"}, 400, "invalid_content_type", id="no content type"),
+        pytest.param({"json": None, "content": b"{", "headers": JSON}, 400, "malformed_json", id="broken JSON"),
     ],
 )
 def test_speech_is_refused_with_the_status_and_code_of_elevenlabs(call, how, status, code):
     """Each bad request gets the real refusal: the HTTP status, and under `detail` a status that names the reason."""
-    how = {key: value for key, value in how.items() if key != "json"} | ({"json": how["json"]} if "json" in how else {})
-    if "content" in how:
-        how["json"] = None
     answer = speak(call, **how)
     assert (answer.status_code, answer.json()["detail"]["status"]) == (status, code)
 
@@ -945,6 +943,24 @@ def test_a_reset_brings_the_first_behaviour_back(sandbox):
     assert (sandbox.video_seconds, sandbox.reads_to_finish, sandbox.plan) == (0.0, 3, "pro")
 
 
+def test_a_port_in_use_is_an_error_that_leaves_nothing(sandbox):
+    """No folder stays behind."""
+    second = Sandbox(sandbox.port)
+    with pytest.raises(OSError, match="Address already in use"):
+        second.start()
+    assert not Path(second.folder.name).exists()
+
+
+def test_it_stops_at_once_whatever_is_under_way(client):
+    """An answer that nobody would wait for does not hold it up."""
+    with Sandbox() as sandbox:
+        sandbox.fault("picture", "slow", seconds=60)
+        with pytest.raises(httpx.ReadTimeout):
+            client.get(sandbox.image_url, timeout=0.1)
+        started = time.monotonic()
+    assert time.monotonic() - started < 1
+
+
 def test_the_page_knows_where_it_is(sandbox, call, monkeypatch, tmp_path):
     """The service's URL, the picture and a voice are put in; without the file there is no page."""
     monkeypatch.setattr(providers, "PAGE_FILE", tmp_path / "page.html")
@@ -1030,8 +1046,3 @@ def test_the_command_stays_up_until_it_is_interrupted(command):
     assert process.returncode == 1
     with pytest.raises(httpx.TransportError), httpx.Client(trust_env=False) as client:
         client.get(service_url)
-
-
-def test_ffmpeg_is_the_one_that_pip_brought():
-    """No ffmpeg of the system is used."""
-    assert "imageio_ffmpeg" in imageio_ffmpeg.get_ffmpeg_exe()

@@ -32,6 +32,9 @@ HERE = Path(__file__).parent
 PET_FILE = HERE / "pet.jpg"
 PAGE_FILE = HERE / "page.html"
 START_TIMEOUT_S = 10.0
+KEEP_ALIVE_S = (
+    75  # as front ends of real providers have it; uvicorn's own 5 s would meet clients that reuse a connection
+)
 FILM_KINDS = {
     "html": b"<!DOCTYPE html><html><body>Not a film</body></html>",
     "noise": bytes((i * 197 + i // 7 * 31) % 256 for i in range(50_000)),
@@ -59,15 +62,15 @@ class Sandbox(Behaviour):
 
     def start(self) -> Sandbox:
         """Listen, on a free port unless one was given; returns when requests are answered."""
-        listener = socket.socket(
-            socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP
-        )  # asyncio: no delay for TCP only
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", self.port))
-        listener.listen(2048)
-        self.port = listener.getsockname()[1]
+        listener = self.listen()
         config = uvicorn.Config(
-            self.router(), lifespan="off", log_config=None, access_log=False, loop="asyncio", ws="none"
+            self.router(),
+            loop="asyncio",
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
         )
         logging.getLogger("uvicorn.error").addFilter(not_from_this_thread)
         self.server = uvicorn.Server(config)
@@ -79,6 +82,20 @@ class Sandbox(Behaviour):
                 raise RuntimeError("the sandbox did not start")
             time.sleep(0.005)
         return self
+
+    def listen(self) -> socket.socket:
+        """The socket for the server, with TCP named: only then does asyncio switch delays off."""
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", self.port))
+        except OSError:
+            listener.close()
+            self.stop()
+            raise
+        listener.listen(2048)
+        self.port = listener.getsockname()[1]
+        return listener
 
     def stop(self) -> None:
         """Stop at once, whatever is under way."""

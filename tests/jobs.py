@@ -1,0 +1,130 @@
+"""Jobs over real sockets: what is asked, what comes back in either form, and what the service's process holds meanwhile."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from tests.sandbox import Sandbox, media
+from tests.sandbox.providers import PET_FILE
+
+STAGES = ("speech", "audio_upload", "video", "download", "mux", "final_upload")
+EVENT_STREAM = {"accept": "text/event-stream"}
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at the process through Linux's /proc")
+
+
+def prompt_job(sandbox: Sandbox, **changes: Any) -> dict[str, Any]:
+    """The body of a job without speech."""
+    return {"image_url": sandbox.image_url, "prompt": "The cat looks up and talks", **changes}
+
+
+def speech_job(sandbox: Sandbox, **changes: Any) -> dict[str, Any]:
+    """The body of a speech job."""
+    return prompt_job(sandbox, **{"text": "Feed me!", "voice_id": sandbox.voice_id, **changes})
+
+
+def caller(url: str, **options: Any) -> httpx.AsyncClient:
+    """A client of the service; one that waits for half a minute at most."""
+    return httpx.AsyncClient(base_url=url, trust_env=False, timeout=30, **options)
+
+
+def short_film(seconds: float = 2.0) -> bytes:
+    """A small film that costs little, in place of one made anew for each sandbox."""
+    return media.film(PET_FILE.read_bytes(), media.FilmPlan(seconds, 160))
+
+
+# The event stream
+
+
+@dataclass
+class Event:
+    """One event as it came in: `comment` where it has no name; `text` is its data as written."""
+
+    name: str
+    text: str
+    at: float = field(default_factory=time.monotonic)
+
+    @property
+    def data(self) -> Any:
+        """The data as JSON."""
+        return json.loads(self.text)
+
+
+async def read_events(response: httpx.Response) -> AsyncIterator[Event]:
+    """Every event of a stream, comments included, each as soon as it is complete."""
+    name = text = ""
+    async for line in response.aiter_lines():
+        key, _, value = line.partition(":")
+        if line.startswith(":"):
+            yield Event("comment", value.strip())
+        elif key == "event":
+            name = value.strip()
+        elif key == "data":
+            text += value.removeprefix(" ")
+        elif not line and name:
+            yield Event(name, text)
+            name = text = ""
+
+
+async def all_events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[Event]:
+    """Every event of a job, from the first to the end of the stream."""
+    async with client.stream("POST", path, json=body, headers=EVENT_STREAM) as response:
+        assert response.status_code == 200, await response.aread()
+        return [event async for event in read_events(response)]
+
+
+# The service's process
+
+
+def children(pid: int) -> list[int]:
+    """The processes whose parent this is, dead ones that nobody has waited for included."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has just ended
+            continue
+        if int(fields[1]) == pid:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def open_files(pid: int) -> list[str]:
+    """What every descriptor of a process leads to; sockets are `socket:[...]`."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            found.append(str(link.readlink()))
+        except OSError:  # it has just been closed
+            continue
+    return found
+
+
+def sockets(pid: int) -> int:
+    """How many sockets a process holds."""
+    return sum(name.startswith("socket:") for name in open_files(pid))
+
+
+def status_of(pid: int, name: str) -> int:
+    """A number from /proc/<pid>/status, such as VmRSS (kB) or Threads."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+async def until(condition: Callable[[], Any], seconds: float = 5.0) -> bool:
+    """Whether something becomes true within so many seconds; looked at every few milliseconds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        await anyio.sleep(0.005)
+    return True
