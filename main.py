@@ -32,6 +32,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
@@ -58,7 +59,18 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-logger = logging.getLogger("talking_pet")
+current_request_id: ContextVar[str] = ContextVar("request_id", default="-")
+
+
+class RequestLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic since Python 3.11
+    """Begins each line with the id of the request it belongs to."""
+
+    def process(self, msg: str, kwargs: Any) -> tuple[str, Any]:
+        """The line with its id."""
+        return f"request_id={current_request_id.get()} {msg}", kwargs
+
+
+logger = RequestLogger(logging.getLogger("talking_pet"), {})
 
 # ----------------------------------------------------------------------------------------------------------------
 # Limits and timings
@@ -461,14 +473,14 @@ class Job:
             outcome = "done"
         finally:
             seconds = self.timings[name] = time.monotonic() - self.stage_started
-            logger.info("request_id=%s stage=%s outcome=%s ms=%.0f", self.request_id, name, outcome, seconds * 1000)
+            logger.info("stage=%s outcome=%s ms=%.0f", name, outcome, seconds * 1000)
         self.current = None
         self.tell(StageEvent(stage=name, state="done", seconds=round(seconds, 3)))
 
     def on_prediction(self, prediction: "Prediction") -> None:
         """Keep the id of what is being paid for, and pass on how far it is."""
         if self.partial.prediction_id is None:
-            logger.info("request_id=%s prediction_id=%s", self.request_id, prediction.id)
+            logger.info("prediction_id=%s", prediction.id)
             self.partial.prediction_id = prediction.id
         self.tell(
             StageEvent(
@@ -495,21 +507,15 @@ class Job:
 
     def log_end(self, path: str, outcome: str) -> None:
         """One line for the whole job."""
-        logger.info(
-            "request_id=%s job=%s outcome=%s ms=%.0f prediction_id=%s",
-            self.request_id,
-            path,
-            outcome,
-            (time.monotonic() - self.started) * 1000,
-            self.partial.prediction_id,
-        )
+        ms = (time.monotonic() - self.started) * 1000
+        logger.info("job=%s outcome=%s ms=%.0f prediction_id=%s", path, outcome, ms, self.partial.prediction_id)
 
 
-def as_service_error(exc: BaseException, job: Job) -> ServiceError:
+def as_service_error(exc: BaseException) -> ServiceError:
     """The error to tell; the traceback of an unforeseen one goes to the log."""
     if isinstance(exc, ServiceError):
         return exc
-    logger.error("request_id=%s unforeseen error", job.request_id, exc_info=exc)
+    logger.error("unforeseen error", exc_info=exc)
     return Unforeseen("Something unforeseen went wrong inside the service; its log has the request id.")
 
 
@@ -1709,7 +1715,7 @@ def set_up_log() -> None:
     if not logger.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
+        logger.logger.addHandler(handler)
 
 
 class RedactingFormatter(logging.Formatter):
@@ -1734,6 +1740,7 @@ class RequestContext:
         told = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         job = Job(told if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", told) else uuid.uuid4().hex)
         scope.setdefault("state", {})["job"] = job
+        current_request_id.set(job.request_id)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -1778,7 +1785,7 @@ class ErrorAnswers:
         try:
             await self.app(scope, receive, send_unless_too_large)
         except Exception as exc:  # noqa: BLE001  the last resort: logged, and told without inside detail
-            error = as_service_error(exc, request.state.job)
+            error = as_service_error(exc)
             if not (is_started or is_replaced):
                 await error_response(request, error)(scope, receive, send)
 
@@ -1790,7 +1797,7 @@ def error_response(request: Request, error: ServiceError, headers: Mapping[str, 
 
 async def answer_service_error(request: Request, exc: Exception) -> Response:
     """A failure the service knows."""
-    return error_response(request, as_service_error(exc, request.state.job))
+    return error_response(request, as_service_error(exc))
 
 
 async def answer_invalid(request: Request, exc: Exception) -> Response:
@@ -1934,7 +1941,7 @@ async def job_events(
     try:
         yield format_sse_event(event="result", data_str=(await task).model_dump_json())
     except Exception as exc:  # noqa: BLE001  whatever happened is told
-        error = as_service_error(exc, job)
+        error = as_service_error(exc)
         body = {"status": error.http_status, **error_json(error, job)}
         yield format_sse_event(event="error", data_str=json.dumps(body, separators=(",", ":"), ensure_ascii=False))
 

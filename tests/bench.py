@@ -279,7 +279,9 @@ class Bench:
                 seconds.append(time.monotonic() - started)
                 rest_mb.append(memory_mb(service.pid))
         each = f"median of {len(seconds)}, at most"
-        yield Row("start", "Process start to first `/health`", median(seconds), START_S, "s", f"{each} {max(seconds):.2f} s")
+        yield Row(
+            "start", "Process start to first `/health`", median(seconds), START_S, "s", f"{each} {max(seconds):.2f} s"
+        )
         yield Row("start", "Memory at rest", median(rest_mb), REST_MB, "MB", f"{each} {max(rest_mb):.0f} MB")
 
     def alone(self) -> Iterator[Row]:

@@ -85,6 +85,11 @@ async def all_events(client: httpx.AsyncClient, path: str, body: dict[str, Any])
 # The service's process
 
 
+def left_in(folder: Path) -> list[str]:
+    """The names of what lies in a folder."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def children(pid: int) -> list[int]:
     """The processes whose parent this is, dead ones that nobody has waited for included."""
     found = []

@@ -193,5 +193,3 @@ async def client(anyio_backend: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
     transport = httpx.ASGITransport(main.app)
     async with main.lifespan(main.app), httpx.AsyncClient(transport=transport, base_url="http://service") as client:
         yield client
-
-

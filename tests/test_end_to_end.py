@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-import time
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import imageio_ffmpeg
 import pytest
 
 from tests.conftest import StartService
-from tests.jobs import caller, prompt_job, short_film, speech_job
+from tests.jobs import caller, left_in, prompt_job, short_film, speech_job
 from tests.sandbox import Sandbox, Service, media
 from tests.sandbox.supabase import KEYS
 
@@ -298,24 +298,27 @@ async def test_six_hundred_characters_are_spoken(service: Service, sandbox: Sand
 # Many at once
 
 
-async def slowest_health_s(url: str, until_done: Callable[[], Awaitable[object]]) -> float:
+# Runs in a process of its own, so that this one's work does not count: asks until its input ends, tells the longest time.
+WATCH_HEALTH = """
+import http.client, select, sys, time
+connection, slowest = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=30), 0.0
+while not select.select([sys.stdin], [], [], 0.01)[0]:
+    started = time.monotonic()
+    connection.request("GET", "/health")
+    assert connection.getresponse().read() == b'{"ok":true}'
+    slowest = max(slowest, time.monotonic() - started)
+print(slowest)
+"""
+
+
+async def slowest_health_s(service: Service, work: Callable[[], Awaitable[object]]) -> float:
     """The longest that /health took while something else went on."""
-    slowest, is_done = 0.0, False
-
-    async def watch() -> None:
-        nonlocal slowest
-        async with caller(url) as client:
-            while not is_done:
-                started = time.monotonic()
-                assert (await client.get("/health")).status_code == 200
-                slowest = max(slowest, time.monotonic() - started)
-                await anyio.sleep(0.01)
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(watch)
-        await until_done()
-        is_done = True
-    return slowest
+    async with await anyio.open_process([sys.executable, "-c", WATCH_HEALTH, str(service.port)]) as watch:
+        assert watch.stdin is not None
+        assert watch.stdout is not None
+        await work()
+        await watch.stdin.aclose()
+        return float(await watch.stdout.receive())
 
 
 async def test_ten_speech_jobs_at_once(sandbox: Sandbox, start_service: StartService, tmp_path: Path) -> None:
@@ -332,13 +335,13 @@ async def test_ten_speech_jobs_at_once(sandbox: Sandbox, start_service: StartSer
             for _ in range(10):
                 tasks.start_soon(job)
 
-    slowest = await slowest_health_s(service.url, ten_jobs)
+    slowest = await slowest_health_s(service, ten_jobs)
     if slowest > 0.1:  # once more: this machine may have been busy with something else
-        slowest = await slowest_health_s(service.url, ten_jobs)
+        slowest = await slowest_health_s(service, ten_jobs)
     assert slowest <= 0.1
     assert len({answer["final_url"] for answer in answers}) == len(answers) >= 10
     assert len(sandbox.predictions) == len(answers)
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -359,7 +362,7 @@ async def test_a_failed_job_leaves_no_file(
     spoil(sandbox)
     response = await post(service, "/jobs_prompt_tts", speech_job(sandbox))
     assert (response.status_code, response.json()["category"]) == (500, "resource")
-    assert list(tmp_path.iterdir()) == []
+    assert left_in(tmp_path) == []
 
 
 # Keys
@@ -374,13 +377,17 @@ async def test_no_key_is_ever_told(sandbox: Sandbox, start_service: StartService
     sandbox.film(short_film())
     answers = []
     for call in ("speech", "model", "create", "read", "upload", "public", "output"):
-        for body in ({"detail": f"wrong key {told}"}, f"<html><body>{told}</body></html>", told):
-            for status in (401, 422):
-                sandbox.fault(call, "status", status=status, body=body)
-                model = {"model": "kwaivgi/kling-v2.1:0"} if call == "model" else {}
-                response = await post(service, "/jobs_prompt_tts", speech_job(sandbox, **model))
-                assert response.status_code in (400, 500)
-                answers.append(response.text + str(response.headers))
+        for status, body in [
+            (401, {"detail": told}),
+            (422, {"detail": told}),
+            (401, f"<html>{told}</html>"),
+            (401, told),
+        ]:
+            sandbox.fault(call, "status", status=status, body=body)
+            model = {"model": "kwaivgi/kling-v2.1"} if call == "model" else {}
+            response = await post(service, "/jobs_prompt_tts", speech_job(sandbox, **model))
+            assert response.status_code in (400, 500)
+            answers.append(response.text + str(response.headers))
     for key in keys:
         assert all(key not in answer for answer in answers)
         assert key not in service.log

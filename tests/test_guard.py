@@ -657,7 +657,10 @@ async def test_the_owners_storage_is_trusted(
 @pytest.mark.parametrize("variable", ["ELEVEN_BASE_URL", "REPLICATE_BASE_URL"])
 async def test_the_owners_base_urls_are_trusted(variable: str, serve: Serve, environ: Environ) -> None:
     """A stand-in on loopback takes a provider's place without ALLOW_PRIVATE_URLS."""
-    speech, model = reply(200, b"ID3 speech"), reply(200, b'{"id": "p1", "status": "succeeded", "output": "https://x/"}')
+    speech, model = (
+        reply(200, b"ID3 speech"),
+        reply(200, b'{"id": "p1", "status": "succeeded", "output": "https://x/"}'),
+    )
     server = serve({"/v1/text-to-speech/voice?output_format=mp3_44100_64": speech, "/v1/predictions/p1": model})
     environ(**{variable: server.url}, ELEVEN_API_KEY="eleven-key", REPLICATE_API_TOKEN="replicate-token")
 
@@ -791,4 +794,6 @@ def test_every_refused_network_is_refused_to_its_ends() -> None:
     ends = [(str(network[0]), str(network[-1])) for network in main.BLOCKED_NETWORKS]
 
     assert not any(main.is_public(address) for pair in ends for address in pair)
-    assert all(isinstance(ipaddress.ip_address(first), ipaddress.IPv4Address | ipaddress.IPv6Address) for first, _ in ends)
+    assert all(
+        isinstance(ipaddress.ip_address(first), ipaddress.IPv4Address | ipaddress.IPv6Address) for first, _ in ends
+    )

@@ -128,9 +128,7 @@ async def test_a_length_that_is_none_is_a_failed_answer(length: str, client: htt
 
 
 @pytest.mark.parametrize("refused", [400, 403, 404, 405, 500, 501])
-async def test_a_refused_head_falls_back_to_a_ranged_get(
-    refused: int, client: httpx.AsyncClient, pets: Server
-) -> None:
+async def test_a_refused_head_falls_back_to_a_ranged_get(refused: int, client: httpx.AsyncClient, pets: Server) -> None:
     """A server that takes no HEAD is asked for the first byte, and the whole size is told."""
     part = reply(206, b"f", content_type="video/mp4", content_range="bytes 0-0/12345")
     pets.answers |= {"HEAD /film.mp4": [reply(refused)], "GET /film.mp4": [part]}
