@@ -24,6 +24,7 @@ import math
 import os
 import random
 import re
+import shutil
 import socket
 import ssl
 import struct
@@ -1608,8 +1609,11 @@ def head_result(response: httpx.Response) -> HeadResult:
 
 @lru_cache(maxsize=1)
 def ffmpeg_path() -> str:
-    """The ffmpeg that imageio-ffmpeg brings; it is tried once. Raises RuntimeError where there is none."""
-    return str(imageio_ffmpeg.get_ffmpeg_exe())
+    """The ffmpeg that imageio-ffmpeg brings, or IMAGEIO_FFMPEG_EXE. Raises RuntimeError where there is none."""
+    path = str(imageio_ffmpeg.get_ffmpeg_exe())  # tries its own, but not the variable's
+    if shutil.which(path) is None:
+        raise RuntimeError(f"There is no ffmpeg at {path}; is IMAGEIO_FFMPEG_EXE right?")
+    return path
 
 
 def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path) -> list[str]:
@@ -1619,7 +1623,6 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
     local_only = ["-protocol_whitelist", "file"]
     return [
         *("-hide_banner", "-nostdin", "-y", "-v", "error"),
-        "-xerror",  # a film that breaks off is an error, not a shorter film
         *("-max_alloc", str(FFMPEG_MAX_ALLOC_BYTES), "-filter_threads", "1"),
         *(("-stream_loop", "-1") if fit == "speech" else ()),
         *(*local_only, "-threads", "1", "-f", "mov", "-i", f"file:{video}"),
@@ -1633,11 +1636,16 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
     ]
 
 
+MAX_BOXES = 10_000  # of an MP4 at its top level; a film in fragments has some hundreds
+FIRST_BOXES = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip")  # QuickTime's may begin without ftyp
+
+
 async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "shortest") -> None:
     """Put speech (in TTS_OUTPUT_FORMAT) and film together; the video stream is copied bit by bit.
 
     No more at once than there are cores. Raises ResourceFailed if ffmpeg cannot use them or takes over a minute.
     """
+    check_film(video)
     arguments = mux_arguments(video, speech, speech_file().demuxer, fit, final)
     async with shared() as resources, resources.ffmpeg_slots:
         await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S)
@@ -1678,11 +1686,21 @@ async def last_words(process: asyncio.subprocess.Process) -> str:
     return " | ".join(tail.decode("utf-8", "replace").split("\n")).strip(" |")
 
 
-def check_is_mp4(video: Path) -> None:
-    """Refuse a film that is none before it is stored as one. Raises ResourceFailed."""
+def check_film(video: Path) -> None:
+    """Refuse a file that is no MP4, or breaks off; ffmpeg would make a shorter film of it. Raises ResourceFailed."""
+    size, offset = video.stat().st_size, 0
     with video.open("rb") as file:
-        if file.read(12)[4:8] != b"ftyp":
-            raise ResourceFailed("What the model made is not an MP4 film.", "replicate")
+        for _ in range(MAX_BOXES):
+            if offset >= size:
+                break
+            file.seek(offset)
+            length, name, long_length = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+            if offset == 0 and name not in FIRST_BOXES:
+                raise ResourceFailed("What the model made is not an MP4 film.", "replicate")
+            # ISO/IEC 14496-12: 0 is a box to the file's end, 1 one whose length follows.
+            offset = size if length == 0 else offset + max(8, long_length if length == 1 else length)
+    if offset != size or size == 0:
+        raise ResourceFailed("The film that the model made breaks off.", "replicate")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -2037,7 +2055,7 @@ async def speaking_film(video_url: str, folder: Path, job: Job) -> Path:
     final = folder / "final.mp4"
     with job.stage("download"):
         await download(video_url, final)
-        check_is_mp4(final)
+        check_film(final)
     return final
 
 

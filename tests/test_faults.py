@@ -87,9 +87,9 @@ OUTCOMES = """
 cut               | ends   | again        | ends   | again | again  | again       | again
 lost              | ends   | again        | ends   | again | again  | again       | again
 halfway           | ends   | again        | ends   | again | again  | again       | again
-nonsense          | ends   | ends         | ends   | again | ends   | ends        | ends
-empty             | ends   | ends         | ends   | again | ends   | ends        | ends
-endless           | ends   | ends         | ends   | again | ends   | ends        | ends
+nonsense          | ends   | again        | ends   | again | ends   | ends        | again
+empty             | ends   | again        | ends   | again | ends   | ends        | again
+endless           | ends   | again        | ends   | again | ends   | ends        | again
 slow              | late   | late         | late   | late  | late   | late        | late
 drip              | late   | late         | late   | late  | late   | late        | late
 """
@@ -159,7 +159,7 @@ class Lane:
     def start(self) -> Lane:
         """Start both."""
         self.folder.mkdir()
-        self.sandbox = Sandbox().start()
+        self.sandbox = Sandbox(reads_to_finish=1).start()
         changes = {**PACE, "TMPDIR": str(self.folder), "JOB_TIMEOUT_SECONDS": str(self.timeout_s)}
         self.service = Service({**self.sandbox.environment(), **changes}).start()
         return self
@@ -250,8 +250,8 @@ def test_what_is_worth_repeating_is_repeated(seen: dict[Case, Seen], case: Case)
     found = seen[case]
     assert found.status == 200, found.answer
     assert set(found.answer) == {"audio_url", "video_url", "final_url"}
-    usual = {"read": 3, "audio upload": 2}.get(case.place, 1)
-    assert found.asked > usual if case.place == "read" else found.asked == usual + 1
+    usual = 2 if case.place == "audio upload" else 1  # the other upload goes well
+    assert found.asked == usual + 1
 
 
 @pytest.mark.parametrize("case", FAILING)

@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ HERE = Path(__file__).parent
 PET_FILE = HERE / "pet.jpg"
 PAGE_FILE = HERE / "page.html"
 START_TIMEOUT_S = 10.0
+PICTURE_KINDS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp", b"GIF8": "gif"}  # by first bytes
 KEEP_ALIVE_S = (
     75  # as front ends of real providers have it; uvicorn's own 5 s would meet clients that reuse a connection
 )
@@ -51,6 +53,7 @@ class Sandbox(Behaviour):
         self.port, self.service_url, self.picture_file = port, "", PET_FILE
         self.folder = tempfile.TemporaryDirectory(prefix="sandbox-")
         self.workshop = Workshop()
+        self.pictures: dict[str, bytes] = {}
         self.wire = Wire(record, default_body)
         self.elevenlabs = elevenlabs.ElevenLabs(self, self.workshop)
         self.replicate = replicate.Replicate(self, self.workshop, lambda: self.url)
@@ -120,6 +123,8 @@ class Sandbox(Behaviour):
         own = [
             Route("/", on("page", self.page), methods=["GET"]),
             Route("/pet.jpg", on("picture", self.picture), methods=["GET"]),
+            Route("/pictures/{name}", on("picture", self.added_picture), methods=["GET"]),
+            Route("/pictures", on("page", self.add_picture), methods=["POST"]),
         ]
         rest = Route("/{path:path}", on("other", self.unknown))
         storage = self.supabase.routes(on)
@@ -204,6 +209,7 @@ class Sandbox(Behaviour):
     def reset(self) -> None:
         """Forget requests, faults, predictions, objects; behave as at the start. Media already made are kept."""
         self.behave_as(self.initial)
+        self.pictures.clear()
         self.wire.clear()
         self.replicate.clear()
         self.supabase.clear()
@@ -225,6 +231,24 @@ class Sandbox(Behaviour):
         media_type = mimetypes.guess_type(self.picture_file.name)[0] or "application/octet-stream"
         headers = {"content-type": media_type, "access-control-allow-origin": "*"}
         return Blob(self.picture_file.read_bytes(), headers=headers)
+
+    async def add_picture(self, request: Request) -> Response:
+        """Keep a picture that the page brings, and say its address: a front end's own storage would do the same."""
+        picture = await request.body()
+        kind = next((kind for start, kind in PICTURE_KINDS.items() if picture.startswith(start)), None)
+        if kind is None:
+            return JSONResponse({"detail": "it is no JPEG, PNG, WebP or GIF."}, 400)
+        name = f"{uuid.uuid4()}.{kind}"
+        self.pictures[name] = picture
+        return JSONResponse({"url": f"{self.url}/pictures/{name}"})
+
+    async def added_picture(self, request: Request) -> Response:
+        """A picture that the page has brought."""
+        name = request.path_params["name"]
+        if name not in self.pictures:
+            return await self.unknown(request)
+        kind = name.rpartition(".")[2].replace("jpg", "jpeg")
+        return Blob(self.pictures[name], headers={"content-type": f"image/{kind}", "access-control-allow-origin": "*"})
 
     async def unknown(self, request: Request) -> Response:
         """A path that no provider has."""
