@@ -1645,7 +1645,7 @@ async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "sh
 
     No more at once than there are cores. Raises ResourceFailed if ffmpeg cannot use them or takes over a minute.
     """
-    check_film(video)
+    await asyncio.to_thread(check_film, video)
     arguments = mux_arguments(video, speech, speech_file().demuxer, fit, final)
     async with shared() as resources, resources.ffmpeg_slots:
         await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S)
@@ -2055,7 +2055,7 @@ async def speaking_film(video_url: str, folder: Path, job: Job) -> Path:
     final = folder / "final.mp4"
     with job.stage("download"):
         await download(video_url, final)
-        check_film(final)
+        await asyncio.to_thread(check_film, final)
     return final
 
 

@@ -246,6 +246,21 @@ def test_a_stream_that_breaks_off_is_said_so(page: Page) -> None:
     assert "ended early" in failure(page)
 
 
+def test_another_origin_may_send_and_read_the_request_id(page: Page, service: Service, sandbox: Sandbox) -> None:
+    """A front end can name a request itself, and reads the id and the stages' times from the answer's headers."""
+    told = page.evaluate(ASK, [service.url, sandbox.image_url])
+    assert told[0] == "from-the-page"
+    assert told[1].startswith("video;dur=")
+
+
+ASK = """async ([service, image_url]) => {
+    const headers = { "Content-Type": "application/json", "X-Request-ID": "from-the-page" };
+    const body = JSON.stringify({ image_url, prompt: "It nods" });
+    const answer = await fetch(`${service}/jobs_prompt_only`, { method: "POST", headers, body });
+    return [answer.headers.get("X-Request-ID"), answer.headers.get("Server-Timing")];
+}"""
+
+
 # ---- Everybody's page
 
 

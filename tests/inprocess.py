@@ -56,3 +56,10 @@ def answer(status: int, body: bytes | str = b"", **headers: str) -> main.Answer:
     """A provider's answer, as the HTTP plumbing holds it."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return main.Answer(status, httpx.Headers(named), body.encode() if isinstance(body, str) else body)
+
+
+def log_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the service has logged, each line without the request id that it begins with."""
+    lines = [record.getMessage() for record in caplog.records if record.name == "talking_pet"]
+    assert all(line.startswith("request_id=") for line in lines)
+    return [line.partition(" ")[2] for line in lines]

@@ -29,6 +29,8 @@ serve = network.serve
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 CANNOT_USE = "Film and speech could not be put together; ffmpeg cannot use one of them."
+NO_FILM = "What the model made is not an MP4 film."
+BREAKS_OFF = "The film that the model made breaks off."
 SPEECH_HZ, FILM_HZ = 440, 1000  # the tones of our speech, and of a film that brings its own sound
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
@@ -471,62 +473,85 @@ def playlist(url: str) -> bytes:
 
 
 BAD_BYTES = [
-    pytest.param(b"", id="empty"),
-    pytest.param(b"<html><body><h1>404 Not Found</h1></body></html>", id="HTML"),
-    pytest.param(b'{"error": "not found"}', id="JSON"),
-    pytest.param(noise(50_000), id="noise"),
-    pytest.param(bytes(50_000), id="zeros"),
-    pytest.param(b"\0\0\0\x20ftypisom" + noise(50_000), id="noise that begins like a film"),
-    pytest.param(playlist("file:///etc/passwd"), id="HLS of a file"),
-    pytest.param(playlist("/etc/passwd"), id="HLS of a path"),
-    pytest.param(b"ffconcat version 1.0\nfile /etc/passwd\n", id="ffconcat of a path"),
-    pytest.param(b"ffconcat version 1.0\nfile 'file:///etc/passwd'\n", id="ffconcat of a file"),
+    pytest.param(b"", BREAKS_OFF, id="empty"),
+    pytest.param(b"<html><body><h1>404 Not Found</h1></body></html>", NO_FILM, id="HTML"),
+    pytest.param(b'{"error": "not found"}', NO_FILM, id="JSON"),
+    pytest.param(noise(50_000), NO_FILM, id="noise"),
+    pytest.param(bytes(50_000), NO_FILM, id="zeros"),
+    pytest.param(b"\0\0\0\x20ftypisom" + noise(50_000), BREAKS_OFF, id="noise that begins like a film"),
+    pytest.param(b"\0\0\0\x08ftyp\0\0\0\0mdat" + noise(50_000), CANNOT_USE, id="noise in a box"),
+    pytest.param(playlist("file:///etc/passwd"), NO_FILM, id="HLS of a file"),
+    pytest.param(playlist("/etc/passwd"), NO_FILM, id="HLS of a path"),
+    pytest.param(b"ffconcat version 1.0\nfile /etc/passwd\n", NO_FILM, id="ffconcat of a path"),
+    pytest.param(b"ffconcat version 1.0\nfile 'file:///etc/passwd'\n", NO_FILM, id="ffconcat of a file"),
 ]
 
 
-async def refusal(film: Path, speech: Path, final: Path, fit: main.Fit = "shortest") -> None:
-    """Media that cannot be used are a failed resource, said in a sentence."""
+async def refusal(film: Path, speech: Path, final: Path, fit: main.Fit = "shortest") -> str:
+    """What is said of media that cannot be used: a failed resource, and nothing of this machine in the clip."""
     with pytest.raises(main.ResourceFailed) as failed:
         await main.mux_video_audio(film, speech, final, fit)
-    assert failed.value.detail == CANNOT_USE
     assert not final.exists() or b"root:" not in final.read_bytes()
+    return failed.value.detail
 
 
 @no_child_left
-@pytest.mark.parametrize("content", BAD_BYTES)
-async def test_a_film_that_is_none_is_refused(content: bytes, studio: Studio, final: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "reason"), BAD_BYTES)
+async def test_a_film_that_is_none_is_refused(
+    content: bytes, reason: str, studio: Studio, final: Path, tmp_path: Path
+) -> None:
     """Whatever came in place of a film, nothing of it or of this machine becomes one."""
     film = tmp_path / "film.mp4"
     film.write_bytes(content)
 
-    await refusal(film, studio.speech(3), final)
+    assert await refusal(film, studio.speech(3), final) == reason
 
 
 @no_child_left
-@pytest.mark.parametrize("content", BAD_BYTES)
+@pytest.mark.parametrize("content", [pytest.param(row.values[0], id=row.id) for row in BAD_BYTES])
 async def test_speech_that_is_none_is_refused(content: bytes, studio: Studio, final: Path, tmp_path: Path) -> None:
     """The same for what came in place of speech."""
     speech = tmp_path / "speech"
     speech.write_bytes(content)
 
-    await refusal(studio.film(), speech, final)
+    assert await refusal(studio.film(), speech, final) == CANNOT_USE
 
 
 @no_child_left
 @pytest.mark.parametrize("fit", ["shortest", "speech"])
-@pytest.mark.parametrize("text", ["#EXTM3U\n#EXTINF:5,\n{url}/a.ts\n", "ffconcat version 1.0\nfile {url}/a.mp4\n"])
-async def test_a_playlist_reaches_nobody(
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("#EXTM3U\n#EXTINF:5,\n{url}/a.ts\n#EXT-X-ENDLIST\n", id="HLS"),
+        pytest.param("ffconcat version 1.0\nfile {url}/a.mp4\n", id="ffconcat"),
+    ],
+)
+async def test_ffmpeg_reads_no_playlist(
     text: str, fit: main.Fit, serve: Callable[[Answers], Server], studio: Studio, final: Path, tmp_path: Path
 ) -> None:
-    """A playlist that is named like a film, or like speech, makes ffmpeg connect to nobody."""
+    """A playlist in place of film or speech would make ffmpeg connect to others, had it a choice."""
     server = serve({"/a.mp4": reply(200, studio.film().read_bytes()), "/a.ts": reply(200)})
-    film = tmp_path / "film.mp4"
-    film.write_text(text.format(url=server.url))
+    media = tmp_path / "media.mp4"
+    media.write_text(text.format(url=server.url))
 
-    await refusal(film, studio.speech(3), final, fit)
-    await refusal(studio.film(), film, final, fit)
+    for film, speech in ((media, studio.speech(3)), (studio.film(), media)):
+        with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
+            await main.run_ffmpeg(main.mux_arguments(film, speech, "mp3", fit, final), 10)
 
     assert server.was_silent()
+
+
+@pytest.mark.parametrize(
+    "text", ["#EXTM3U\n#EXTINF:5,\n{path}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {path}\n"]
+)
+async def test_ffmpeg_reads_no_other_file(text: str, studio: Studio, final: Path, tmp_path: Path) -> None:
+    """A playlist of files of this machine, even of media beside it, is no film."""
+    (tmp_path / "secret.mp4").write_bytes(studio.film().read_bytes())
+    media = tmp_path / "media.mp4"
+    media.write_text(text.format(path="secret.mp4"))
+
+    with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
+        await main.run_ffmpeg(main.mux_arguments(media, studio.speech(3), "mp3", "shortest", final), 10)
 
 
 @no_child_left
@@ -548,7 +573,50 @@ async def test_a_film_that_breaks_off_is_refused(
     film = tmp_path / "film.mp4"
     film.write_bytes(whole[: int(len(whole) * share)])
 
-    await refusal(film, studio.speech(9), final, fit)
+    assert await refusal(film, studio.speech(9), final, fit) == BREAKS_OFF
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("-movflags", "+faststart"), id="index first"),
+        pytest.param(("-movflags", "+frag_keyframe+empty_moov"), id="fragments"),
+        pytest.param(("-brand", "qt  "), id="QuickTime"),
+    ],
+)
+async def test_a_whole_film_is_taken(options: tuple[str, ...], studio: Studio, final: Path) -> None:
+    """However an MP4 file is laid out."""
+    await main.mux_video_audio(studio.film(6, "25", None, *options), studio.speech(3), final)
+
+    assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
+
+
+async def test_a_film_with_a_box_of_unusual_length_is_taken(studio: Studio, final: Path, tmp_path: Path) -> None:
+    """A length in 64 bits, and one that means `to the end of the file`, are as good as any."""
+    whole = studio.film(6, "25", None, "-movflags", "+faststart").read_bytes()
+    film = tmp_path / "film.mp4"
+    film.write_bytes(whole + struct.pack(">I4sQ", 1, b"free", 20) + b"long" + struct.pack(">I4s", 0, b"free") + b"rest")
+
+    await main.mux_video_audio(film, studio.speech(3), final)
+
+    assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
+
+
+@no_child_left
+async def test_a_film_of_many_boxes_holds_nobody_up(studio: Studio, final: Path, tmp_path: Path) -> None:
+    """A file made to be slow to look through is not looked through in the event loop."""
+    film = tmp_path / "film.mp4"
+    film.write_bytes(struct.pack(">I4s", 8, b"ftyp") + struct.pack(">I4s", 8, b"free") * 1_000_000)
+    mux = asyncio.create_task(main.mux_video_audio(film, studio.speech(3), final))
+    longest, last = 0.0, time.monotonic()
+
+    while not mux.done():
+        await asyncio.sleep(0.001)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+
+    with pytest.raises(main.ResourceFailed):
+        await mux
+    assert longest < 0.2
 
 
 @no_child_left
@@ -557,7 +625,7 @@ async def test_a_film_without_a_picture_is_refused(studio: Studio, final: Path, 
     film = tmp_path / "film.mp4"
     ffmpeg("-f", "lavfi", "-i", "sine=1000:d=1", "-c:a", "aac", film)
 
-    await refusal(film, studio.speech(3), final)
+    assert await refusal(film, studio.speech(3), final) == CANNOT_USE
 
 
 @no_child_left
@@ -568,13 +636,13 @@ async def test_a_film_with_a_cover_only_is_refused(studio: Studio, final: Path, 
     sound = ("-f", "lavfi", "-i", "sine=1000:d=1", "-c:a", "aac")
     ffmpeg("-i", cover, *sound, "-map", 0, "-map", 1, "-c:v", "copy", "-disposition:v:0", "attached_pic", film)
 
-    await refusal(film, studio.speech(3), final)
+    assert await refusal(film, studio.speech(3), final) == CANNOT_USE
 
 
 @no_child_left
 async def test_a_film_without_sound_is_no_speech(studio: Studio, final: Path) -> None:
     """A film in place of speech is refused, too."""
-    await refusal(studio.film(), studio.film(), final)
+    assert await refusal(studio.film(), studio.film(), final) == CANNOT_USE
 
 
 @no_child_left
@@ -583,7 +651,7 @@ async def test_another_container_is_refused(studio: Studio, final: Path, tmp_pat
     film = tmp_path / "film.mp4"
     ffmpeg("-i", studio.film(), "-c", "copy", "-f", "matroska", film)
 
-    await refusal(film, studio.speech(3), final)
+    assert await refusal(film, studio.speech(3), final) == NO_FILM
 
 
 def test_a_huge_frame_does_not_fill_the_memory(studio: Studio, final: Path, tmp_path: Path) -> None:
@@ -811,7 +879,7 @@ async def test_a_cancelled_mux_gives_its_place_back(
 
 
 @pytest.fixture
-def _fresh_path() -> Iterator[None]:
+def fresh_path() -> Iterator[None]:
     """ffmpeg is looked for anew, and once more after the test."""
     main.ffmpeg_path.cache_clear()
     yield
@@ -819,7 +887,7 @@ def _fresh_path() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_ffmpeg(_fresh_path: None, monkeypatch: pytest.MonkeyPatch) -> str:
+def no_ffmpeg(fresh_path: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """A machine on which ffmpeg is not where it is said to be."""
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
     return "/nowhere/ffmpeg"
@@ -838,7 +906,7 @@ async def test_a_missing_ffmpeg_is_said_by_a_mux_too(no_ffmpeg: str, studio: Stu
         await main.mux_video_audio(studio.film(), studio.speech(3), final)
 
 
-def test_another_ffmpeg_can_be_named(_fresh_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_ffmpeg_can_be_named(fresh_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """IMAGEIO_FFMPEG_EXE is taken if it is there."""
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", FFMPEG)
 

@@ -644,7 +644,12 @@ async def test_the_owners_storage_is_trusted(
 ) -> None:
     """A storage inside the owner's network works, however its address is written."""
     path = httpx.URL(url).path.rstrip("/") + "/storage/v1/object"
-    server = serve({f"POST {path}/pets/a.mp3": reply(200, b"{}"), f"GET {path}/public/pets/a.mp3": reply(200, b"ok")})
+    server = serve(
+        {
+            f"POST {path}/pets/a.mp3": reply(200, b'{"Key": "pets/a.mp3"}'),
+            f"GET {path}/public/pets/a.mp3": reply(200, b"ok"),
+        }
+    )
     internet.addresses |= {"10.1.2.3": server.port, "Storage.Internal": server.port, "storage.internal": server.port}
     environ(SUPABASE_URL=storage, SUPABASE_SERVICE_ROLE="service-role-key")
 

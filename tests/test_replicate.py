@@ -12,7 +12,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import FAST, REPLICATE_URL, SECRETS, error_of, running_service, told, use_settings
+from tests.inprocess import FAST, REPLICATE_URL, SECRETS, error_of, log_lines, running_service, told, use_settings
 
 PICTURE_URL = "https://example.com/pet.jpg"
 FILM_URL = "https://replicate.delivery/xezq/film.mp4"
@@ -461,7 +461,7 @@ async def test_a_cancelled_caller_cancels_the_prediction(replicate, caplog):
     request = replicate.cancel.calls.last.request
     assert (request.method, str(request.url), request.content) == ("POST", CANCEL_URL, b"")
     assert request.headers["authorization"] == f"Bearer {SECRETS['REPLICATE_API_TOKEN']}"
-    assert "prediction_id=p1 cancelled" in caplog.messages
+    assert "prediction_id=p1 cancelled" in log_lines(caplog)
     await asyncio.sleep(0.05)
     assert (replicate.read.call_count, replicate.cancel.call_count) == (reads, 1)
 
@@ -493,7 +493,7 @@ async def test_a_cancel_that_fails_is_logged(replicate, caplog, outcome, words):
     """The caller's own end goes on; an operator finds the id."""
     replicate.cancel.mock(side_effect=itertools.repeat(outcome))
     await ended_while_waiting(replicate)
-    assert f"prediction_id=p1 not cancelled: {words}" in caplog.messages
+    assert f"prediction_id=p1 not cancelled: {words}" in log_lines(caplog)
 
 
 async def test_a_create_that_is_on_its_way_is_waited_for_and_cancelled(replicate):

@@ -21,6 +21,7 @@ from tests.inprocess import (
     SUPABASE_URL,
     answer,
     error_of,
+    log_lines,
     running_service,
     told,
     use_settings,
@@ -442,8 +443,7 @@ async def test_every_repeat_is_logged(providers, calls, caplog):
     url, work, success = calls["speech"]
     failure = httpx.Response(503, json={"detail": {"message": "Maintenance"}})
     await count_requests(providers, url, work, [failure, httpx.ConnectError("refused"), success])
-    lines = [record.getMessage() for record in caplog.records if record.name == "talking_pet"]
-    assert lines == [
+    assert log_lines(caplog) == [
         "attempt=1 failed (503: Maintenance), next in 0.0 s",
         "attempt=2 failed (ConnectError refused), next in 0.0 s",
     ]
@@ -578,7 +578,7 @@ async def test_a_key_that_a_provider_echoes_is_not_passed_on(providers, calls, c
     body = shape.format(text=text.format(key=SECRETS[key]))
     providers.route(url=url).mock(side_effect=[httpx.Response(status, html=body) for status in (429, 401)])
     error = await error_of(work())
-    lines = [record.getMessage() for record in caplog.records if record.name == "talking_pet"]
+    lines = log_lines(caplog)
     assert "***" in error.detail or "x" * 200 in error.detail
     assert not [told for told in (error.detail, str(error), *lines) if SECRETS[key][:8] in told]
 

@@ -234,7 +234,7 @@ ERRORS = [
         id="the film cannot be fetched",
     ),
     pytest.param(
-        lambda sandbox: sandbox.film("noise"), {}, 500, "resource", None, "ffmpeg cannot use one of them", BOUGHT,
+        lambda sandbox: sandbox.film("noise"), {}, 500, "resource", "replicate", "is not an MP4 film", BOUGHT,
         id="the film is no film",
     ),
 ]  # fmt: skip
