@@ -1,0 +1,300 @@
+"""The client leaves, or the host ends the process, at every stage of a job: nothing goes on, nothing is left, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import imageio_ffmpeg
+import pytest
+
+from tests.conftest import PACE
+from tests.jobs import all_events, caller, children, left_in, needs_proc, short_film, speech_job, until
+from tests.sandbox import Sandbox, Service
+
+pytestmark = [pytest.mark.anyio, needs_proc]
+
+FILM_S = 5.0
+FORMS = {"json": "application/json", "stream": "text/event-stream"}
+
+# The call at which a job is held, and the faults that hold it there; the mux is held by a slow ffmpeg.
+HOLDS: dict[str, list[str]] = {
+    "speech": ["speech"],
+    "audio_upload": ["upload"],
+    "create": ["create"],
+    "video": ["read"],
+    "download": ["output"],
+    "mux": [],
+    "final_upload": ["upload", "upload"],
+}
+WITH_FILES = ("download", "mux", "final_upload")
+PARTIAL = {
+    "speech": set(),
+    "audio_upload": set(),
+    "create": {"audio_url"},
+    "video": {"audio_url", "prediction_id"},
+    "download": {"audio_url", "prediction_id", "video_url"},
+    "mux": {"audio_url", "prediction_id", "video_url"},
+    "final_upload": {"audio_url", "prediction_id", "video_url"},
+}
+
+
+class Held:
+    """A sandbox, and a service beside it, whose jobs can be held at a stage."""
+
+    def __init__(self, sandbox: Sandbox, folder: Path, graceful_s: int = 10) -> None:
+        self.sandbox, self.folder, self.slow_next = sandbox, folder / "tmp", folder / "slow-next"
+        self.folder.mkdir(parents=True)
+        ffmpeg = folder / "ffmpeg"  # the real one; told to, it reads the film no faster than it plays
+        real = imageio_ffmpeg.get_ffmpeg_exe()
+        ffmpeg.write_text(f'#!/bin/sh\n/bin/rm "{self.slow_next}" 2>&- && exec "{real}" -re "$@"\nexec "{real}" "$@"\n')
+        ffmpeg.chmod(0o755)
+        changes = {"TMPDIR": str(self.folder), "IMAGEIO_FFMPEG_EXE": str(ffmpeg)}
+        self.service = Service({**sandbox.environment(), **PACE, **changes}, graceful_s=graceful_s)
+
+    def body(self) -> dict[str, Any]:
+        """A speech job whose final film is as long as the model's."""
+        return speech_job(self.sandbox, fit="video")
+
+    def prepare(self, stage: str, seconds: float) -> None:
+        """Let the next job stand still at a stage for so long (the mux: for the film's length)."""
+        for call in HOLDS[stage][:-1]:
+            self.sandbox.fault(call, "slow", seconds=0)
+        for call in HOLDS[stage][-1:]:
+            self.sandbox.fault(call, "slow", seconds=seconds)
+        if stage == "mux":
+            self.slow_next.touch()
+
+    def count(self, stage: str) -> int:
+        """How often a job has come so far; the mux: whether ffmpeg runs slowly now."""
+        if stage == "mux":
+            return len(children(self.service.pid)) if not self.slow_next.exists() else 0
+        return len(self.sandbox.calls(HOLDS[stage][-1]))
+
+    def wanted(self, stage: str) -> int:
+        """The count at which the next job stands at the stage."""
+        return self.count(stage) + max(1, len(HOLDS[stage]))
+
+
+# The client leaves
+
+
+@pytest.fixture(scope="module")
+def running(running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Held]:
+    """One service for all that leave."""
+    held = Held(running_sandbox, tmp_path_factory.mktemp("leaving") / "service")
+    with held.service:
+        yield held
+
+
+@pytest.fixture(scope="module")
+def film() -> bytes:
+    """A small film."""
+    return short_film(FILM_S)
+
+
+def request_bytes(body: dict[str, Any], accept: str) -> bytes:
+    """A speech job as it goes over the wire."""
+    content = json.dumps(body).encode()
+    head = f"Host: x\r\nAccept: {accept}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    return f"POST /jobs_prompt_tts HTTP/1.1\r\n{head}\r\n\r\n".encode() + content
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stage", HOLDS)
+async def test_a_client_that_leaves_ends_its_job(
+    running: Held, sandbox: Sandbox, film: bytes, stage: str, form: str
+) -> None:
+    """Within a second the film is cancelled, ffmpeg reaped and every file gone; nothing further is bought."""
+    sandbox.film(film)
+    running.prepare(stage, seconds=0.4 if stage == "create" else 3)
+    if stage == "video":
+        sandbox.outcome("never")
+    wanted, log_before = running.wanted(stage), len(running.service.log)
+    async with await anyio.connect_tcp("127.0.0.1", running.service.port) as connection:
+        await connection.send(request_bytes(running.body(), FORMS[form]))
+        assert await until(lambda: running.count(stage) >= wanted)
+        assert await until(lambda: bool(left_in(running.folder)) == (stage in WITH_FILES))
+    left_at = time.monotonic()
+    films = sandbox.predictions.values()
+    if stage in ("create", "video"):
+        assert await until(lambda: [film.status for film in films] == ["canceled"], 1.5)
+    assert await until(lambda: children(running.service.pid) == left_in(running.folder) == [], 1)
+    assert await until(lambda: "outcome=left" in running.service.log[log_before:], 1)
+    assert time.monotonic() - left_at < (1.5 if stage == "create" else 1.0)
+    bought = len(sandbox.requests)
+    await anyio.sleep(0.15)
+    assert len(sandbox.requests) == bought
+    assert len(sandbox.calls("cancel")) == (stage in ("create", "video"))
+    assert len(films) == (stage not in ("speech", "audio_upload"))
+
+
+async def test_others_do_not_notice_that_a_client_leaves(running: Held, sandbox: Sandbox, film: bytes) -> None:
+    """A job goes on to its end while another one beside it is ended."""
+    sandbox.film(film)
+    sandbox.video_seconds = 0.5
+    async with caller(running.service.url) as client, anyio.create_task_group() as tasks:
+
+        async def stay() -> None:
+            assert (await client.post("/jobs_prompt_tts", json=running.body())).status_code == 200
+
+        tasks.start_soon(stay)
+        async with await anyio.connect_tcp("127.0.0.1", running.service.port) as connection:
+            await connection.send(request_bytes(running.body(), FORMS["json"]))
+            assert await until(lambda: len(sandbox.predictions) == 2)
+    assert sorted(film.status for film in sandbox.predictions.values()) == ["canceled", "succeeded"]
+
+
+# The host ends the process
+
+
+@dataclass
+class Ending:
+    """What came of one job when the process was ended."""
+
+    status: int = 0
+    answer: dict[str, Any] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+    film: str | None = None
+    """What its prediction was when the process had ended; None: it had made none when the signal came."""
+
+
+@dataclass
+class Ended:
+    """What came of a process that was ended with a job at every stage."""
+
+    jobs: dict[str, Ending]
+    code: int | None
+    seconds: float
+    left: list[Any]
+    log: str
+
+
+class Endings:
+    """Four processes, each ended with a job at every stage: with enough time or too little, asked in either form."""
+
+    def __init__(self, folder: Path, film: bytes) -> None:
+        self.folder, self.film = folder, film
+        self.seen: dict[tuple[str, str], Ended] = {}
+
+    async def run(self) -> None:
+        """All four at once."""
+        async with anyio.create_task_group() as tasks:
+            for patience in ("enough", "too little"):
+                for form in FORMS:
+                    tasks.start_soon(self.end_one, patience, form)
+
+    async def end_one(self, patience: str, form: str) -> None:
+        """Start a service, hold a job at every stage, and end it."""
+        graceful_s, hold_s = (30, FILM_S) if patience == "enough" else (1, 20.0)
+        with Sandbox() as sandbox:
+            sandbox.film(self.film)
+            held = Held(sandbox, self.folder / f"{patience}-{form}", graceful_s)
+            await anyio.to_thread.run_sync(held.service.start)
+            try:
+                self.seen[patience, form] = await self.hold_all(held, form, hold_s)
+            finally:
+                await anyio.to_thread.run_sync(held.service.close)
+
+    async def hold_all(self, held: Held, form: str, hold_s: float) -> Ended:
+        """A job at every stage, then SIGTERM; what comes of each."""
+        jobs: dict[str, Ending] = {}
+        async with anyio.create_task_group() as tasks:
+            for stage in reversed(HOLDS):  # the ones that take longest to get there first
+                # A create on its way is waited for five seconds, to learn which film to cancel.
+                held.prepare(stage, hold_s if stage != "create" else min(hold_s, 4))
+                wanted, known = held.wanted(stage), set(held.sandbox.predictions)
+                jobs[stage] = Ending()
+                tasks.start_soon(self.ask, held, form, jobs[stage])
+                assert await until(lambda s=stage, n=wanted: held.count(s) >= n, 15), f"no job stands at {stage}"
+                jobs[stage].film = next(iter(set(held.sandbox.predictions) - known), None)
+            assert all(job.status == 0 for job in jobs.values()), "every job is still on its way"
+            ffmpegs, started = children(held.service.pid), time.monotonic()
+            code = await anyio.to_thread.run_sync(held.service.stop, signal.SIGTERM)
+            seconds = time.monotonic() - started
+            for job in jobs.values():
+                job.film = held.sandbox.predictions[job.film].status if job.film else None
+            left = [*left_in(held.folder), *(pid for pid in ffmpegs if Path(f"/proc/{pid}").exists())]
+        return Ended(jobs, code, seconds, left, held.service.log)
+
+    async def ask(self, held: Held, form: str, job: Ending) -> None:
+        """One job, answered in one form or the other."""
+        async with caller(held.service.url) as client:
+            if form == "json":
+                response = await client.post("/jobs_prompt_tts", json=held.body())
+                job.answer, job.status = response.json(), response.status_code
+                return
+            events = await all_events(client, "/jobs_prompt_tts", held.body())
+            job.events = [event.name for event in events if event.name != "comment"]
+            job.answer = dict(events[-1].data)
+            job.status = job.answer.pop("status", 200)
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory, film: bytes) -> dict[tuple[str, str], Ended]:
+    """What came of each of the four."""
+    endings = Endings(tmp_path_factory.mktemp("endings"), film)
+    anyio.run(endings.run)
+    return endings.seen
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stage", HOLDS)
+def test_a_job_that_can_finish_in_time_does(endings: dict[tuple[str, str], Ended], stage: str, form: str) -> None:
+    """SIGTERM with enough time: the answer is the film, and its prediction was never cancelled."""
+    job = endings["enough", form].jobs[stage]
+    assert (job.status, set(job.answer)) == (200, {"audio_url", "video_url", "final_url"}), job.answer
+    assert job.film in (None, "succeeded")
+    assert form == "json" or job.events[-1] == "result"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stage", HOLDS)
+def test_a_job_that_cannot_is_told_and_cancelled(endings: dict[tuple[str, str], Ended], stage: str, form: str) -> None:
+    """SIGTERM with too little time: an error with what was bought, and the film is cancelled before the process ends."""
+    job = endings["too little", form].jobs[stage]
+    assert (job.status, job.answer.get("category"), job.answer.get("provider")) == (500, "internal", None), job.answer
+    assert "restarting" in job.answer["detail"]
+    assert set(job.answer.get("partial", {})) - {"prediction_id"} == PARTIAL[stage] - {"prediction_id"}
+    assert ("prediction_id" in job.answer.get("partial", {})) == (stage not in ("speech", "audio_upload", "create"))
+    made = {"create": "canceled", "video": "canceled", "speech": None, "audio_upload": None}
+    assert job.film == made.get(stage, "succeeded")
+    if form == "stream":
+        assert job.events[-1] == "error"
+        assert "result" not in job.events
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("patience", ["enough", "too little"])
+def test_a_process_that_ends_leaves_nothing(endings: dict[tuple[str, str], Ended], patience: str, form: str) -> None:
+    """No file, no ffmpeg, no traceback; it ends soon after its jobs, by the signal."""
+    ended = endings[patience, form]
+    assert ended.left == []
+    assert "Traceback" not in ended.log
+    assert ended.code in (0, -signal.SIGTERM)
+    assert ended.seconds < 15
+
+
+async def test_a_job_is_not_taken_on_by_a_process_that_ends(tmp_path: Path, film: bytes) -> None:
+    """While a job is finished after SIGTERM, no new one is accepted: the host sends it to the next instance."""
+    with Sandbox() as sandbox:
+        sandbox.film(film)
+        held = Held(sandbox, tmp_path / "service")
+        with held.service:
+            held.prepare("video", 1.0)
+            async with anyio.create_task_group() as tasks:
+                job = Ending()
+                tasks.start_soon(Endings(tmp_path, film).ask, held, "json", job)
+                assert await until(lambda: held.count("video") == 1)
+                tasks.start_soon(anyio.to_thread.run_sync, held.service.stop)
+                await anyio.sleep(0.4)
+                with pytest.raises(OSError, match="connect"):
+                    await anyio.connect_tcp("127.0.0.1", held.service.port)
+        assert job.status == 200
