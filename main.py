@@ -622,10 +622,10 @@ class PublicNetwork(httpcore.AnyIOBackend):
         looking_up = asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         try:
             found = await asyncio.wait_for(looking_up, timeout)
+        except asyncio.TimeoutError as exc:  # first: from Python 3.11 on it is an OSError, too
+            raise httpcore.ConnectTimeout(f"looking up {host} took too long") from exc
         except (OSError, UnicodeError) as exc:
             raise httpcore.ConnectError(f"{host} has no address") from exc
-        except asyncio.TimeoutError as exc:
-            raise httpcore.ConnectTimeout(f"looking up {host} took too long") from exc
         return [str(entry[4][0]) for entry in found]
 
 
@@ -864,7 +864,7 @@ async def send(
 def summary(outcome: Answer | httpx.RequestError) -> str:
     """What came of an attempt, in a few words."""
     if isinstance(outcome, httpx.RequestError):
-        return redact(f"{type(outcome).__name__} {outcome}".strip())
+        return redact(f"{type(outcome).__name__} {outcome}".strip().rstrip("."))
     words = f"{outcome.status}: {provider_message(outcome)}"
     asked_s = asked_wait_s(outcome, time.time())
     if asked_s is not None and asked_s > MAX_RETRY_WAIT_S:
