@@ -307,6 +307,15 @@ async def test_another_format_than_asked_for_is_refused(elevenlabs, monkeypatch,
 
 
 @pytest.mark.parametrize(
+    "start", [b"ID3", b"\xff\xfb", b"\xff\xfa", b"\xff\xf3", b"\xff\xf2", b"\xff\xe3", b"\xff\xe2"]
+)
+async def test_mp3_begins_with_a_tag_or_a_frame(elevenlabs, start):
+    """Layer III of MPEG 1, 2 and 2.5, with and without a checksum."""
+    elevenlabs.respond(200, content=start + bytes(100))
+    assert await main.elevenlabs_tts_bytes("Feed me!", VOICE) == start + bytes(100)
+
+
+@pytest.mark.parametrize(
     "content_type", [None, "audio/mpeg", "application/octet-stream", "text/html", "audio/L16;rate=16000"]
 )
 async def test_the_bytes_decide_not_the_content_type(elevenlabs, monkeypatch, content_type):

@@ -194,11 +194,11 @@ def arguments_for(fit: main.Fit, demuxer: str = "mp3") -> list[str]:
     return main.mux_arguments(Path("/f/video"), Path("/f/speech"), demuxer, fit, Path("/f/final"))
 
 
-def input_options(arguments: list[str], name: str) -> str:
-    """The options that stand before an input."""
+def input_options(arguments: list[str], name: str) -> dict[str, str]:
+    """The options with a value that stand before an input."""
     before = arguments[: arguments.index(f"file:/f/{name}") - 1]
     start = max((i + 2 for i, argument in enumerate(before) if argument == "-i"), default=0)
-    return " ".join(before[start:])
+    return dict(pairwise(before[start:]))
 
 
 @pytest.mark.parametrize("fit", ["shortest", "video", "speech"])
@@ -207,8 +207,8 @@ async def test_only_files_are_opened_and_no_format_is_guessed(fit: main.Fit) -> 
     arguments = arguments_for(fit, "ogg")
 
     for name, demuxer in (("video", "mov"), ("speech", "ogg")):
-        assert f"-f {demuxer}" in input_options(arguments, name)
-        assert "-protocol_whitelist file" in input_options(arguments, name)
+        assert input_options(arguments, name)["-f"] == demuxer
+        assert input_options(arguments, name)["-protocol_whitelist"] == "file"
     assert arguments.count("-i") == 2
     assert arguments[-1] == "file:/f/final"
     assert "-nostdin" in arguments
@@ -240,7 +240,7 @@ async def test_a_fit_is_two_switches(fit: main.Fit, loops: bool, pads: bool) -> 
     """The film is repeated, or the speech goes on as silence, or neither."""
     arguments = arguments_for(fit)
 
-    assert ("-stream_loop -1" in input_options(arguments, "video")) is loops
+    assert input_options(arguments, "video").get("-stream_loop") == ("-1" if loops else None)
     assert "-stream_loop" not in input_options(arguments, "speech")
     assert ("apad" in " ".join(arguments)) is pads
 
@@ -696,7 +696,7 @@ async def test_the_time_limit_kills() -> None:
     began = time.monotonic()
 
     with pytest.raises(main.ResourceFailed) as failed:
-        await main.run_ffmpeg(ENDLESS, 0.2)
+        await asyncio.wait_for(main.run_ffmpeg(ENDLESS, 0.2), 5)
 
     assert failed.value.detail == "The film could not be put together within 0.2 s."
     assert time.monotonic() - began < 2
@@ -718,7 +718,7 @@ async def test_the_time_limit_holds_for_a_mux(
     monkeypatch.setattr(main, "FFMPEG_TIMEOUT_S", 0.2)
 
     with pytest.raises(main.ResourceFailed, match=r"could not be put together within 0\.2 s\."):
-        await main.mux_video_audio(studio.film(), speech, final)
+        await asyncio.wait_for(main.mux_video_audio(studio.film(), speech, final), 5)
 
 
 @needs_proc
@@ -762,10 +762,22 @@ async def test_an_ffmpeg_killed_from_outside_is_a_failed_resource() -> None:
         await task
 
 
+@pytest.fixture
+def _open_stdin() -> Iterator[None]:
+    """A standard input that one could read from, as in a terminal."""
+    kept, (reading, writing) = os.dup(0), os.pipe()
+    os.dup2(reading, 0)
+    yield
+    os.dup2(kept, 0)
+    for descriptor in (kept, reading, writing):
+        os.close(descriptor)
+
+
 @needs_proc
 @no_child_left
-async def test_the_process_has_a_session_and_an_environment_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No key reaches ffmpeg, and Ctrl-C in a terminal, which lets jobs finish, does not end it."""
+@pytest.mark.usefixtures("_open_stdin")
+async def test_the_process_shares_nothing_with_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key reaches ffmpeg, it reads no input, and Ctrl-C in a terminal, which lets jobs finish, does not end it."""
     monkeypatch.setenv("ELEVEN_API_KEY", "eleven-key")
     task = asyncio.create_task(main.run_ffmpeg(ENDLESS, 60))
     pid = await started()

@@ -93,7 +93,9 @@ INNER_ADDRESSES = [
     pytest.param("2002:7f00:1::1", id="6to4 loopback"),
     pytest.param("2002:808:808::1", id="6to4 public"),
     pytest.param("2001:0:4136:e378:8000:63bf:3fff:fdd2", id="Teredo"),
+    pytest.param("2001:1::1", id="IPv6 port control anycast"),
     pytest.param("2001:10::1", id="ORCHID"),
+    pytest.param("2001:20::1", id="ORCHIDv2"),
     pytest.param("2001:db8::1", id="IPv6 documentation"),
     pytest.param("3fff::1", id="newer IPv6 documentation"),
     pytest.param("100::1", id="discard only"),
@@ -431,6 +433,21 @@ async def test_a_slow_look_up_is_not_waited_for(
         answered.set()
 
     assert (answer.status_code, answer.json()["detail"]) == (500, "The URL did not answer within 0.1 s.")
+
+
+async def test_a_slow_look_up_has_the_time_of_a_connection(
+    monkeypatch: pytest.MonkeyPatch, environ: Environ, tmp_path: Path
+) -> None:
+    """Looking up a name is part of connecting: it takes no longer, and counts as not connected."""
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: answered.wait(5) and [])
+    monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(5, connect=0.05))
+    monkeypatch.setattr(httpx, "create_ssl_context", network.ssl_context)
+    try:
+        with pytest.raises(main.ResourceFailed, match="ConnectTimeout looking up pets.example took too long"):
+            await main.download("http://pets.example/film.mp4", tmp_path / "film.mp4")
+    finally:
+        answered.set()
 
 
 # ----------------------------------------------------------------------------------------------------------------
