@@ -32,7 +32,6 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from tests.sandbox import Sandbox, Service, media
 from tests.sandbox.providers import PET_FILE

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 
 import httpx
 import imageio_ffmpeg
 import pytest
 
+from tests.inprocess import running_application, use_settings
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.service import SETTINGS
 
@@ -113,3 +114,16 @@ def start_service(sandbox: Sandbox) -> Iterator[StartService]:
             return services.enter_context(Service(wanted, graceful_s=graceful_s))
 
         yield start
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process all keys are set, and waits are short."""
+    use_settings(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    """The application running in this process; nothing that a test does stays in it."""
+    async with running_application() as client:
+        yield client

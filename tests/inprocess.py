@@ -32,7 +32,7 @@ def use_settings(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 
 
 @asynccontextmanager
-async def running_service() -> AsyncIterator[httpx.AsyncClient]:
+async def running_application() -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application, which is started and shut down around it."""
     async with main.lifespan(main.app):
         transport = httpx.ASGITransport(main.app, raise_app_exceptions=False)

@@ -8,7 +8,7 @@ import struct
 import subprocess
 import wave
 from array import array
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, get_args
 
@@ -24,7 +24,6 @@ from tests.inprocess import (
     SECRETS,
     SUPABASE_URL,
     error_of,
-    running_service,
     told,
     use_settings,
 )
@@ -36,20 +35,7 @@ FORMATS = get_args(main.TtsOutputFormat)
 RAW_FORMATS = [name for name in FORMATS if name.split("_")[0] in ("pcm", "ulaw", "alaw")]
 HTML = b"<!DOCTYPE html><html><body>Sign in</body></html>"
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All keys are set, waits are short."""
-    use_settings(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """The running application; nothing that these tests do stays in it."""
-    async with running_service() as client:
-        yield client
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, running_service, use_settings
+from tests.inprocess import ELEVEN_URL, REPLICATE_URL
 
 PICTURE_URL = "https://example.com/pet.jpg"
 FILM_URL = "https://replicate.delivery/xezq/film.mp4"
@@ -28,11 +28,7 @@ NOT_A_SIZE = "String should match pattern '^[A-Za-z0-9]{1,16}$'"
 NOT_A_FIT = "Input should be 'shortest', 'video' or 'speech'"
 LOCAL = "is an address on your own machine or network; the picture must be on the internet"
 
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All keys are set, waits are short."""
-    use_settings(monkeypatch)
+pytestmark = pytest.mark.usefixtures("settings")
 
 
 @pytest.fixture
@@ -40,13 +36,6 @@ def providers() -> Iterator[respx.MockRouter]:
     """The edge of the process: what is not routed by a test fails it."""
     with respx.mock(assert_all_called=False) as router:
         yield router
-
-
-@pytest.fixture(scope="module")
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """The running application; nothing that these tests do stays in it."""
-    async with running_service() as client:
-        yield client
 
 
 def check_refused(response: httpx.Response, providers: respx.MockRouter) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -12,7 +12,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import FAST, REPLICATE_URL, SECRETS, error_of, log_lines, running_service, told, use_settings
+from tests.inprocess import FAST, REPLICATE_URL, SECRETS, error_of, log_lines, told, use_settings
 
 PICTURE_URL = "https://example.com/pet.jpg"
 FILM_URL = "https://replicate.delivery/xezq/film.mp4"
@@ -22,20 +22,7 @@ CANCEL_URL = f"{READ_URL}/cancel"
 JOB = main.JobPromptOnly(image_url=PICTURE_URL, prompt="The cat talks")
 BODY = {"image_url": PICTURE_URL, "prompt": "The cat talks"}
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All keys are set, waits are short."""
-    use_settings(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """The running application; nothing that these tests do stays in it."""
-    async with running_service() as client:
-        yield client
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
 
 class Replicate:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from tests.inprocess import (
     answer,
     error_of,
     log_lines,
-    running_service,
     told,
     use_settings,
 )
@@ -39,18 +38,7 @@ MODEL = {
     },
 }
 
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All keys are set, waits are short."""
-    use_settings(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """The running application; nothing that these tests do stays in it."""
-    async with running_service() as client:
-        yield client
+pytestmark = pytest.mark.usefixtures("settings")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 import main
-from tests.inprocess import SECRETS, log_lines, running_service, use_settings
+from tests.inprocess import SECRETS, log_lines, running_application, use_settings
 
 ROOT = Path(main.__file__).parent
 DEFAULTS = {
@@ -241,7 +241,7 @@ async def test_a_request_that_needs_an_unset_key_is_answered_500_naming_it(monke
     """No provider is called: respx would refuse every request."""
     use_settings(monkeypatch, **{name: ""})
     body = {"image_url": "https://example.com/pet.jpg", "prompt": "It talks", "text": "Hello", "voice_id": "abc"}
-    async with running_service() as client:
+    async with running_application() as client:
         response = await client.post("/jobs_prompt_tts", json=body)
     assert (response.status_code, response.json()["category"]) == (500, "configuration")
     assert response.json()["detail"] == f"The service is not set up for this: set {name}."

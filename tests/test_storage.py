@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from tests.inprocess import (
     SECRETS,
     SUPABASE_URL,
     error_of,
-    running_service,
     told,
     use_settings,
 )
@@ -29,20 +28,7 @@ STORED = {"Key": f"pets/{PATH}", "Id": "5e0f9d0c-7f0b-4a39-9c1c-7f1f1f0f2b11"}
 SPEECH = b"ID3" + bytes(range(256)) * 100
 JOB = {"image_url": "https://example.com/pet.jpg", "prompt": "Talk", "text": "Feed me!", "voice_id": "voice"}
 
-pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All keys are set, waits are short."""
-    use_settings(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """The running application; nothing that these tests do stays in it."""
-    async with running_service() as client:
-        yield client
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
 
 @pytest.fixture

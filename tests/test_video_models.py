@@ -13,18 +13,14 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, error_of, running_service, told, use_settings
+from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, error_of, running_application, told, use_settings
 
 PICTURE_URL = "https://example.com/pet.jpg"
 SPEECH_URL = "https://example.com/speech.mp3"
 FILM_URL = "https://replicate.delivery/xezq/film.mp4"
 JOB = {"image_url": PICTURE_URL, "prompt": "The cat talks", "text": "Feed me!", "voice_id": "JBFqnCBsd6RMkjVDRZzb"}
 
-
-@pytest.fixture(autouse=True)
-def settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All keys are set, waits are short."""
-    use_settings(monkeypatch)
+pytestmark = pytest.mark.usefixtures("settings")
 
 
 @pytest.fixture
@@ -37,7 +33,7 @@ def providers() -> Iterator[respx.MockRouter]:
 @pytest.fixture
 async def client() -> AsyncIterator[httpx.AsyncClient]:
     """The running application, which has looked up nothing yet."""
-    async with running_service() as client:
+    async with running_application() as client:
         yield client
 
 
