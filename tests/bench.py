@@ -25,9 +25,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from multiprocessing.connection import Connection
@@ -39,47 +39,67 @@ from tests.sandbox.providers import PET_FILE
 # The limits: what README promises on two cores.
 ONE_SHORT_JOB = 1.04  # of the providers' own time: up to 0.27 s of waiting for a read, then ffmpeg
 ONE_LONG_JOB = 1.02  # reads are 2.5 % of the time waited apart, so half of that is lost on average
-CROWD_WALL = 1.35  # of one job's: the muxes of all share the cores
+CROWD_TIME = 1.35  # of one job's: the muxes of all share the cores
 HEALTH_P99_MS = 50.0  # far below the 5 s that Render gives a health check
 GROWTH_MB = 60.0  # media stream through; on top of 60 MB at rest that leaves most of 512 MB
 TREE_MB = 300.0  # service and ffmpeg together, of the smallest instance's 512 MB
-REFUSED_READS = 5.0  # of Replicate's limits, 600 creates and 3,000 other calls a minute (docs rate-limits)
-PACED_WALL = 1.6  # of the video's time: reads of 300 jobs are 7.5 s apart
+REFUSED = 5.0  # by Replicate's limits, 600 creates and 3,000 other calls a minute (docs rate-limits)
+PACED_TIME = 1.6  # of the video's time: reads of 300 jobs are 7.5 s apart
 CPU_OVER_FFMPEG = 1.5  # of bare ffmpeg's: the mux is the one thing that has to be computed here
 START_S = 1.5  # an instance that scales up is of use when it answers
 REST_MB = 80.0  # of 512
-CPU_GROWTH = 1.2  # of the smallest crowd's: nothing may grow with the square of the jobs
+CPU_SPREAD = 1.2  # nothing may grow with the square of the jobs
 WAITING_JOB_KB = 100.0  # a thousand waiting jobs in 100 MB
 
-# The providers' own time: quicker than the real ones mostly are, so that what the service adds weighs more.
-SPEECH_S, TRANSFER_S = 1.0, 0.2
-SPOKEN_S, FILM_S = 4.0, 6.0  # length of the media
-FILM_LINES = 768
+TEXT = "Where is my dinner?"
+SPOKEN_S = 4.0
 BIG_FILM_BITS_PER_S = 28_000_000  # 21 MB in 6 s
 
 APART_S = 1.0  # between jobs that are to be alone with their mux
-SAMPLE_S, HEALTH_EVERY_S = 0.05, 0.02
+SAMPLE_S, HEALTH_EVERY_S = 0.05, 0.04
 ANSWER_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; times in seconds are the video's."""
+    """How much of everything."""
 
+    # The providers' own time, quicker than the real ones mostly are, so that what the service adds weighs more.
+    speech_s: float = 1.0
+    transfer_s: float = 0.2  # an upload, or the download of a film
+
+    film_s: float = 6.0
+    film_lines: int = 768
     starts: int = 5
     alone: int = 5
-    short_s: float = 6
-    long_s: float = 60
+    short_s: float = 6.0  # to make a film
+    long_s: float = 60.0
     crowd: int = 50
-    big_film_s: float = FILM_S
     paced: int = 300
-    paced_s: float = 20
-    cpu: int = 20
+    paced_s: float = 20.0
     growth: tuple[int, ...] = (10, 50, 100, 200)
-    growth_s: float = 20
+    growth_s: float = 10.0
+
+    def providers_s(self, video_s: float) -> float:
+        """Seconds that a speech job spends at the providers: speech, upload, video, download, upload."""
+        return self.speech_s + video_s + 3 * self.transfer_s
 
 
-SMOKE = Sizes(1, 2, 0.2, 0.3, 3, 0.2, 3, 0.2, 2, (1, 2), 0.5)
+SMOKE = Sizes(
+    speech_s=0.05,
+    transfer_s=0.02,
+    film_s=0.5,
+    film_lines=96,
+    starts=1,
+    alone=1,
+    short_s=0.1,
+    long_s=0.3,
+    crowd=3,
+    paced=3,
+    paced_s=0.3,
+    growth=(1, 2),
+    growth_s=0.5,
+)
 
 
 @dataclass(frozen=True)
@@ -106,8 +126,8 @@ class Row:
         """The row of the table (Markdown)."""
         unit = f" {self.unit}" if self.unit else ""
         measured, at_most = self.shown(self.measured) + unit, self.shown(self.at_most) + unit
-        verdict = "" if self.is_met else " **over**"
-        return f"| {self.what:<66} | {measured + verdict:>8} | {at_most:>7} | {self.note} |"
+        note = self.note if self.is_met else f"**over**; {self.note}"
+        return f"| {self.what:<60} | {measured:>8} | {at_most:>7} | {note} |"
 
 
 # The three processes
@@ -131,9 +151,10 @@ class Providers:
         if self.process.is_alive():
             self.process.kill()
 
-    def become(self, film: bytes, video_s: float, delays: bool = True, limits: bool = False) -> None:
+    def become(self, film: bytes, video_s: float, sizes: Sizes, limits: bool = False) -> None:
         """Start afresh: this film for everyone after `video_s`; `limits` turns Replicate's rate limits on."""
-        self.pipe.send((film, video_s, delays, limits))
+        delays_s = {"speech": sizes.speech_s, "upload": sizes.transfer_s, "output": sizes.transfer_s}
+        self.pipe.send((film, video_s, delays_s, limits))
         self.pipe.recv()
 
 
@@ -143,21 +164,15 @@ def provide(pipe: Connection) -> None:
     with Sandbox(record=False, reads_to_finish=1, speech_seconds=SPOKEN_S) as sandbox, suppress(EOFError):
         pipe.send((sandbox.environment(), sandbox.image_url, sandbox.voice_id))
         while True:
-            film, video_s, delays, limits = pipe.recv()
+            film, video_s, delays_s, limits = pipe.recv()
             sandbox.reset()
             sandbox.film(film)
             sandbox.video_seconds = video_s
-            for call, seconds in {"speech": SPEECH_S, "upload": TRANSFER_S, "output": TRANSFER_S}.items():
-                if delays:
-                    sandbox.fault(call, "slow", times=None, seconds=seconds)
+            for call, seconds in delays_s.items():
+                sandbox.fault(call, "slow", times=None, seconds=seconds)
             if limits:
                 sandbox.limits()
             pipe.send(None)
-
-
-def providers_s(video_s: float) -> float:
-    """Seconds that a speech job spends at the providers: speech, upload, video, download, upload."""
-    return SPEECH_S + TRANSFER_S + video_s + TRANSFER_S + TRANSFER_S
 
 
 def cpu_s(pid: int) -> tuple[float, float]:
@@ -175,9 +190,18 @@ def memory_mb(pid: int) -> float:
         return 0.0
 
 
-def children(pid: int) -> list[int]:
-    """The process's children."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def ffmpeg_mb(pid: int) -> float:
+    """Resident memory of the process's ffmpeg children; one that has not become ffmpeg yet is still its parent's memory."""
+    pids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sum(memory_mb(int(child)) for child in pids if name_of(child).startswith("ffmpeg"))
+
+
+def name_of(pid: str) -> str:
+    """What a process runs; empty if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
 
 
 # The load
@@ -198,15 +222,21 @@ class Client:
     def __init__(self, service: Service, providers: Providers) -> None:
         self.service = service
         self.film_job = {"image_url": providers.image_url, "prompt": "The pet talks"}
-        self.speech_job = {**self.film_job, "text": "Where is my dinner?", "voice_id": providers.voice_id}
+        self.speech_job = {**self.film_job, "text": TEXT, "voice_id": providers.voice_id}
 
-    async def jobs(self, count: int, with_speech: bool = True, apart_s: float = 0.0) -> Load:
-        """Send jobs, all at once or `apart_s` after each other, and wait for every answer."""
+    async def jobs(
+        self, count: int, with_speech: bool = True, apart_s: float = 0.0, beside: Awaitable[None] | None = None
+    ) -> Load:
+        """Send jobs, at once or `apart_s` after each other, and wait for all answers; `beside` is done until then."""
+        looking_on = asyncio.ensure_future(beside) if beside else None
         started = time.monotonic()
-        jobs = [self.job(with_speech, number * apart_s) for number in range(count)]
-        answers = await asyncio.gather(*jobs)
+        answers = await asyncio.gather(*(self.job(with_speech, number * apart_s) for number in range(count)))
+        wall_s = time.monotonic() - started
+        if looking_on:
+            looking_on.cancel()
+            await asyncio.wait({looking_on})
         seconds = [took for status, took in answers if status == 200]
-        return Load(seconds, count - len(seconds), time.monotonic() - started)
+        return Load(seconds, count - len(seconds), wall_s)
 
     async def job(self, with_speech: bool, after_s: float = 0.0) -> tuple[int, float]:
         """One job: its HTTP status (0: no answer) and seconds."""
@@ -239,19 +269,8 @@ class Client:
     async def memory(self, samples: list[tuple[float, float]]) -> None:
         """Note the service's memory for ever, and that of its children, in MB."""
         while True:
-            samples.append((memory_mb(self.service.pid), sum(map(memory_mb, children(self.service.pid)))))
+            samples.append((memory_mb(self.service.pid), ffmpeg_mb(self.service.pid)))
             await asyncio.sleep(SAMPLE_S)
-
-
-@asynccontextmanager
-async def beside(work: Awaitable[None]) -> AsyncIterator[None]:
-    """Do something in the background until the block ends."""
-    task = asyncio.ensure_future(work)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
 
 
 # The measurements
@@ -269,19 +288,21 @@ class Bench:
         """A new process of the service."""
         return Service({**self.providers.environment, **environment})
 
+    def prepare(self, video_s: float, film: bytes | None = None, limits: bool = False) -> None:
+        """Have every film made in `video_s`."""
+        self.providers.become(film or self.film, video_s, self.sizes, limits)
+
     def start(self) -> Iterator[Row]:
         """Process start and memory at rest."""
-        seconds, rest_mb = [], []
+        seconds, rest_mb = list[float](), list[float]()
         for _ in range(self.sizes.starts):
             started = time.monotonic()
             with self.service() as service:
                 seconds.append(time.monotonic() - started)
                 rest_mb.append(memory_mb(service.pid))
-        each = f"median of {len(seconds)}, at most"
-        yield Row(
-            "start", "Process start to first `/health`", median(seconds), START_S, "s", f"{each} {max(seconds):.2f} s"
-        )
-        yield Row("start", "Memory at rest", median(rest_mb), REST_MB, "MB", f"{each} {max(rest_mb):.0f} MB")
+        note = f"median of {len(seconds)}; most: {max(seconds):.2f} s"
+        yield Row("start", "Process start to first `/health`", statistics.median(seconds), START_S, "s", note)
+        yield Row("start", "Memory at rest", max(rest_mb), REST_MB, "MB")
 
     def alone(self) -> Iterator[Row]:
         """Jobs that do not meet: what the service adds to the providers' time."""
@@ -289,109 +310,93 @@ class Bench:
         with self.service() as service:
             client = Client(service, self.providers)
             for video_s, limit in ((sizes.short_s, ONE_SHORT_JOB), (sizes.long_s, ONE_LONG_JOB)):
-                self.providers.become(self.film, video_s)
+                self.prepare(video_s)
                 load = asyncio.run(client.jobs(sizes.alone, apart_s=APART_S))
-                whole_s, theirs_s = statistics.mean(load.seconds), providers_s(video_s)
-                what = f"One speech job, video {video_s:g} s: whole time over the providers'"
+                whole_s, theirs_s = statistics.mean(load.seconds), sizes.providers_s(video_s)
+                what = f"One speech job, video {video_s:g} s: time over the providers'"
                 note = f"{whole_s:.2f} s over {theirs_s:.2f} s; mean of {len(load.seconds)}"
                 yield Row("alone", what, whole_s / theirs_s, limit, note=note)
 
     def crowd(self) -> Iterator[Row]:
         """Many speech jobs at once, and /health meanwhile."""
         count, health_ms = self.sizes.crowd, list[float]()
-        self.providers.become(self.film, self.sizes.short_s)
+        self.prepare(self.sizes.short_s)
         with self.service() as service:
             client = Client(service, self.providers)
             one_s = asyncio.run(client.jobs(1)).wall_s
-
-            async def crowded() -> Load:
-                async with beside(client.health_ms(health_ms)):
-                    return await client.jobs(count)
-
-            load = asyncio.run(crowded())
+            load = asyncio.run(client.jobs(count, beside=client.health_ms(health_ms)))
         name = f"{count} speech jobs at once"
         yield Row("crowd", f"{name}: not answered", load.failed, 0)
         note = f"{load.wall_s:.1f} s over {one_s:.1f} s"
-        yield Row("crowd", f"{name}: wall time over one job's", load.wall_s / one_s, CROWD_WALL, note=note)
-        note = f"median {median(health_ms):.1f} ms, {len(health_ms)} asked"
-        yield Row("crowd", f"{name}: `/health` p99 meanwhile", percentile(health_ms, 99), HEALTH_P99_MS, "ms", note)
+        yield Row("crowd", f"{name}: time over one job's", load.wall_s / one_s, CROWD_TIME, note=note)
+        note = f"of {len(health_ms)}; median {statistics.median(health_ms):.1f} ms"
+        yield Row("crowd", f"{name}: `/health` meanwhile, p99", percentile(health_ms, 99), HEALTH_P99_MS, "ms", note)
 
     def memory(self) -> Iterator[Row]:
         """Many speech jobs at once with big films."""
         count, samples = self.sizes.crowd, list[tuple[float, float]]()
-        film = big_film(self.sizes.big_film_s)
-        self.providers.become(film, self.sizes.short_s)
+        film = big_film(self.sizes.film_s)
+        self.prepare(self.sizes.short_s, film)
         with self.service() as service:
             client = Client(service, self.providers)
             rest_mb = memory_mb(service.pid)
-
-            async def watched() -> Load:
-                async with beside(client.memory(samples)):
-                    return await client.jobs(count)
-
-            load = asyncio.run(watched())
+            load = asyncio.run(client.jobs(count, beside=client.memory(samples)))
         name = f"{count} speech jobs, {len(film) / 1e6:.0f} MB films"
-        yield Row("memory", f"{name}: not answered", load.failed, 0, note=f"wall time {load.wall_s:.1f} s")
+        yield Row("memory", f"{name}: not answered", load.failed, 0, note=f"{load.wall_s:.1f} s")
         most_mb = max(service_mb for service_mb, _ in samples)
-        note = f"from {rest_mb:.0f} MB to {most_mb:.0f} MB"
+        note = f"from {rest_mb:.0f} to {most_mb:.0f} MB"
         yield Row("memory", f"{name}: the service grows by", most_mb - rest_mb, GROWTH_MB, "MB", note)
-        tree_mb = max(map(sum, samples))
-        note = f"ffmpeg at most {max(ffmpeg_mb for _, ffmpeg_mb in samples):.0f} MB"
-        yield Row("memory", f"{name}: with its ffmpeg children in all", tree_mb, TREE_MB, "MB", note)
+        note = f"ffmpeg {max(ffmpeg for _, ffmpeg in samples):.0f} MB"
+        yield Row("memory", f"{name}: with its ffmpeg children", max(map(sum, samples)), TREE_MB, "MB", note)
 
     def pace(self) -> Iterator[Row]:
         """Hundreds of films under Replicate's rate limits."""
         count, video_s = self.sizes.paced, self.sizes.paced_s
-        self.providers.become(self.film, video_s, limits=True)
+        self.prepare(video_s, limits=True)
         with self.service() as service:
             load = asyncio.run(Client(service, self.providers).jobs(count, with_speech=False))
             refused = service.log.count("failed (429")
-        name = f"{count} films at once, Replicate's limits enforced"
+        name = f"{count} films at once, Replicate's limits"
         yield Row("pace", f"{name}: not answered", load.failed, 0)
-        yield Row("pace", f"{name}: answers 429", refused, REFUSED_READS)
+        yield Row("pace", f"{name}: answers 429", refused, REFUSED)
         note = f"{load.wall_s:.1f} s over {video_s:g} s"
-        yield Row("pace", f"{name}: wall time over the video's", load.wall_s / video_s, PACED_WALL, note=note)
+        yield Row("pace", f"{name}: time over the video's", load.wall_s / video_s, PACED_TIME, note=note)
 
     def cpu(self) -> Iterator[Row]:
         """Processor time of speech jobs, ffmpeg included, and of ffmpeg alone."""
-        count = self.sizes.cpu
-        self.providers.become(self.film, self.sizes.short_s)
+        count, alone = self.sizes.crowd, self.sizes.alone
+        self.prepare(self.sizes.short_s)
         bare_s = bare_mux_cpu_s(self.film, count)
         with self.service() as service:
             client = Client(service, self.providers)
-            asyncio.run(client.jobs(1))
-            before = sum(cpu_s(service.pid))
+            started_s = sum(cpu_s(service.pid))
+            asyncio.run(client.jobs(alone, apart_s=APART_S))
+            warm_s = sum(cpu_s(service.pid))
             asyncio.run(client.jobs(count))
-            job_s = (sum(cpu_s(service.pid)) - before) / count
-        what = f"CPU per speech job ({count} at once) over bare ffmpeg's for the mux"
-        note = f"{job_s * 1000:.0f} ms over {bare_s * 1000:.0f} ms"
+            job_s, alone_s = (sum(cpu_s(service.pid)) - warm_s) / count, (warm_s - started_s) / alone
+        what = f"{count} speech jobs at once: CPU each over bare ffmpeg's"
+        note = f"{job_s * 1000:.0f} ms over {bare_s * 1000:.0f} ms; of a job alone {alone_s * 1000:.0f} ms"
         yield Row("cpu", what, job_s / bare_s, CPU_OVER_FFMPEG, note=note)
 
     def growth(self) -> Iterator[Row]:
-        """Ever more jobs at once in one process."""
-        self.providers.become(self.film, self.sizes.growth_s)
-        cpu_ms, waiting_mb, counts = list[float](), list[float](), self.sizes.growth
-        with self.service() as service:
+        """Ever more jobs at once in one process, all read at the pace that the largest crowd has anyway."""
+        cpu_ms, waiting_mb, sizes = list[float](), list[float](), self.sizes
+        self.prepare(sizes.growth_s)
+        with self.service(POLL_MIN_SECONDS="2") as service:
             client = Client(service, self.providers)
-            asyncio.run(client.jobs(1))
-            for count in counts:
-                before_s = cpu_s(service.pid)[0]
-                samples: list[tuple[float, float]] = []
-
-                async def watched(count: int, samples: list[tuple[float, float]]) -> Load:
-                    async with beside(client.memory(samples)):
-                        return await client.jobs(count)
-
-                load = asyncio.run(watched(count, samples))
+            asyncio.run(client.jobs(sizes.alone))
+            for count in sizes.growth:
+                before_s, samples = cpu_s(service.pid)[0], list[tuple[float, float]]()
+                load = asyncio.run(client.jobs(count, beside=client.memory(samples)))
                 cpu_ms.append((cpu_s(service.pid)[0] - before_s) / count * 1000)
-                # Two thirds into the video's time all of them wait for it.
-                at = int((SPEECH_S + TRANSFER_S + self.sizes.growth_s * 2 / 3) / load.wall_s * len(samples))
-                waiting_mb.append(samples[at][0])
-        name = f"{', '.join(map(str, counts))} speech jobs at once"
-        note = f"{', '.join(f'{each:.0f}' for each in cpu_ms)} ms, ffmpeg not counted"
-        yield Row("growth", f"{name}: CPU per job, last over first", cpu_ms[-1] / cpu_ms[0], CPU_GROWTH, note=note)
-        each_kb = (waiting_mb[-1] - waiting_mb[0]) * 1000 / (counts[-1] - counts[0])
-        note = f"the service has {', '.join(f'{each:.0f}' for each in waiting_mb)} MB"
+                # Late in the video's time, all of them wait for it.
+                at_s = sizes.speech_s + sizes.transfer_s + 0.8 * sizes.growth_s
+                waiting_mb.append(samples[int(at_s / load.wall_s * len(samples))][0])
+        name = f"{sizes.growth[0]} to {sizes.growth[-1]} speech jobs at once"
+        note = f"{', '.join(f'{each:.0f}' for each in cpu_ms)} ms, without ffmpeg"
+        yield Row("growth", f"{name}: CPU each, most over least", max(cpu_ms) / min(cpu_ms), CPU_SPREAD, note=note)
+        each_kb = (waiting_mb[-1] - waiting_mb[0]) * 1000 / (sizes.growth[-1] - sizes.growth[0])
+        note = f"{', '.join(f'{each:.0f}' for each in waiting_mb)} MB"
         yield Row("growth", f"{name}: memory per waiting job", each_kb, WAITING_JOB_KB, "kB", note)
 
 
@@ -414,7 +419,7 @@ def bare_mux_cpu_s(film: bytes, count: int) -> float:
         folder = Path(name)
         video, speech = folder / "video.mp4", folder / "speech"
         video.write_bytes(film)
-        speech.write_bytes(media.speech("Where is my dinner?", "mp3_44100_64", seconds=SPOKEN_S))
+        speech.write_bytes(media.speech(TEXT, "mp3_44100_64", seconds=SPOKEN_S))
 
         def mux(number: int) -> float:
             arguments = main.mux_arguments(video, speech, "mp3", "shortest", folder / f"final-{number}.mp4")
@@ -433,11 +438,6 @@ def big_film(seconds: float) -> bytes:
     look = ("-f", "lavfi", "-i", "testsrc2=size=1920x1080:rate=24", "-t", f"{seconds:g}", "-pix_fmt", "yuv420p")
     filled = ("-b:v", rate, "-minrate", rate, "-maxrate", rate, "-bufsize", rate, "-x264-params", "nal-hrd=cbr")
     return media.ffmpeg(*look, "-c:v", "libx264", "-preset", "ultrafast", *filled, "-f", "mp4")
-
-
-def median(numbers: list[float]) -> float:
-    """The middle one."""
-    return statistics.median(numbers)
 
 
 def percentile(numbers: list[float], percent: int) -> float:
@@ -468,7 +468,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 
 def run(groups: list[str], sizes: Sizes) -> Iterator[Row]:
     """Every row of these groups, each as soon as it is measured."""
-    film = media.film(PET_FILE.read_bytes(), media.FilmPlan(FILM_S, FILM_LINES))
+    film = media.film(PET_FILE.read_bytes(), media.FilmPlan(sizes.film_s, sizes.film_lines))
     with Providers() as providers:
         bench = Bench(providers, sizes, film)
         for group in groups:
@@ -479,7 +479,7 @@ def main(given: list[str] | None = None) -> int:
     """Measure and print; the number of rows that are over their limit, none in a smoke run."""
     asked, measured_on, rows = arguments(given), machine(), list[Row]()
     if not asked.json:
-        print(f"{measured_on}\n\n| {'':<66} | measured | at most | |\n|{'-' * 68}|---------:|--------:|-|", flush=True)
+        print(f"{measured_on}\n\n| {'':<60} | measured | at most | |\n|{'-' * 62}|---------:|--------:|-|", flush=True)
     for row in run(asked.rows, SMOKE if asked.smoke else Sizes()):
         rows.append(row)
         if not asked.json:

@@ -603,6 +603,15 @@ async def test_a_film_with_a_box_of_unusual_length_is_taken(studio: Studio, fina
 
 
 @no_child_left
+async def test_a_film_whose_long_box_breaks_off_is_refused(studio: Studio, final: Path, tmp_path: Path) -> None:
+    """A length in 64 bits is looked at like any other."""
+    film = tmp_path / "film.mp4"
+    film.write_bytes(studio.film().read_bytes() + struct.pack(">I4sQ", 1, b"free", 1000) + b"less")
+
+    assert await refusal(film, studio.speech(3), final) == BREAKS_OFF
+
+
+@no_child_left
 async def test_a_film_of_many_boxes_holds_nobody_up(studio: Studio, final: Path, tmp_path: Path) -> None:
     """A file made to be slow to look through is not looked through in the event loop."""
     film = tmp_path / "film.mp4"
@@ -614,7 +623,7 @@ async def test_a_film_of_many_boxes_holds_nobody_up(studio: Studio, final: Path,
         await asyncio.sleep(0.001)
         longest, last = max(longest, time.monotonic() - last), time.monotonic()
 
-    with pytest.raises(main.ResourceFailed):
+    with pytest.raises(main.ResourceFailed, match=BREAKS_OFF):
         await mux
     assert longest < 0.2
 

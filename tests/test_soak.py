@@ -58,6 +58,8 @@ def plan_faults(sandbox: Sandbox, film: bytes) -> None:
         sandbox.fault(call, "nonsense")
         sandbox.fault(call, "empty")
         sandbox.fault(call, "status", times=2, status=403)
+    for call in ("upload", "create", "read"):
+        sandbox.fault(call, "endless", times=2)
     for status in ("failed", "aborted", "succeeded", "canceled", "succeeded"):
         sandbox.outcome(status, times=4)
 

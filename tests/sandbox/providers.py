@@ -58,6 +58,7 @@ class Sandbox(Behaviour):
         self.elevenlabs = elevenlabs.ElevenLabs(self, self.workshop)
         self.replicate = replicate.Replicate(self, self.workshop, lambda: self.url)
         self.supabase = supabase.Supabase(Path(self.folder.name))
+        self.supabase.give("pets/pet.jpg", PET_FILE.read_bytes(), "image/jpeg")  # the picture of the examples in /docs
         self.server: uvicorn.Server | None = None
         self.thread: threading.Thread | None = None
 
