@@ -2123,13 +2123,20 @@ def event_stream(example: BaseModel) -> dict[int | str, dict[str, Any]]:
         ("result", example),
     ]
     text = "".join(f"event: {name}\ndata: {data.model_dump_json(exclude_none=True)}\n\n" for name, data in events)
-    schema = {
-        "type": "string",
+    result = {"$ref": f"#/components/schemas/{type(example).__name__}"}
+    told = [StageEvent.model_json_schema(), result, {"$ref": "#/components/schemas/ErrorBody"}]
+    item = {  # one event, described as FastAPI describes them
+        "type": "object",
         "description": "With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing "
         "happens, then one `result` (the JSON body) or one `error` (the error body and `status`).",
+        "required": ["event", "data"],
+        "properties": {
+            "event": {"type": "string", "enum": ["stage", "result", "error"]},
+            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": told}},
+        },
     }
     plain = {"example": example.model_dump()}
-    return {200: {"content": {"application/json": plain, "text/event-stream": {"schema": schema, "example": text}}}}
+    return {200: {"content": {"application/json": plain, "text/event-stream": {"itemSchema": item, "example": text}}}}
 
 
 EXAMPLE_VIDEO = VideoResult(video_url="https://replicate.delivery/xezq/film.mp4")

@@ -21,7 +21,11 @@ from .behaviour import Behaviour, Workshop
 from .wire import Handler, Refusal
 
 KEY = "sk_sandbox0123456789abcdef0123456789abcdef01234567"
-VOICES_HZ = {"SandboxVoiceRex00001": 262.0, "SandboxVoiceLuna0002": 392.0}  # 20 letters and digits, as real ids have
+VOICES_HZ = {  # 20 letters and digits, as real ids have; the last one is the example in ElevenLabs' documents
+    "SandboxVoiceRex00001": 262.0,
+    "SandboxVoiceLuna0002": 392.0,
+    "JBFqnCBsd6RMkjVDRZzb": 196.0,
+}
 LIBRARY_VOICE = "SandboxVoiceLibrary3"  # a paid plan is needed to use such a voice over the API
 MODELS_MAX_CHARS = {
     "eleven_v3": 5_000,
