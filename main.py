@@ -32,6 +32,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -187,15 +188,15 @@ class Settings(BaseModel):
 
     def missing(self) -> list[str]:
         """The variables without which not every route works."""
-        return [name.upper() for name in KEY_SETTINGS if getattr(self, name) is None]
+        return [name.upper() for name in SPEECH_JOB_SETTINGS if getattr(self, name) is None]
 
     def secrets(self) -> list[str]:
         """Every key, to take them out of texts."""
         return [value.get_secret_value() for _, value in self if isinstance(value, SecretStr)]
 
 
-VIDEO_SETTINGS = ("replicate_api_token",)
-KEY_SETTINGS = ("eleven_api_key", *VIDEO_SETTINGS, "supabase_url", "supabase_service_role")  # of speech jobs
+VIDEO_JOB_SETTINGS = ("replicate_api_token",)
+SPEECH_JOB_SETTINGS = ("eleven_api_key", *VIDEO_JOB_SETTINGS, "supabase_url", "supabase_service_role")
 
 
 def read_settings(environment: Mapping[str, str | None]) -> Settings:
@@ -600,6 +601,11 @@ def is_trusted(url: httpx.URL) -> bool:
 class PublicNetwork(httpcore.AnyIOBackend):
     """Connects to public addresses only: looked up once, checked, and then used."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Threads of their own: a stranger's name that takes long does not hold up files and the providers' names.
+        self.look_ups = ThreadPoolExecutor(16, "look-up")
+
     async def connect_tcp(
         self,
         host: str,
@@ -619,7 +625,8 @@ class PublicNetwork(httpcore.AnyIOBackend):
         return await super().connect_tcp(last, port, timeout, local_address, socket_options)
 
     async def _look_up(self, host: str, port: int, timeout: float | None) -> list[str]:
-        looking_up = asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        looking_up = asyncio.get_running_loop().run_in_executor(self.look_ups, ask)
         try:
             found = await asyncio.wait_for(looking_up, timeout)
         except asyncio.TimeoutError as exc:  # first: from Python 3.11 on it is an OSError, too
@@ -793,7 +800,8 @@ def provider_message(answer: Answer) -> str:
 
 def shortened(message: str) -> str:
     """A provider's message on one line, without our keys, at most 300 characters."""
-    return redact(" ".join(message.split()))[:MAX_DETAIL_CHARS]
+    line = " ".join(message.split()).encode("utf-8", "replace").decode()  # JSON can hold half an emoji
+    return redact(line)[:MAX_DETAIL_CHARS]
 
 
 def told_in(value: Any, depth: int = 5) -> str:
@@ -850,8 +858,10 @@ async def send(
                 outcome = await perform(resources.http, request, limit)
             except httpx.RequestError as exc:
                 outcome = exc
+            if not retry.wants(outcome):
+                break
             asked_s = asked_wait_s(outcome, time.time()) if isinstance(outcome, Answer) else None
-            delay_s = retry.delay_s(attempt, asked_s) if retry.wants(outcome) else None
+            delay_s = retry.delay_s(attempt, asked_s)
             if delay_s is None:
                 break
             logger.warning("attempt=%d failed (%s), next in %.1f s", attempt, summary(outcome), delay_s)
@@ -983,24 +993,8 @@ FIRST_WORDS = {"first", "start", "initial", "init"}
 PICTURE_WORDS = {"image", "img", "picture", "photo", "portrait", "face", "avatar", "frame"}
 SPEECH_WORDS = {"audio", "speech"}
 OTHER_WORDS = {  # uris with one of these in their name are not the first picture, nor speech
-    *("last", "end", "ending", "tail", "final", "middle", "reference", "ref", "subject", "character", "style"),
-    *(
-        "mask",
-        "video",
-        "movie",
-        "music",
-        "song",
-        "sound",
-        "voice",
-        "background",
-        "control",
-        "depth",
-        "pose",
-        "lora",
-        "weights",
-        "logo",
-        "watermark",
-    ),
+    *"last end ending tail final middle reference ref subject character style mask video movie".split(),
+    *"music song sound voice background control depth pose lora weights logo watermark".split(),
 }
 SECONDS_NAMES = (
     *("duration", "seconds", "duration_seconds", "duration_in_seconds", "video_duration", "num_seconds"),
@@ -1368,9 +1362,13 @@ async def replicate_video_from_prompt(
     job: JobPromptOnly,
     audio_url: str | None = None,
     on_prediction: Callable[[Prediction], None] = ignore_prediction,
+    model: VideoModel | None = None,
 ) -> str:
-    """The URL of a film made by `job.model`, with `audio_url` if it takes speech. Raises as run_prediction does."""
-    model = await find_model(job.model)
+    """The URL of a film made by `job.model`, with `audio_url` if it takes speech. Raises as run_prediction does.
+
+    `model` is what find_model told of it already; None: look it up.
+    """
+    model = model or await find_model(job.model)
     return await run_prediction(model, fit_input(model, job, audio_url), on_prediction)
 
 
@@ -1443,7 +1441,7 @@ async def cancel_prediction(prediction_id: str) -> None:
     """Stop paying for a prediction that nobody waits for any more; what fails is logged."""
     try:
         path = f"predictions/{prediction_id}/cancel"
-        await asyncio.wait_for(asyncio.shield(call_replicate("POST", path, CANCEL_RETRY)), CANCEL_TIMEOUT_S)
+        await asyncio.wait_for(call_replicate("POST", path, CANCEL_RETRY), CANCEL_TIMEOUT_S)
         logger.info("prediction_id=%s cancelled", prediction_id)
     except (ServiceError, asyncio.TimeoutError) as exc:
         logger.warning("prediction_id=%s not cancelled: %s", prediction_id, exc)
@@ -1813,11 +1811,6 @@ def error_response(request: Request, error: ServiceError, headers: Mapping[str, 
     return JSONResponse(error_json(error, request.state.job), error.http_status, headers)
 
 
-async def answer_service_error(request: Request, exc: Exception) -> Response:
-    """A failure the service knows."""
-    return error_response(request, as_service_error(exc))
-
-
 async def answer_invalid(request: Request, exc: Exception) -> Response:
     """A body that is not as the route wants it."""
     assert isinstance(exc, RequestValidationError)
@@ -1842,8 +1835,8 @@ app = FastAPI(
     title="Talking Pet",
     summary="A picture of a pet and a line of text go in, a video in which the pet says it comes out.",
     lifespan=lifespan,
+    redirect_slashes=False,  # a 307 is no answer of this service; it would name http:// behind a proxy
     exception_handlers={
-        ServiceError: answer_service_error,
         RequestValidationError: answer_invalid,
         HTTPException: answer_http_error,
     },
@@ -1922,13 +1915,16 @@ async def answer_job(request: Request, work: Coroutine[Any, Any, BaseModel]) -> 
     task = asyncio.create_task(running)
     task.add_done_callback(lambda _: events.put_nowait(None))
     try:
-        first = await events.get()
+        first = await next_part(events)
     except asyncio.CancelledError:
         task.cancel()
         first = None
     if first is None:  # it ended before anything was begun: a plain error
         await task
-    return JobEvents(job_events(request.state.job, first, events, task))
+    return JobEvents(job_events(request.state.job, first, events, task), headers=STREAM_HEADERS)
+
+
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: pass them on at once
 
 
 class JobEvents(EventSourceResponse):
@@ -1936,24 +1932,17 @@ class JobEvents(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events to the last one, also when the process is ending."""
-        self.headers["Cache-Control"] = "no-cache"
-        self.headers["X-Accel-Buffering"] = "no"  # nginx: pass them on at once
         await self.stream_response(send)
 
 
 async def job_events(
-    job: Job,
-    event: StageEvent | None,
-    events: "asyncio.Queue[StageEvent | None]",
-    task: "asyncio.Task[BaseModel]",
+    job: Job, part: bytes | None, events: "asyncio.Queue[StageEvent | None]", task: "asyncio.Task[BaseModel]"
 ) -> AsyncIterator[bytes]:
     """Every stage event, comments while there is none, and exactly one `result` or `error` at the end."""
     try:
-        while event is not None:
-            yield format_sse_event(event="stage", data_str=event.model_dump_json(exclude_none=True))
-            while not (told := await soon(events)):
-                yield KEEPALIVE_COMMENT
-            event = told[0]
+        while part is not None:
+            yield part
+            part = await next_part(events)
     except asyncio.CancelledError:  # the process is ending: run_job turns that into an error
         task.cancel()
     try:
@@ -1964,12 +1953,15 @@ async def job_events(
         yield format_sse_event(event="error", data_str=json.dumps(body, separators=(",", ":"), ensure_ascii=False))
 
 
-async def soon(events: "asyncio.Queue[StageEvent | None]") -> list[StageEvent | None]:
-    """The next event, or nothing if none came for KEEPALIVE_SECONDS."""
+async def next_part(events: "asyncio.Queue[StageEvent | None]") -> bytes | None:
+    """The next stage event as it is sent, a comment if there is none for KEEPALIVE_SECONDS, None after the last."""
     try:
-        return [await asyncio.wait_for(events.get(), get_settings().keepalive_seconds)]
+        event = await asyncio.wait_for(events.get(), get_settings().keepalive_seconds)
     except asyncio.TimeoutError:
-        return []
+        return KEEPALIVE_COMMENT
+    if event is None:
+        return None
+    return format_sse_event(event="stage", data_str=event.model_dump_json(exclude_none=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1979,21 +1971,15 @@ async def soon(events: "asyncio.Queue[StageEvent | None]") -> list[StageEvent | 
 
 async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
     """A silent film."""
-    model = await check_job(body, VIDEO_SETTINGS)
+    model = await check_job(body, VIDEO_JOB_SETTINGS)
     return VideoResult(video_url=await animate(body, model, job))
 
 
 async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
     """A talking film: the cheap step comes first, so that a bad text or voice costs no film."""
     check_text(body.text)
-    model = await check_job(body, KEY_SETTINGS, audio_url="made in a moment")
-    with job.stage("speech"):
-        speech = await elevenlabs_tts_bytes(body.text, body.voice_id)
-    with job.stage("audio_upload"):
-        kept_as = speech_file()
-        audio_path = f"audio/{uuid.uuid4()}.{kept_as.extension}"
-        audio_url = await supabase_upload(audio_path, speech, kept_as.content_type)
-        job.partial.audio_url = audio_url
+    model = await check_job(body, SPEECH_JOB_SETTINGS, audio_url="made in a moment")
+    audio_url = await speak(body, job)
     video_url = await animate(body, model, job, audio_url)
     with tempfile.TemporaryDirectory(prefix="talking-pet-") as folder:
         if model.speech_field:
@@ -2029,13 +2015,25 @@ def check_picture_host(host: str) -> None:
         raise unfit("image_url", "is an address on your own machine or network; the picture must be on the internet")
 
 
+async def speak(body: JobPromptTTS, job: Job) -> str:
+    """Have the text spoken and return the speech's URL; the speech itself is not held while the film is made."""
+    with job.stage("speech"):
+        speech = await elevenlabs_tts_bytes(body.text, body.voice_id)
+    with job.stage("audio_upload"):
+        kept_as = speech_file()
+        audio_path = f"audio/{uuid.uuid4()}.{kept_as.extension}"
+        audio_url = await supabase_upload(audio_path, speech, kept_as.content_type)
+    job.partial.audio_url = audio_url
+    return audio_url
+
+
 async def animate(body: JobPromptOnly, model: VideoModel, job: Job, audio_url: str | None = None) -> str:
     """Have the film made and return its URL."""
     with job.stage("video"):
         if model is HAILUO:
             video_url = await hailuo_video_from_prompt(body, job.on_prediction)
         else:
-            video_url = await replicate_video_from_prompt(body, audio_url, job.on_prediction)
+            video_url = await replicate_video_from_prompt(body, audio_url, job.on_prediction, model)
     job.partial.video_url = video_url
     return video_url
 

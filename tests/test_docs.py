@@ -49,7 +49,7 @@ def test_env_example_is_accepted() -> None:
     """Copied as it is, it starts a service without keys."""
     lines = (ROOT / ".env.example").read_text(encoding="utf-8").splitlines()
     texts = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    assert main.read_settings(texts).missing() == [name.upper() for name in main.KEY_SETTINGS]
+    assert main.read_settings(texts).missing() == [name.upper() for name in main.SPEECH_JOB_SETTINGS]
 
 
 def render_variables() -> dict[str, str]:
@@ -61,7 +61,7 @@ def render_variables() -> dict[str, str]:
 def test_render_asks_for_the_secrets() -> None:
     """No key stands in the repository."""
     asked = {key for key, told in render_variables().items() if told == "sync: false"}
-    assert asked == {name.upper() for name in main.KEY_SETTINGS}
+    assert asked == {name.upper() for name in main.SPEECH_JOB_SETTINGS}
 
 
 def test_render_sets_the_defaults() -> None:

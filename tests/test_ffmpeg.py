@@ -859,7 +859,7 @@ async def test_no_more_run_at_once_than_there_are_cores(
         second = await two_children(without=killed)
         for mux in muxes:
             mux.cancel()
-        await asyncio.wait(muxes)
+        await asyncio.gather(*muxes, return_exceptions=True)
 
     assert len(first) == len(second) == 2
     assert len(first & second) == 1

@@ -326,6 +326,17 @@ async def test_public_urls_are_fetched(url: str, client: httpx.AsyncClient, pets
     assert pets.requests == ["HEAD /film.mp4"]
 
 
+async def test_the_guard_stands_in_the_running_service(start_service: Callable[..., Any]) -> None:
+    """A real process, with the event loop and the resolver that it has, refuses the same addresses."""
+    service = start_service(ALLOW_PRIVATE_URLS="")
+    urls = ["http://127.0.0.1/", "http://localhost/", "http://[::1]/", "http://[::ffff:7f00:1]/", "http://0.0.0.0/"]
+
+    async with httpx.AsyncClient(base_url=service.url, trust_env=False) as outside:
+        answers = [(await head(outside, url)).json()["detail"] for url in urls]
+
+    assert answers == [NOT_PUBLIC] * len(urls)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Names
 # ----------------------------------------------------------------------------------------------------------------
