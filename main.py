@@ -101,6 +101,7 @@ DEFAULT_FPS = 24.0  # where a model counts frames and names no rate
 
 SPEECH_DELAY_MS = 500
 FFMPEG_TIMEOUT_S = 60.0
+MAX_FFMPEG = 4  # at once, and no more than cores: a container sees those of its host, and each takes some 50 MB
 FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of a film's frame has less, of a 16K one more
 
 HEAD_TIMEOUT_S = 10.0
@@ -694,7 +695,7 @@ async def shared() -> AsyncIterator[Shared]:
     headers = {"Accept-Encoding": "identity"}  # what is packed small and large unpacked is never unpacked
     async with httpx.AsyncClient(transport=Network(), timeout=TIMEOUT, headers=headers) as http:
         http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # no server is to be told of another's
-        yield Shared(http, asyncio.Semaphore(os.cpu_count() or 1))
+        yield Shared(http, asyncio.Semaphore(min(os.cpu_count() or 1, MAX_FFMPEG)))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -709,6 +710,13 @@ PROVIDER_NAMES: dict[Provider, str] = {
 
 SERVER_ERRORS = frozenset(range(500, 600))  # Supabase has a 544
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+
+def told_under(value: Any, *keys: str) -> Any:
+    """What stands in JSON objects under these keys, one in the other; None if it is not there."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 class Answer(NamedTuple):
@@ -864,7 +872,8 @@ async def send(
             delay_s = retry.delay_s(attempt, asked_s)
             if delay_s is None:
                 break
-            logger.warning("attempt=%d failed (%s), next in %.1f s", attempt, summary(outcome), delay_s)
+            failed = f"{method} {request.url.host} attempt={attempt} failed ({summary(outcome)})"
+            logger.warning("%s, next in %.1f s", failed, delay_s)
             await asyncio.sleep(delay_s)
     if isinstance(outcome, httpx.RequestError):
         raise outcome
@@ -1338,13 +1347,6 @@ async def look_up_model(name: str) -> VideoModel:
     if answer.get("is_official") is not True and not isinstance(version, str):
         raise nonsense("replicate", f"a version of {name}")
     return video_model(name, version, told_under(latest, "openapi_schema", "components", "schemas"))
-
-
-def told_under(value: Any, *keys: str) -> Any:
-    """What stands in JSON objects under these keys, one in the other; None if it is not there."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def ignore_prediction(prediction: Prediction) -> None:

@@ -432,8 +432,8 @@ async def test_every_repeat_is_logged(providers, calls, caplog):
     failure = httpx.Response(503, json={"detail": {"message": "Maintenance"}})
     await count_requests(providers, url, work, [failure, httpx.ConnectError("refused"), success])
     assert log_lines(caplog) == [
-        "attempt=1 failed (503: Maintenance), next in 0.0 s",
-        "attempt=2 failed (ConnectError refused), next in 0.0 s",
+        "POST api.elevenlabs.io attempt=1 failed (503: Maintenance), next in 0.0 s",
+        "POST api.elevenlabs.io attempt=2 failed (ConnectError refused), next in 0.0 s",
     ]
 
 
