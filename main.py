@@ -83,7 +83,7 @@ MAX_SPEECH_BYTES = 9_500_000
 MAX_DOWNLOAD_BYTES = 100_000_000
 MAX_ANSWER_BYTES = 2_000_000  # of a provider's JSON answer; the largest model schemas have some 100 kB
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
-CHUNK_BYTES = 1024 * 1024  # read from or written to disk at a time
+CHUNK_BYTES = 256 * 1024  # read from or written to disk at a time
 
 # Seconds of silence on a connection, not of a whole call.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)

@@ -79,6 +79,7 @@ class Sizes:
     paced_s: float = 20.0
     growth: tuple[int, ...] = (10, 50, 100, 200)
     growth_s: float = 10.0
+    growth_poll_s: float = 2.0  # the longest wait between two reads, but for what the crowd itself imposes
 
     def providers_s(self, video_s: float) -> float:
         """Seconds that a speech job spends at the providers: speech, upload, video, download, upload."""
@@ -99,6 +100,7 @@ SMOKE = Sizes(
     paced_s=0.3,
     growth=(1, 2),
     growth_s=0.5,
+    growth_poll_s=0.1,
 )
 
 
@@ -281,12 +283,17 @@ class Bench:
     """What all measurements use."""
 
     providers: Providers
+    service: Service  # for the rows that need no fresh one
     sizes: Sizes
     film: bytes
 
-    def service(self, **environment: str) -> Service:
+    def fresh(self, **environment: str) -> Service:
         """A new process of the service."""
         return Service({**self.providers.environment, **environment})
+
+    def client(self, service: Service | None = None) -> Client:
+        """Somebody who sends jobs."""
+        return Client(service or self.service, self.providers)
 
     def prepare(self, video_s: float, film: bytes | None = None, limits: bool = False) -> None:
         """Have every film made in `video_s`."""
@@ -297,7 +304,7 @@ class Bench:
         seconds, rest_mb = list[float](), list[float]()
         for _ in range(self.sizes.starts):
             started = time.monotonic()
-            with self.service() as service:
+            with self.fresh() as service:
                 seconds.append(time.monotonic() - started)
                 rest_mb.append(memory_mb(service.pid))
         note = f"median of {len(seconds)}; most: {max(seconds):.2f} s"
@@ -307,24 +314,21 @@ class Bench:
     def alone(self) -> Iterator[Row]:
         """Jobs that do not meet: what the service adds to the providers' time."""
         sizes = self.sizes
-        with self.service() as service:
-            client = Client(service, self.providers)
-            for video_s, limit in ((sizes.short_s, ONE_SHORT_JOB), (sizes.long_s, ONE_LONG_JOB)):
-                self.prepare(video_s)
-                load = asyncio.run(client.jobs(sizes.alone, apart_s=APART_S))
-                whole_s, theirs_s = statistics.mean(load.seconds), sizes.providers_s(video_s)
-                what = f"One speech job, video {video_s:g} s: time over the providers'"
-                note = f"{whole_s:.2f} s over {theirs_s:.2f} s; mean of {len(load.seconds)}"
-                yield Row("alone", what, whole_s / theirs_s, limit, note=note)
+        for video_s, limit in ((sizes.short_s, ONE_SHORT_JOB), (sizes.long_s, ONE_LONG_JOB)):
+            self.prepare(video_s)
+            load = asyncio.run(self.client().jobs(sizes.alone, apart_s=APART_S))
+            whole_s, theirs_s = statistics.mean(load.seconds), sizes.providers_s(video_s)
+            what = f"One speech job, video {video_s:g} s: time over the providers'"
+            note = f"{whole_s:.2f} s over {theirs_s:.2f} s; mean of {len(load.seconds)}"
+            yield Row("alone", what, whole_s / theirs_s, limit, note=note)
 
     def crowd(self) -> Iterator[Row]:
         """Many speech jobs at once, and /health meanwhile."""
         count, health_ms = self.sizes.crowd, list[float]()
         self.prepare(self.sizes.short_s)
-        with self.service() as service:
-            client = Client(service, self.providers)
-            one_s = asyncio.run(client.jobs(1)).wall_s
-            load = asyncio.run(client.jobs(count, beside=client.health_ms(health_ms)))
+        client = self.client()
+        one_s = asyncio.run(client.jobs(1)).wall_s
+        load = asyncio.run(client.jobs(count, beside=client.health_ms(health_ms)))
         name = f"{count} speech jobs at once"
         yield Row("crowd", f"{name}: not answered", load.failed, 0)
         note = f"{load.wall_s:.1f} s over {one_s:.1f} s"
@@ -337,9 +341,8 @@ class Bench:
         count, samples = self.sizes.crowd, list[tuple[float, float]]()
         film = big_film(self.sizes.film_s)
         self.prepare(self.sizes.short_s, film)
-        with self.service() as service:
-            client = Client(service, self.providers)
-            rest_mb = memory_mb(service.pid)
+        with self.fresh() as service:
+            client, rest_mb = self.client(service), memory_mb(service.pid)
             load = asyncio.run(client.jobs(count, beside=client.memory(samples)))
         name = f"{count} speech jobs, {len(film) / 1e6:.0f} MB films"
         yield Row("memory", f"{name}: not answered", load.failed, 0, note=f"{load.wall_s:.1f} s")
@@ -353,9 +356,9 @@ class Bench:
         """Hundreds of films under Replicate's rate limits."""
         count, video_s = self.sizes.paced, self.sizes.paced_s
         self.prepare(video_s, limits=True)
-        with self.service() as service:
-            load = asyncio.run(Client(service, self.providers).jobs(count, with_speech=False))
-            refused = service.log.count("failed (429")
+        before = self.service.log.count("failed (429")
+        load = asyncio.run(self.client().jobs(count, with_speech=False))
+        refused = self.service.log.count("failed (429") - before
         name = f"{count} films at once, Replicate's limits"
         yield Row("pace", f"{name}: not answered", load.failed, 0)
         yield Row("pace", f"{name}: answers 429", refused, REFUSED)
@@ -367,23 +370,23 @@ class Bench:
         count, alone = self.sizes.crowd, self.sizes.alone
         self.prepare(self.sizes.short_s)
         bare_s = bare_mux_cpu_s(self.film, count)
-        with self.service() as service:
-            client = Client(service, self.providers)
-            started_s = sum(cpu_s(service.pid))
-            asyncio.run(client.jobs(alone, apart_s=APART_S))
-            warm_s = sum(cpu_s(service.pid))
-            asyncio.run(client.jobs(count))
-            job_s, alone_s = (sum(cpu_s(service.pid)) - warm_s) / count, (warm_s - started_s) / alone
+        client, pid = self.client(), self.service.pid
+        asyncio.run(client.jobs(1))
+        before_s = sum(cpu_s(pid))
+        asyncio.run(client.jobs(alone, apart_s=APART_S))
+        between_s = sum(cpu_s(pid))
+        asyncio.run(client.jobs(count))
+        alone_s, job_s = (between_s - before_s) / alone, (sum(cpu_s(pid)) - between_s) / count
         what = f"{count} speech jobs at once: CPU each over bare ffmpeg's"
         note = f"{job_s * 1000:.0f} ms over {bare_s * 1000:.0f} ms; of a job alone {alone_s * 1000:.0f} ms"
         yield Row("cpu", what, job_s / bare_s, CPU_OVER_FFMPEG, note=note)
 
     def growth(self) -> Iterator[Row]:
-        """Ever more jobs at once in one process, all read at the pace that the largest crowd has anyway."""
+        """Ever more jobs at once in one process, all with about the same number of reads."""
         cpu_ms, waiting_mb, sizes = list[float](), list[float](), self.sizes
         self.prepare(sizes.growth_s)
-        with self.service(POLL_MIN_SECONDS="2") as service:
-            client = Client(service, self.providers)
+        with self.fresh(POLL_MIN_SECONDS=f"{sizes.growth_poll_s:g}") as service:
+            client = self.client(service)
             asyncio.run(client.jobs(sizes.alone))
             for count in sizes.growth:
                 before_s, samples = cpu_s(service.pid)[0], list[tuple[float, float]]()
@@ -469,8 +472,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 def run(groups: list[str], sizes: Sizes) -> Iterator[Row]:
     """Every row of these groups, each as soon as it is measured."""
     film = media.film(PET_FILE.read_bytes(), media.FilmPlan(sizes.film_s, sizes.film_lines))
-    with Providers() as providers:
-        bench = Bench(providers, sizes, film)
+    with Providers() as providers, Service(providers.environment) as service:
+        bench = Bench(providers, service, sizes, film)
         for group in groups:
             yield from MEASUREMENTS[group](bench)
 

@@ -16,12 +16,11 @@ import anyio
 import httpx
 import pytest
 
-from tests.conftest import PACE
 from tests.jobs import caller, children, left_in, needs_proc, short_film, sockets, speech_job
 from tests.sandbox import Sandbox, Service
 
-DEADLINE_S = 2
-QUICK_LANES, SHORT_LANES = 2, 6
+# Services by their deadline in seconds: plenty, enough to come to the film, enough to come to the end.
+LANES = {60: 2, 1: 3, 2: 2}
 BOUGHT = frozenset({"audio_url", "video_url", "prediction_id"})
 
 
@@ -63,7 +62,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nonsense": ("nonsense", {}),
     "empty": ("empty", {}),
     "endless": ("endless", {}),
-    "slow": ("slow", {"seconds": DEADLINE_S + 1}),
+    "slow": ("slow", {"seconds": 3}),
     "drip": ("drip", {"seconds": 0.05}),
 }
 
@@ -121,6 +120,13 @@ class Case:
         """Whether the job ends at its deadline."""
         return self.outcome == "late" or (self.goes_on and self.place == "read")
 
+    @property
+    def deadline_s(self) -> int:
+        """The deadline of the service that is to be used."""
+        if not self.is_late:
+            return 60
+        return 1 if self.place in ("speech", "audio upload", "create", "read") else 2
+
 
 class Seen(NamedTuple):
     """What came of a case."""
@@ -156,14 +162,15 @@ def read_table() -> Iterator[Case]:
 class Lane:
     """A sandbox and a service of its own, for one case at a time."""
 
-    def __init__(self, folder: Path, timeout_s: int) -> None:
-        self.folder, self.timeout_s = folder, timeout_s
+    def __init__(self, folder: Path, deadline_s: int) -> None:
+        self.folder, self.deadline_s = folder, deadline_s
 
     def start(self) -> Lane:
         """Start both."""
         self.folder.mkdir()
         self.sandbox = Sandbox(reads_to_finish=1).start()
-        changes = {**PACE, "TMPDIR": str(self.folder), "JOB_TIMEOUT_SECONDS": str(self.timeout_s)}
+        pace = {"POLL_MIN_SECONDS": "0.005", "RETRY_FIRST_SECONDS": "0.005"}
+        changes = {**pace, "TMPDIR": str(self.folder), "JOB_TIMEOUT_SECONDS": str(self.deadline_s)}
         self.service = Service({**self.sandbox.environment(), **changes}).start()
         return self
 
@@ -204,8 +211,8 @@ class Lane:
 def lanes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Lane]]:
     """Some with plenty of time for a job, more with little."""
     folder = tmp_path_factory.mktemp("lanes")
-    limits = [60] * QUICK_LANES + [DEADLINE_S] * SHORT_LANES
-    lanes = [Lane(folder / str(number), limit) for number, limit in enumerate(limits)]
+    deadlines = [deadline_s for deadline_s, count in LANES.items() for _ in range(count)]
+    lanes = [Lane(folder / str(number), deadline_s) for number, deadline_s in enumerate(deadlines)]
     with ThreadPoolExecutor(len(lanes)) as pool:
         list(pool.map(Lane.start, lanes))
         yield lanes
@@ -224,10 +231,10 @@ async def run_all(cases: list[Case], lanes: list[Lane]) -> dict[Case, Seen]:
     """Deal the cases out to the lanes that fit them, each lane one after the other."""
     seen: dict[Case, Seen] = {}
     film = short_film()
-    waiting = {is_late: [case for case in cases if case.is_late == is_late] for is_late in (False, True)}
+    waiting = {deadline_s: [case for case in cases if case.deadline_s == deadline_s] for deadline_s in LANES}
 
     async def work(lane: Lane) -> None:
-        queue = waiting[lane.timeout_s == DEADLINE_S]
+        queue = waiting[lane.deadline_s]
         async with caller(lane.service.url) as client:
             while queue:
                 case = queue.pop()
@@ -299,10 +306,10 @@ def test_the_deadline_ends_the_job_and_its_film(seen: dict[Case, Seen], case: Ca
     stage = {"create": "video", "read": "video", "film": "download", "speech file": "download"}.get(
         case.place, case.place.replace(" ", "_")
     )
-    assert f"not done after {DEADLINE_S} s" in found.answer["detail"]
+    assert f"not done after {case.deadline_s} s" in found.answer["detail"]
     assert stage in found.answer["detail"]
-    limit_s = DEADLINE_S + (6 if case.place == "create" else 1)  # a create on its way is waited for
-    assert DEADLINE_S <= found.seconds < limit_s
+    late_s = found.seconds - case.deadline_s
+    assert 0 <= late_s < (6 if case.place == "create" else 1), "a create on its way is waited for"
     is_made = stage in ("download", "final_upload") or (case.place == "read" and case.fault in CARRIED_OUT)
     assert found.films == ([] if stage in ("speech", "audio_upload") else ["succeeded" if is_made else "canceled"])
     assert found.cancels == (stage == "video")

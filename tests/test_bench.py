@@ -1,0 +1,72 @@
+"""The benchmark runs, and shows what it measured. No figure is judged here: that is for a quiet machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bench import MEASUREMENTS, Row, Sizes, percentile
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_a_smoke_run_measures_every_row() -> None:
+    """`--smoke --json` ends well: every group has its rows, every job was answered, every figure is one."""
+    command = [sys.executable, "-m", "tests.bench", "--smoke", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    rows = told["rows"]
+    assert list(dict.fromkeys(row["group"] for row in rows)) == list(MEASUREMENTS)
+    assert [row["measured"] for row in rows if row["what"].endswith("not answered")] == [0, 0, 0]
+    assert all(row["measured"] > 0 for row in rows if row["group"] in ("start", "alone", "cpu"))
+    assert "cores" in told["measured_on"]
+
+
+def test_an_unknown_group_is_refused() -> None:
+    """`--rows` takes the names of groups only, and says which there are."""
+    command = [sys.executable, "-m", "tests.bench", "--rows", "speed"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert "growth" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("measured", "shown", "is_met"),
+    [
+        pytest.param(1.04, "1.04", True, id="at the limit"),
+        pytest.param(1.0449, "1.04", True, id="at the limit once it is rounded"),
+        pytest.param(1.046, "1.05", False, id="over the limit"),
+        pytest.param(17.6, "18", False, id="no decimals from ten on"),
+        pytest.param(0.0, "0", True, id="none"),
+    ],
+)
+def test_a_row_shows_its_figure_beside_the_limit(measured: float, shown: str, is_met: bool) -> None:
+    """What is shown is what is judged."""
+    row = Row("alone", "One job", measured, 1.04, note="why")
+    assert row.is_met is is_met
+    cells = [cell.strip() for cell in row.line().strip("| ").split("|")]
+    assert cells == ["One job", shown, "1.04", "why" if is_met else "**over**; why"]
+
+
+@pytest.mark.parametrize(
+    ("count", "percent", "number"),
+    [
+        pytest.param(1, 99, 1, id="one number"),
+        pytest.param(100, 99, 99, id="a hundred"),
+        pytest.param(101, 99, 100, id="rounded up"),
+        pytest.param(4, 50, 2, id="half"),
+    ],
+)
+def test_a_percentile_is_one_of_the_numbers(count: int, percent: int, number: int) -> None:
+    """The nearest rank, counted from the smallest."""
+    assert percentile([float(each) for each in range(count, 0, -1)], percent) == number
+
+
+def test_the_providers_own_time_is_the_sum_of_their_delays() -> None:
+    """Speech, its upload, the film, its download, the final upload."""
+    assert Sizes(speech_s=1, transfer_s=0.25).providers_s(6) == pytest.approx(7.75)
