@@ -83,7 +83,7 @@ MAX_SPEECH_BYTES = 9_500_000
 MAX_DOWNLOAD_BYTES = 100_000_000
 MAX_ANSWER_BYTES = 2_000_000  # of a provider's JSON answer; the largest model schemas have some 100 kB
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
-CHUNK_BYTES = 256 * 1024  # read from or written to disk at a time
+CHUNK_BYTES = 64 * 1024  # read from disk, or from a child, at a time
 
 # Seconds of silence on a connection, not of a whole call.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
@@ -176,7 +176,7 @@ class Settings(BaseModel):
     eleven_base_url: BaseUrl = "https://api.elevenlabs.io"
     replicate_base_url: BaseUrl = "https://api.replicate.com"
     allow_private_urls: bool = False
-    poll_min_seconds: Annotated[float, Field(gt=0, le=10)] = 0.25
+    poll_min_seconds: Annotated[float, Field(gt=0, le=2)] = 0.25
     retry_first_seconds: Annotated[float, Field(gt=0, le=10)] = 0.5
     keepalive_seconds: Annotated[float, Field(gt=0, le=15)] = 10
 
@@ -664,7 +664,7 @@ def pool_transport(tls: ssl.SSLContext, backend: httpcore.AsyncNetworkBackend) -
     transport._pool = httpcore.AsyncConnectionPool(
         ssl_context=tls,
         max_connections=None,  # each waiting job may need one; Replicate's rates are what limits
-        max_keepalive_connections=100,
+        max_keepalive_connections=20,  # httpcore looks at each of them twice a request
         keepalive_expiry=15.0,
         network_backend=backend,
     )
@@ -838,12 +838,13 @@ async def exchange(client: httpx.AsyncClient, request: httpx.Request, limit: int
 
 async def read_answer(response: httpx.Response, limit: int) -> Answer:
     """The answer with its body up to `limit` + 1 bytes: more is never held."""
-    body = bytearray()
-    async for chunk in response.aiter_raw(64 * 1024):
-        body += chunk
-        if len(body) > limit:
+    pieces, room = list[bytes](), limit + 1
+    async for piece in response.aiter_raw():
+        pieces.append(piece[:room])
+        room -= len(pieces[-1])
+        if not room:
             break
-    return Answer(response.status_code, response.headers, bytes(body[: limit + 1]))
+    return Answer(response.status_code, response.headers, b"".join(pieces))
 
 
 async def send(
@@ -1551,7 +1552,7 @@ async def write_body(response: httpx.Response, target: Path) -> None:
     """Write a body to disk, piece by piece. Raises ResourceFailed over 100 MB, at once if its length is told."""
     check_size(told_size(response) or 0)
     with target.open("wb") as file:
-        async for chunk in response.aiter_raw(CHUNK_BYTES):
+        async for chunk in response.aiter_raw():
             check_size(file.tell() + len(chunk))
             await asyncio.to_thread(file.write, chunk)
 

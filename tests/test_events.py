@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import anyio.abc
@@ -35,12 +35,49 @@ async def client(service: Service) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-@pytest.fixture
-def paced(sandbox: Sandbox, film: bytes) -> Sandbox:
-    """A sandbox whose film takes a while; the service reads it again and again."""
+class Paced(NamedTuple):
+    """A speech job whose film took VIDEO_S, in both forms; times are those of one clock."""
+
+    events: list[Event]
+    events_s: float
+    created_at: float
+    fetched_at: float
+    timings: dict[str, float]
+    """Server-Timing of the JSON form, in milliseconds."""
+    timings_s: float
+
+    def share_missing(self) -> float:
+        """The part of either job's time that no stage accounts for: the greater of both."""
+        done = [told["seconds"] for told in stages(self.events) if told["state"] == "done"]
+        return max(abs(1 - sum(done) / self.events_s), abs(1 - sum(self.timings.values()) / 1000 / self.timings_s))
+
+
+@pytest.fixture(scope="module")
+def paced(running_sandbox: Sandbox, running_service: Service, film: bytes) -> Paced:
+    """The two jobs, each by itself; once more if the machine was busy with something else."""
+    first = anyio.run(run_paced, running_sandbox, running_service, film)
+    if first.share_missing() <= 0.05:
+        return first
+    second = anyio.run(run_paced, running_sandbox, running_service, film)
+    return min(first, second, key=Paced.share_missing)
+
+
+async def run_paced(sandbox: Sandbox, service: Service, film: bytes) -> Paced:
+    """Run both jobs."""
+    sandbox.reset()
     sandbox.film(film)
     sandbox.video_seconds = VIDEO_S
-    return sandbox
+    async with caller(service.url) as client:
+        started = time.monotonic()
+        events = await all_events(client, "/jobs_prompt_tts", speech_job(sandbox))
+        events_s = time.monotonic() - started
+        [create], [fetched] = sandbox.calls("create"), sandbox.calls("output")
+        started = time.monotonic()
+        response = await client.post("/jobs_prompt_tts", json=speech_job(sandbox))
+        timings_s = time.monotonic() - started
+    told = re.findall(r"(\w+);dur=([\d.]+)", response.headers["server-timing"])
+    timings = {stage: float(milliseconds) for stage, milliseconds in told}
+    return Paced(events, events_s, create.at, fetched.at, timings, timings_s)
 
 
 def stages(events: list[Event]) -> list[dict[str, Any]]:
@@ -85,9 +122,9 @@ async def test_a_speaking_model_has_no_mux(client: httpx.AsyncClient, sandbox: S
     assert done == [stage for stage in STAGES if stage != "mux"]
 
 
-async def test_the_films_status_and_percent_are_passed_on(client: httpx.AsyncClient, paced: Sandbox) -> None:
+def test_the_films_status_and_percent_are_passed_on(paced: Paced) -> None:
     """Between start and end the video stage tells what Replicate tells, and nothing else has a status."""
-    told = stages(await all_events(client, "/jobs_prompt_tts", speech_job(paced)))
+    told = stages(paced.events)
     videos = [one for one in told if one["stage"] == "video" and "status" in one]
     assert list(dict.fromkeys(one["status"] for one in videos)) == ["starting", "processing", "succeeded"]
     percents = [one["percent"] for one in videos if "percent" in one]
@@ -153,66 +190,39 @@ async def test_the_client_chooses_the_form(
 # When it is told
 
 
-async def test_events_come_as_they_happen(client: httpx.AsyncClient, paced: Sandbox) -> None:
+def test_events_come_as_they_happen(paced: Paced) -> None:
     """Each stage's start is there before the provider has done the work, its end soon after."""
-    events = await all_events(client, "/jobs_prompt_tts", speech_job(paced))
-    came = {(event.data["stage"], event.data["state"]): event.at for event in reversed(events) if event.name == "stage"}
-    [create], [film_fetched] = paced.calls("create"), paced.calls("output")
-    assert came["speech", "started"] < create.at
-    assert came["video", "started"] == pytest.approx(create.at, abs=0.25)
-    assert came["video", "done"] - create.at == pytest.approx(VIDEO_S, abs=0.4)
-    assert came["download", "started"] == pytest.approx(film_fetched.at, abs=0.25)
-    videos = [event.at for event in events if event.name == "stage" and event.data["stage"] == "video"]
+    events = [event for event in paced.events if event.name == "stage"]
+    came = {(event.data["stage"], event.data["state"]): event.at for event in reversed(events)}
+    assert came["speech", "started"] < paced.created_at
+    assert came["video", "started"] == pytest.approx(paced.created_at, abs=0.25)
+    assert came["video", "done"] - paced.created_at == pytest.approx(VIDEO_S, abs=0.4)
+    assert came["download", "started"] == pytest.approx(paced.fetched_at, abs=0.25)
+    videos = [event.at for event in events if event.data["stage"] == "video"]
     assert max(later - sooner for sooner, later in zip(videos, videos[1:], strict=False)) < VIDEO_S / 2
 
 
-async def test_stages_tell_their_seconds(client: httpx.AsyncClient, paced: Sandbox) -> None:
+def test_stages_tell_their_seconds(paced: Paced) -> None:
     """A stage's seconds count from its start and are those between its two events."""
-    events = await all_events(client, "/jobs_prompt_tts", speech_job(paced))
     started: dict[str, float] = {}
-    for event in events:
+    for event in paced.events:
         if event.name == "stage":
             since = event.at - started.setdefault(event.data["stage"], event.at)
             assert event.data["seconds"] == pytest.approx(since, abs=0.2)
-    assert {told["seconds"] for told in stages(events) if told["state"] == "started" and "status" not in told} == {0}
+    first = [told for told in stages(paced.events) if told["state"] == "started" and "status" not in told]
+    assert {told["seconds"] for told in first} == {0}
 
 
-def share_missing(milliseconds: list[float], seconds: float) -> float:
-    """The part of a job's time that no stage accounts for."""
-    return abs(1 - sum(milliseconds) / 1000 / seconds)
+def test_the_stages_sum_up_to_the_jobs_time(paced: Paced) -> None:
+    """In either form, at most a twentieth of the time lies outside of the stages."""
+    assert paced.share_missing() <= 0.05
 
 
-async def twice(measure: Callable[[], Any]) -> float:
-    """The better of two measurements; the second only if the first is bad: the machine may have been busy."""
-    first = await measure()
-    return first if first <= 0.05 else min(first, await measure())
-
-
-async def test_the_stages_sum_up_to_the_jobs_time(client: httpx.AsyncClient, paced: Sandbox) -> None:
-    """In the stream, at most a twentieth of the time lies outside of the stages."""
-
-    async def measure() -> float:
-        started = time.monotonic()
-        events = await all_events(client, "/jobs_prompt_tts", speech_job(paced))
-        done = [1000 * told["seconds"] for told in stages(events) if told["state"] == "done"]
-        assert len(done) == len(STAGES)
-        return share_missing(done, time.monotonic() - started)
-
-    assert await twice(measure) <= 0.05
-
-
-async def test_server_timing_says_the_same(client: httpx.AsyncClient, paced: Sandbox) -> None:
-    """The JSON answer's header has the same stages, and they sum up to its time as well."""
-
-    async def measure() -> float:
-        started = time.monotonic()
-        response = await client.post("/jobs_prompt_tts", json=speech_job(paced))
-        told = re.findall(r"(\w+);dur=([\d.]+)", response.headers["server-timing"])
-        assert tuple(stage for stage, _ in told) == STAGES
-        assert float(dict(told)["video"]) == pytest.approx(1000 * VIDEO_S, abs=400)
-        return share_missing([float(dur) for _, dur in told], time.monotonic() - started)
-
-    assert await twice(measure) <= 0.05
+def test_server_timing_says_the_same(paced: Paced) -> None:
+    """The JSON answer's header has the stages of the stream, with the same video."""
+    done = {told["stage"]: told["seconds"] for told in stages(paced.events) if told["state"] == "done"}
+    assert tuple(paced.timings) == tuple(done) == STAGES
+    assert paced.timings["video"] / 1000 == pytest.approx(done["video"], abs=0.3)
 
 
 # How it ends
@@ -337,17 +347,17 @@ async def test_comments_come_while_nothing_happens(
     service: Service, client: httpx.AsyncClient, sandbox: Sandbox
 ) -> None:
     """A silent stage is filled with comments, one for each pause of KEEPALIVE_SECONDS (half a second here)."""
-    sandbox.fault("speech", "slow", seconds=1.7)
+    sandbox.fault("speech", "slow", seconds=1.3)
     sandbox.fault("upload", "status", status=401)
     events = await all_events(client, "/jobs_prompt_tts", speech_job(sandbox))
-    assert [event.name for event in events][:4] == ["stage", "comment", "comment", "comment"]
-    pauses = [later.at - sooner.at for sooner, later in zip(events[:4], events[1:4], strict=False)]
+    assert [event.name for event in events][:3] == ["stage", "comment", "comment"]
+    pauses = [later.at - sooner.at for sooner, later in zip(events[:3], events[1:3], strict=False)]
     assert all(pause == pytest.approx(0.5, abs=0.25) for pause in pauses)
 
 
 async def test_a_proxy_that_cuts_silence_delivers_the_stream(service: Service, sandbox: Sandbox) -> None:
-    """A job three times as long as the proxy's patience arrives as events; as plain JSON it is cut off."""
-    sandbox.fault("speech", "slow", times=2, seconds=3)
+    """A job far longer than the proxy's patience arrives as events; as plain JSON it is cut off."""
+    sandbox.fault("speech", "slow", times=2, seconds=2.6)
     sandbox.film(short_film())
     async with impatient_proxy(service.port, patience_s=1.0) as url, caller(url) as streaming, caller(url) as waiting:
         events: list[Event] = []

@@ -89,13 +89,13 @@ async def test_no_header_is_sent_twice(supabase, content, header):
 
 
 async def test_a_film_is_streamed_from_disk(supabase, tmp_path):
-    """In pieces of a MiB, with its length told before."""
+    """In pieces of 64 KiB, with its length told before."""
     film = tmp_path / "film.mp4"
     film.write_bytes(b"\0\0\0\x18ftyp" + b"0123456789" * 350_000)
     await main.supabase_upload(PATH, film, "video/mp4")
     request = supabase.calls.last.request
     assert (request.headers["content-length"], request.content) == ("3500008", film.read_bytes())
-    assert [len(piece) async for piece in main.FileBody(film)] == [1_048_576] * 3 + [354_280]
+    assert [len(piece) async for piece in main.FileBody(film)] == [65_536] * 53 + [26_600]
 
 
 @pytest.mark.parametrize(
