@@ -413,13 +413,17 @@ async def test_no_key_is_ever_told(housed: Housed, sandbox: Sandbox) -> None:
 
 async def test_a_wrong_key_is_the_providers_to_refuse(sandbox: Sandbox, start_service: StartService) -> None:
     """Each key is checked by its provider; the refusal comes back as a 500 in that provider's words, without the key."""
-    for name, provider, words in [
-        ("ELEVEN_API_KEY", "elevenlabs", "Invalid API key"),
-        ("REPLICATE_API_TOKEN", "replicate", "You did not pass a valid authentication token"),
-        ("SUPABASE_SERVICE_ROLE", "supabase", "Invalid Compact JWS"),
+    wrong = "not-the-real-key"
+    one, two = (
+        start_service(ELEVEN_API_KEY=wrong),
+        start_service(REPLICATE_API_TOKEN=wrong, SUPABASE_SERVICE_ROLE=wrong),
+    )
+    for service, path, provider, words in [
+        (one, "/jobs_prompt_tts", "elevenlabs", "Invalid API key"),
+        (two, "/jobs_prompt_tts", "supabase", "Invalid Compact JWS"),
+        (two, "/jobs_prompt_only", "replicate", "You did not pass a valid authentication token"),
     ]:
-        service = start_service(**{name: "not-the-real-key"})
-        response = await post(service, "/jobs_prompt_tts", speech_job(sandbox))
+        response = await post(service, path, speech_job(sandbox))
         assert (response.status_code, response.json()["provider"]) == (500, provider)
         assert words in response.json()["detail"]
-        assert "not-the-real-key" not in response.text + service.log
+        assert wrong not in response.text + service.log

@@ -294,14 +294,6 @@ async def test_what_cannot_begin_is_refused_in_json(
     assert response.json()["category"] in ("validation", "provider")
 
 
-async def test_a_missing_setting_is_refused_in_json(sandbox: Sandbox) -> None:
-    """So is a job for which the service is not set up."""
-    with Service({}) as bare:
-        async with caller(bare.url) as client:
-            response = await client.post("/jobs_prompt_tts", json=speech_job(sandbox), headers=EVENT_STREAM)
-    assert (response.status_code, response.json()["category"]) == (500, "configuration")
-
-
 async def test_a_late_job_ends_with_one_error(sandbox: Sandbox) -> None:
     """The deadline is told in the stream, and the film is cancelled."""
     sandbox.outcome("never")

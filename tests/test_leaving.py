@@ -227,7 +227,9 @@ class Endings:
                 jobs[stage] = Ending()
                 tasks.start_soon(self.ask, held, form, jobs[stage])
                 assert await until(lambda s=stage, n=wanted: held.count(s) >= n, 15), f"no job stands at {stage}"
-                jobs[stage].film = next(iter(set(held.sandbox.predictions) - known), None)
+                if stage not in ("speech", "audio_upload"):
+                    assert await until(lambda known=known: set(held.sandbox.predictions) - known)
+                    [jobs[stage].film] = set(held.sandbox.predictions) - known
             assert all(job.status == 0 for job in jobs.values()), "every job is still on its way"
             ffmpegs, started = children(held.service.pid), time.monotonic()
             os.kill(held.service.pid, signal.SIGTERM)

@@ -262,9 +262,10 @@ def test_every_failure_has_its_status_and_category(
     assert response.headers["access-control-allow-origin"] == "*"
 
 
-def test_a_missing_setting_is_named(bare_client: httpx.Client, sandbox: Sandbox) -> None:
-    """The owner reads which variable to set."""
-    response = bare_client.post("/jobs_prompt_only", json=prompt_job(sandbox))
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_a_missing_setting_is_named(bare_client: httpx.Client, sandbox: Sandbox, accept: str) -> None:
+    """The owner reads which variable to set; a job that cannot begin is no stream."""
+    response = bare_client.post("/jobs_prompt_only", json=prompt_job(sandbox), headers={"accept": accept})
     error = error_of(response)
     assert (response.status_code, error["category"], error["provider"]) == (500, "configuration", None)
     assert "REPLICATE_API_TOKEN" in error["detail"]
