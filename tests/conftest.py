@@ -15,7 +15,7 @@ from tests.inprocess import running_application, use_settings
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.service import SETTINGS
 
-PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "KEEPALIVE_SECONDS": "0.5"}
+PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "KEEPALIVE_SECONDS": "0.2"}
 StartService = Callable[..., Service]
 
 

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,12 +200,23 @@ async def test_the_other_kind_of_key_works_as_well(sandbox: Sandbox, start_servi
 # Nothing is bought in vain
 
 
+@pytest.fixture(scope="module")
+def services_lacking(running_sandbox: Sandbox) -> Iterator[dict[str, Service]]:
+    """For each required variable a service without it, all started at the same time."""
+    environment = {**running_sandbox.environment(), **PACE}
+    services = {name: Service({**environment, name: ""}) for name in REQUIRED}
+    with ThreadPoolExecutor(len(services)) as pool:
+        list(pool.map(Service.start, services.values()))
+        yield services
+        list(pool.map(Service.close, services.values()))
+
+
 @pytest.mark.parametrize("name", REQUIRED)
 async def test_a_missing_variable_is_named_before_anybody_is_called(
-    sandbox: Sandbox, start_service: StartService, name: str
+    sandbox: Sandbox, services_lacking: dict[str, Service], name: str
 ) -> None:
     """A speech job without one of its four settings is a 500 naming it; no provider hears of it."""
-    service = start_service(**{name: ""})
+    service = services_lacking[name]
     response = await post(service, "/jobs_prompt_tts", speech_job(sandbox, model="kwaivgi/kling-v2.1"))
     assert (response.status_code, response.json()["category"]) == (500, "configuration")
     assert name in response.json()["detail"]

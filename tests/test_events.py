@@ -338,20 +338,20 @@ async def impatient_proxy(port: int, patience_s: float) -> AsyncIterator[str]:
 async def test_comments_come_while_nothing_happens(
     service: Service, client: httpx.AsyncClient, sandbox: Sandbox
 ) -> None:
-    """A silent stage is filled with comments, one for each pause of KEEPALIVE_SECONDS (half a second here)."""
-    sandbox.fault("speech", "slow", seconds=1.3)
+    """A silent stage is filled with comments, one for each pause of KEEPALIVE_SECONDS (a fifth of a second here)."""
+    sandbox.fault("speech", "slow", seconds=0.6)
     sandbox.fault("upload", "status", status=401)
     events = await all_events(client, "/jobs_prompt_tts", speech_job(sandbox))
     assert [event.name for event in events][:3] == ["stage", "comment", "comment"]
     pauses = [later.at - sooner.at for sooner, later in zip(events[:3], events[1:3], strict=False)]
-    assert all(pause == pytest.approx(0.5, abs=0.25) for pause in pauses)
+    assert all(pause == pytest.approx(0.2, abs=0.15) for pause in pauses)
 
 
 async def test_a_proxy_that_cuts_silence_delivers_the_stream(service: Service, sandbox: Sandbox) -> None:
     """A job far longer than the proxy's patience arrives as events; as plain JSON it is cut off."""
-    sandbox.fault("speech", "slow", times=2, seconds=2.6)
+    sandbox.fault("speech", "slow", times=2, seconds=1.3)
     sandbox.film(short_film())
-    async with impatient_proxy(service.port, patience_s=1.0) as url, caller(url) as streaming, caller(url) as waiting:
+    async with impatient_proxy(service.port, patience_s=0.6) as url, caller(url) as streaming, caller(url) as waiting:
         events: list[Event] = []
 
         async def stream() -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ async def test_a_client_that_leaves_ends_its_job(
     assert await until(lambda: "outcome=left" in running.service.log[log_before:], 1)
     assert time.monotonic() - left_at < (1.5 if stage == "create" else 1.0)
     bought = len(sandbox.requests)
-    await anyio.sleep(0.15)
+    await anyio.sleep(0.08)  # four reads
     assert len(sandbox.requests) == bought
     assert len(sandbox.calls("cancel")) == (stage in ("create", "video"))
     assert len(films) == (stage not in ("speech", "audio_upload"))
@@ -197,12 +198,13 @@ class Endings:
         self.folder, self.film = folder, film
         self.seen: dict[tuple[str, str], Ended] = {}
 
-    async def run(self) -> None:
+    async def run(self) -> dict[tuple[str, str], Ended]:
         """All four at once."""
         async with anyio.create_task_group() as tasks:
             for patience in ("enough", "too little"):
                 for form in FORMS:
                     tasks.start_soon(self.end_one, patience, form)
+        return self.seen
 
     async def end_one(self, patience: str, form: str) -> None:
         """Start a service, hold a job at every stage, and end it."""
@@ -254,12 +256,20 @@ class Endings:
             job.status = job.answer.pop("status", 200)
 
 
-@pytest.fixture(scope="module")
-def endings(tmp_path_factory: pytest.TempPathFactory, film: bytes) -> dict[tuple[str, str], Ended]:
-    """What came of each of the four."""
+@pytest.fixture(scope="module", autouse=True)
+def all_endings(
+    tmp_path_factory: pytest.TempPathFactory, film: bytes
+) -> Iterator[Future[dict[tuple[str, str], Ended]]]:
+    """The four, beside the tests that come before those which judge them: most of it is waiting."""
     endings = Endings(tmp_path_factory.mktemp("endings"), film)
-    anyio.run(endings.run)
-    return endings.seen
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(anyio.run, endings.run)
+
+
+@pytest.fixture(scope="module")
+def endings(all_endings: Future[dict[tuple[str, str], Ended]]) -> dict[tuple[str, str], Ended]:
+    """What came of each of the four."""
+    return all_endings.result()
 
 
 @pytest.mark.parametrize("form", FORMS)

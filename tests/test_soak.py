@@ -61,7 +61,7 @@ def plan_faults(sandbox: Sandbox, film: bytes) -> None:
     sandbox.fault(
         "picture", "status", times=10, status=405
     )  # a refused HEAD; the GET that follows is not read to its end
-    sandbox.fault("create", "status", times=25, status=422)  # a process reads 40 times a second: fewer films, less time
+    sandbox.fault("create", "status", times=40, status=422)  # a process reads 40 times a second: fewer films, less time
     for status in ("failed", "aborted", "succeeded", "canceled", "succeeded"):
         sandbox.outcome(status, times=4)
 
