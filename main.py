@@ -1635,6 +1635,7 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
         *(*local_only, "-threads", "1", "-f", demuxer, "-i", f"file:{speech}"),
         *("-map", "0:V:0", "-map", "1:a:0"),  # the model's picture and our speech, whatever else the film brings
         *("-c:v", "copy", "-c:a", "aac", "-b:a", "128k", "-threads", "1"),
+        *("-aac_coder", "fast"),  # at this rate nearer to the speech than the default, for two thirds of its time
         *("-af", f"{delay},apad" if fit == "video" else delay),
         # By default what is copied may run ten seconds ahead, and then ends where it is, not with the shortest.
         *("-shortest", "-shortest_buf_duration", "3600"),
