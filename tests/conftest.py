@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import imageio_ffmpeg
@@ -13,7 +18,7 @@ import pytest
 
 from tests.inprocess import running_application, use_settings
 from tests.sandbox import Sandbox, Service
-from tests.sandbox.service import SETTINGS
+from tests.sandbox.service import ROOT, SETTINGS
 
 PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "KEEPALIVE_SECONDS": "0.2"}
 StartService = Callable[..., Service]
@@ -28,10 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors; the marks in use are declared."""
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("markers", "live: calls the real providers with the keys in the environment (--live)")
+    config.addinivalue_line("markers", "beside(*arguments): judges a Python command that runs beside the other tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the live tests unless they are asked for."""
+    """Skip the live tests unless they are asked for; what is judged of a command beside the tests comes last."""
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
     if config.getoption("--live"):
         return
     for item in items:
@@ -127,3 +134,41 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
     """The application running in this process; nothing that a test does stays in it."""
     async with running_application() as client:
         yield client
+
+
+# Commands that take seconds, most of them spent waiting, run beside the tests
+
+
+class Command(NamedTuple):
+    """A Python command in a folder of its own."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def outcome(self) -> tuple[int, str, str]:
+        """Its exit code, what it told and what it complained of; it has two minutes from now."""
+        told, complaints = self.process.communicate(timeout=120)
+        return self.process.returncode, told, complaints
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Command]]:
+    """The commands of all tests marked `beside`, by the test's id, started before the first test."""
+    started: dict[str, Command] = {}
+    environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
+    for item in request.session.items:
+        if mark := item.get_closest_marker("beside"):
+            line, folder = [sys.executable, *mark.args], tmp_path_factory.mktemp("beside")
+            process = subprocess.Popen(line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+            started[item.nodeid] = Command(process, folder)
+    yield started
+    for command in started.values():
+        if command.process.returncode is None:  # the run was cut short
+            command.process.send_signal(signal.SIGINT)
+            command.outcome()
+
+
+@pytest.fixture
+def beside(request: pytest.FixtureRequest, commands: dict[str, Command]) -> Command:
+    """The command that the test is marked with."""
+    return commands[request.node.nodeid]

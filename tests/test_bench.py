@@ -5,26 +5,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.bench import MEASUREMENTS, Row, Sizes, percentile
+from tests.conftest import Command
+from tests.sandbox.service import ROOT
 
-ROOT = Path(__file__).parents[1]
 
-
-def test_a_smoke_run_measures_every_row() -> None:
+@pytest.mark.beside("-m", "tests.bench", "--smoke", "--json")
+def test_a_smoke_run_measures_every_row(beside: Command) -> None:
     """`--smoke --json` ends well: every group has its rows, every job was answered, every figure is one."""
-    command = [sys.executable, "-m", "tests.bench", "--smoke", "--json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    rows = told["rows"]
+    code, told, complaints = beside.outcome()
+    assert code == 0, complaints
+    report = json.loads(told)
+    rows = report["rows"]
     assert list(dict.fromkeys(row["group"] for row in rows)) == list(MEASUREMENTS)
     assert [row["measured"] for row in rows if row["what"].endswith("not answered")] == [0, 0, 0]
     assert all(row["measured"] > 0 for row in rows if row["group"] in ("start", "alone", "cpu"))
-    assert "cores" in told["measured_on"]
+    assert "cores" in report["measured_on"]
 
 
 def test_an_unknown_group_is_refused() -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import pytest
 from tests.sandbox import Sandbox, Service, elevenlabs, media, providers, replicate, supabase
 from tests.sandbox.media import FilmPlan, MediaError, Probe, probe
 from tests.sandbox.schemas import Model, load_models
-from tests.sandbox.service import ROOT, ServiceError
+from tests.sandbox.service import ServiceError
 
 ELEVEN = {"xi-api-key": elevenlabs.KEY}
 JSON = {**ELEVEN, "content-type": "application/json"}
@@ -994,55 +991,37 @@ def test_a_service_ends_when_told_to(start_service):
         client.get(service.url)
 
 
-@pytest.fixture
-def command(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `python -m tests.sandbox` in an empty folder; it is ended after the test."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*options: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "tests.sandbox", *options]
-        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.terminate()
-        with suppress(ValueError):
-            process.communicate(timeout=20)
-
-
-def test_the_command_makes_a_film_without_a_key(command, tmp_path):
+@pytest.mark.beside("-m", "tests.sandbox", "--once", "--text", "Hello!")
+def test_the_command_makes_a_film_without_a_key(beside):
     """It names what it does not imitate, shows each stage and the three URLs, saves the film and ends with 0."""
-    process = command("--once", "--text", "Hello!")
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    code, told, complaints = beside.outcome()
+    assert code == 0, complaints
     assert told.index("Not imitated") < told.index("providers")
     assert re.findall(r"^  (\w[\w ]*\w) +\d+\.\d\d s$", told, re.MULTILINE) == [
         *("speech", "audio upload", "video", "download", "mux", "final upload", "in all")
     ]
     assert all(f'"{name}": "http://127.0.0.1:' in told for name in ("audio_url", "video_url", "final_url"))
-    film = probe(tmp_path / "talking-pet.mp4")
+    film = probe(beside.folder / "talking-pet.mp4")
     assert (film.video, film.audio, film.height) == ("h264", "aac", 768)
 
 
-def test_the_command_fails_when_the_job_does(command, tmp_path):
+@pytest.mark.beside("-m", "tests.sandbox", "--once", "--model", "nobody/nothing")
+def test_the_command_fails_when_the_job_does(beside):
     """A job that is refused ends the command with 1 and the service's own words."""
-    process = command("--once", "--model", "nobody/nothing")
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    code, told, complaints = beside.outcome()
+    assert code == 1, complaints
     assert "The job failed" in told
-    assert not (tmp_path / "talking-pet.mp4").exists()
+    assert not (beside.folder / "talking-pet.mp4").exists()
 
 
-def test_the_command_stays_up_until_it_is_interrupted(command):
+@pytest.mark.beside("-u", "-m", "tests.sandbox", "--model", "nobody/nothing")
+def test_the_command_stays_up_until_it_is_interrupted(beside):
     """Even after a job that failed it says where the page is; Ctrl-C ends it and the service."""
-    process = command("--model", "nobody/nothing")
+    process = beside.process
     lines = iter(process.stdout.readline, "")
     service_url = next(line.split()[1] for line in lines if line.startswith("service"))
     assert next(line for line in lines if line.startswith("open")).startswith("open http://127.0.0.1:")
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert process.returncode == 1
+    assert beside.outcome()[0] == 1
     with pytest.raises(httpx.TransportError), httpx.Client(trust_env=False) as client:
         client.get(service_url)
