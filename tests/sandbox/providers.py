@@ -75,6 +75,7 @@ class Sandbox(Behaviour):
             log_config=None,
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=0,  # else, from Python 3.12 on, it waits for every answer, forced or not
         )
         logging.getLogger("uvicorn.error").addFilter(not_from_this_thread)
         self.server = uvicorn.Server(config)
