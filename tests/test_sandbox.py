@@ -982,6 +982,12 @@ def test_a_service_that_does_not_start_tells_why():
         Service({"JOB_TIMEOUT_SECONDS": "soon"}).start()
 
 
+def test_a_service_does_not_take_another_one_for_itself(sandbox):
+    """A port on which somebody answers already is refused, naming it."""
+    with pytest.raises(ServiceError, match=f"port {sandbox.port} is in use"):
+        Service({}, sandbox.port).start()
+
+
 def test_a_service_ends_when_told_to(start_service):
     """SIGTERM ends it, its log stays readable."""
     service = start_service()

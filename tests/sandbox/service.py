@@ -59,8 +59,8 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Service:
-        """Start the process; returns when /health answers."""
-        self.port = self.port or free_port()
+        """Start the process; returns when /health answers. ServiceError if the port is taken."""
+        self.port = free_port(self.port)
         command = [sys.executable, "-m", "uvicorn", "main:app", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--timeout-graceful-shutdown", str(self.graceful_s)]
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
@@ -134,7 +134,10 @@ class Service:
         self.close()
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+def free_port(port: int = 0) -> int:
+    """A port that nobody listens on now: this one if it is given. ServiceError if it is taken."""
+    try:
+        with socket.create_server(("127.0.0.1", port)) as listener:
+            return int(listener.getsockname()[1])
+    except OSError as exc:
+        raise ServiceError(f"port {port} is in use; choose another one for the service") from exc
