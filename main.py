@@ -250,6 +250,13 @@ HttpUrl = Annotated[
     Field(json_schema_extra={"format": "uri"}),
 ]
 MODEL_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*(:[A-Za-z0-9]+)?$"
+VOICE_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+SIZE_PATTERN = r"^[A-Za-z0-9]{1,16}$"
+PATTERNS_IN_WORDS = {
+    MODEL_PATTERN: "should be owner/name or owner/name:version",
+    VOICE_PATTERN: "should be up to 64 letters, digits, _ and -",
+    SIZE_PATTERN: "should be a size such as 768p",
+}
 NonBlank = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
 
 
@@ -261,7 +268,7 @@ class JobPromptOnly(BaseModel):
     seconds: int = Field(
         default=6, strict=True, ge=1, le=600, description="Length of the film; the default model: 6 or 10"
     )
-    resolution: Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9]{1,16}$")] = Field(
+    resolution: Annotated[str, StringConstraints(strict=True, pattern=SIZE_PATTERN)] = Field(
         default="768p", description="Size of the film; the default model: 512p, 768p, or 1080p with 6 seconds"
     )
     model: Annotated[str, StringConstraints(strict=True, max_length=200, pattern=MODEL_PATTERN)] | None = Field(
@@ -275,7 +282,7 @@ class JobPromptTTS(JobPromptOnly):
     """A picture to bring to life, and what it says."""
 
     text: NonBlank = Field(description="What the pet says, at most TTS_MAX_CHARS characters", examples=["Feed me!"])
-    voice_id: Annotated[str, StringConstraints(strict=True, pattern=r"^[A-Za-z0-9_-]{1,64}$")] = Field(
+    voice_id: Annotated[str, StringConstraints(strict=True, pattern=VOICE_PATTERN)] = Field(
         description="ElevenLabs voice", examples=["JBFqnCBsd6RMkjVDRZzb"]
     )
     fit: Fit = Field(
@@ -1137,7 +1144,8 @@ def fit_input(model: VideoModel, job: JobPromptOnly, audio_url: str | None = Non
     values |= size_input(model, job)
     values |= {name: model.fields[name]["default"] for name in unfilled(model, values) if has_default(model, name)}
     if missing := unfilled(model, values):
-        raise unfit("model", f"{model.name} needs {', '.join(missing)}, which this service has nothing for")
+        who = "only /jobs_prompt_tts has" if missing == [model.speech_field] else "this service has nothing for"
+        raise unfit("model", f"{model.name} needs {', '.join(missing)}, which {who}")
     if model is HAILUO and values["duration"] == 10 and values["resolution"] == "1080p":
         raise unfit("resolution", "with 10 seconds it can be 512p or 768p")
     return values
@@ -1347,7 +1355,10 @@ async def find_model(name: str | None) -> VideoModel:
 
 async def look_up_model(name: str) -> VideoModel:
     """The model as Replicate describes it now; a community model runs by its latest version only."""
-    answer = await call_replicate("GET", f"models/{name}", READ_RETRY)
+    try:
+        answer = await call_replicate("GET", f"models/{name}", READ_RETRY)
+    except ProviderRefused as exc:  # it does not repeat the name
+        raise ProviderRefused(f"model {name}: {exc.detail}", "replicate") from exc
     latest = told_under(answer.json(), "latest_version")
     version = None if answer.get("is_official") is True else told_under(latest, "id")
     if answer.get("is_official") is not True and not isinstance(version, str):
@@ -1820,10 +1831,15 @@ def error_response(request: Request, error: ServiceError, headers: Mapping[str, 
     return JSONResponse(error_json(error, request.state.job), error.http_status, headers)
 
 
+def in_words(fault: Mapping[str, Any]) -> str:
+    """What Pydantic says of a fault, without regular expressions."""
+    return PATTERNS_IN_WORDS.get(fault.get("ctx", {}).get("pattern", ""), plain(fault["msg"]))
+
+
 async def answer_invalid(request: Request, exc: Exception) -> Response:
     """A body that is not as the route wants it."""
     assert isinstance(exc, RequestValidationError)
-    errors = [InputError(loc=list(fault["loc"]), msg=plain(fault["msg"])) for fault in exc.errors()]
+    errors = [InputError(loc=list(fault["loc"]), msg=in_words(fault)) for fault in exc.errors()]
     first = errors[0]
     name = ".".join(part for part in first.loc[1:] if isinstance(part, str)) or "The body"
     detail = f"{name}: {first.msg}."

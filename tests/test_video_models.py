@@ -234,7 +234,7 @@ def test_a_job_without_speech(name):
     takes = MODELS[name]
     if "audio" in PUBLISHED[name]["required"]:
         error = refusal_of(name, audio_url=None)
-        assert error.detail == f"model: {name} needs audio, which this service has nothing for."
+        assert error.detail == f"model: {name} needs audio, which only /jobs_prompt_tts has."
     else:
         values = fitted(name, audio_url=None)
         check_accepted(name, values)
@@ -517,7 +517,7 @@ def test_what_a_model_requires_besides_is_its_own_default(properties, required, 
         pytest.param({"mode": {**TEXT, "default": None}}, ["mode"], id="a default that is none"),
         pytest.param({"end_image": FILE}, ["end_image"], id="end frame"),
         pytest.param({"video": FILE, "mask": FILE}, ["video", "mask"], id="two"),
-        pytest.param({"audio": FILE}, ["audio"], id="speech in a job without"),
+        pytest.param({"audio": FILE, "mask": FILE}, ["audio", "mask"], id="speech in a job without, and more"),
         pytest.param({}, ["ghost"], id="not even described"),
     ],
 )
@@ -729,7 +729,7 @@ async def test_a_model_that_does_not_exist_costs_nothing(client, providers, path
     response = await client.post(path, json={**JOB, "model": "no/such"})
     body = response.json()
     assert (response.status_code, body["category"], body["provider"]) == (400, "provider", "replicate")
-    assert body["detail"] == "Replicate answered 404: Not found."
+    assert body["detail"] == "model no/such: Replicate answered 404: Not found."
     assert len(providers.calls) == 1
 
 
@@ -768,7 +768,7 @@ async def test_a_model_that_tells_nothing_of_itself(client, providers, found, wh
             "/jobs_prompt_only",
             "wan-video/wan-2.2-s2v",
             {},
-            "model: wan-video/wan-2.2-s2v needs audio, which this service has nothing for.",
+            "model: wan-video/wan-2.2-s2v needs audio, which only /jobs_prompt_tts has.",
             id="a model that needs speech in a job without",
         ),
         pytest.param("/jobs_prompt_tts", KLING, {"seconds": 7}, f"seconds: {KLING} takes 5 or 10.", id="seconds"),
