@@ -41,7 +41,7 @@ from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote
@@ -1092,24 +1092,27 @@ def is_first_picture(name: str, prop: Property) -> bool:
     return bool(words(name) & PICTURE_WORDS) or bool(about & PICTURE_WORDS and not about & others)
 
 
-# What a keyword of a schema must be to be believed: everyone may publish a model.
+# Everyone may publish a model: these keywords are read, if they are of this type, and no more than so many of the rest.
 KEYWORD_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("type", "format", "description", "default", "deprecated", "$ref"), object),
     **dict.fromkeys(("enum", "allOf", "anyOf", "oneOf"), list),
     **dict.fromkeys(("minimum", "maximum"), (int, float)),
 }
+MAX_SCHEMA_PARTS = 4  # of one property: an enum stands behind one, what may be null behind two
+MAX_SCHEMA_FIELDS = 300  # well-known models have up to fifteen
 
 
 def resolved(schema: Any, schemas: Any, depth: int = 4) -> Property:
     """A property with what its `$ref`, `allOf`, `anyOf` and `oneOf` say: Replicate keeps enums there."""
     if not isinstance(schema, dict) or depth == 0:
         return {}
-    whole = {key: value for key, value in schema.items() if isinstance(value, KEYWORD_TYPES.get(key, object))}
+    whole = {key: schema[key] for key, kind in KEYWORD_TYPES.items() if key in schema and isinstance(schema[key], kind)}
     if isinstance(whole.get("type"), list):  # OpenAPI 3.1 writes nullable so
         whole["type"] = next((name for name in whole["type"] if name != "null"), None)
     parts = [part for key in ("allOf", "anyOf", "oneOf") for part in whole.get(key, ())]
     if "$ref" in whole:
         parts.append(schemas.get(str(whole["$ref"]).rsplit("/", 1)[-1]))
-    for part in parts:
+    for part in parts[:MAX_SCHEMA_PARTS]:
         more = resolved(part, schemas, depth - 1)
         if more.get("type") != "null":
             whole = {**more, **whole}
@@ -1121,6 +1124,8 @@ def video_model(name: str, version: str | None, schemas: Any) -> VideoModel:
     schema = schemas.get("Input") if isinstance(schemas, dict) else None
     if not isinstance(schema, dict) or not isinstance(schema.get("properties"), dict):
         raise nonsense("replicate", f"the input schema of {name}")
+    if len(schema["properties"]) > MAX_SCHEMA_FIELDS:
+        raise nonsense("replicate", f"an input schema of {name} that a person could fill in")
     fields = {field: resolved(prop, schemas) for field, prop in schema["properties"].items()}
     required = schema.get("required")
     named = required if isinstance(required, list) else []
@@ -1292,19 +1297,23 @@ class Prediction(BaseModel):
     @property
     def video_url(self) -> str | None:
         """The film: the first URL in the output, which is a text, a list or an object."""
-        return first_url(self.output)
+        for text in islice(texts_in(self.output), MAX_OUTPUT_TEXTS):
+            with suppress(ValueError):
+                return check_http_url(text)
+        return None
 
 
-def first_url(value: Any, depth: int = 5) -> str | None:
-    """The first http(s) URL in a JSON value."""
+MAX_OUTPUT_TEXTS = 1_000  # a film's URL is among the first few
+
+
+def texts_in(value: Any, depth: int = 5) -> Iterator[str]:
+    """Every text in a JSON value, in its order."""
     if isinstance(value, str):
-        with suppress(ValueError):
-            return check_http_url(value)
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list) and depth:
-        return next(filter(None, (first_url(part, depth - 1) for part in value)), None)
-    return None
+        yield value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if depth:
+        for part in parts:
+            yield from texts_in(part, depth - 1)
 
 
 def poll_delay_s(waited_s: float, polls: int) -> float:

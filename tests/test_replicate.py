@@ -276,6 +276,14 @@ def test_the_percentage_is_read_from_the_log(logs, percent):
     assert main.Prediction(id="p1", status="processing", logs=logs).percent == percent
 
 
+def test_a_flood_of_texts_is_not_searched_to_its_end():
+    """A film's URL is among the first thousand texts of an output, or is not found."""
+    texts = itertools.repeat("noise", 100)
+    assert main.Prediction(id="p1", status="succeeded", output=[*texts, FILM_URL]).video_url == FILM_URL
+    texts = itertools.repeat("noise", 1000)
+    assert main.Prediction(id="p1", status="succeeded", output=[*texts, FILM_URL]).video_url is None
+
+
 # Outcomes
 
 

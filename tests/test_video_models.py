@@ -264,6 +264,21 @@ def unseen(properties: dict[str, Any], required: tuple[str, ...] = (), **schemas
     )
 
 
+def test_parts_of_parts_are_not_followed_without_end():
+    """A schema of a few kB whose properties multiply is read in a moment: everyone may publish one."""
+    properties = {f"field{number}": {"$ref": "#/B"} for number in range(300)}
+    wide = [{"$ref": "#/C"}] * 400
+    started = time.monotonic()
+    unseen(properties, B={"allOf": wide}, C={"allOf": [{"type": "string", "x": "y" * 1000}] * 400})
+    assert time.monotonic() - started < 1  # all of them: half a minute
+
+
+def test_a_schema_of_hundreds_of_fields_is_refused():
+    """Nobody fills in such a form."""
+    with pytest.raises(main.ProviderFailed, match="a person could fill in"):
+        unseen({f"field{number}": TEXT for number in range(301)})
+
+
 def fit_unseen(model: main.VideoModel, sent: Mapping[str, Any], audio_url: str | None = None) -> dict[str, Any]:
     """The input of a job with these settings."""
     return main.fit_input(model, main.JobPromptOnly(image_url=PICTURE_URL, prompt="Talk", **sent), audio_url)
