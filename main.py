@@ -1411,7 +1411,7 @@ async def run_prediction(model: VideoModel, values: dict[str, Any], on_predictio
     try:
         prediction = await wait_for_prediction(prediction, on_prediction)
     except asyncio.CancelledError:
-        await cancel_prediction(prediction.id)
+        await to_its_end(asyncio.create_task(cancel_prediction(prediction.id)))
         raise
     if prediction.status != "succeeded":
         told = shortened(told_in(prediction.error)) or "no reason given"
@@ -1440,10 +1440,22 @@ async def create_exchange(client: httpx.AsyncClient, request: httpx.Request, lim
     try:
         return await asyncio.shield(creating)
     except asyncio.CancelledError:
-        with suppress(httpx.RequestError, asyncio.TimeoutError):
-            if prediction := prediction_in(await asyncio.wait_for(creating, CANCEL_TIMEOUT_S)):
-                await cancel_prediction(prediction.id)
+        await to_its_end(asyncio.create_task(cancel_created(creating)))
         raise
+
+
+async def cancel_created(creating: Awaitable[Answer]) -> None:
+    """Stop paying for a prediction as soon as the create's answer tells its id."""
+    with suppress(httpx.RequestError, asyncio.TimeoutError):
+        if prediction := prediction_in(await asyncio.wait_for(creating, CANCEL_TIMEOUT_S)):
+            await cancel_prediction(prediction.id)
+
+
+async def to_its_end(task: "asyncio.Task[Any]") -> None:
+    """Wait for a clean-up, which comes first whatever cancels the caller meanwhile, such as the end of the process."""
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
 
 
 async def wait_for_prediction(prediction: Prediction, on_prediction: Callable[[Prediction], None]) -> Prediction:
@@ -1928,7 +1940,7 @@ async def run_job(request: Request, work: Coroutine[Any, Any, Result]) -> Result
 async def end(task: "asyncio.Task[Any]") -> None:
     """Cancel a task and wait for its clean-up: prediction cancelled, ffmpeg reaped, files gone."""
     task.cancel()
-    await asyncio.wait({task})
+    await to_its_end(task)
     if not task.cancelled():
         task.exception()  # seen: asyncio need not warn of it
 

@@ -309,6 +309,22 @@ def test_a_process_that_ends_leaves_nothing(endings: dict[tuple[str, str], Ended
     assert ended.seconds < 15
 
 
+async def test_a_client_that_leaves_an_ending_process_leaves_no_film(sandbox: Sandbox) -> None:
+    """A film is cancelled to the end, also if the process's own time is over while that is being done."""
+    sandbox.outcome("never")
+    sandbox.fault("cancel", "status", times=2, status=503)
+    environment = {**sandbox.environment(), **PACE, "RETRY_FIRST_SECONDS": "0.3"}
+    with Service(environment, graceful_s=1) as service:
+        async with await anyio.connect_tcp("127.0.0.1", service.port) as connection:
+            await connection.send(request_bytes(speech_job(sandbox), FORMS["json"]))
+            assert await until(lambda: sandbox.calls("read"))
+            service.process.send_signal(signal.SIGTERM)
+            await anyio.sleep(0.85)  # of the one second that is left
+        assert await anyio.to_thread.run_sync(service.process.wait, 10) in (0, -signal.SIGTERM)
+    assert [film.status for film in sandbox.predictions.values()] == ["canceled"]
+    assert len(sandbox.calls("cancel")) == 3
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_no_job_is_taken_on_by_a_process_that_ends(endings: dict[tuple[str, str], Ended], form: str) -> None:
     """While jobs are finished after SIGTERM, no connection is accepted: the host sends new ones to the next instance."""
