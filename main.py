@@ -1671,6 +1671,7 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
         *("-af", f"{delay},apad" if fit == "video" else delay),
         # By default what is copied may run ten seconds ahead, and then ends where it is, not with the shortest.
         *("-shortest", "-shortest_buf_duration", "3600"),
+        *("-fs", str(MAX_DOWNLOAD_BYTES + 1)),  # a short film that is heavy would grow without end as it repeats
         *("-movflags", "+faststart", "-f", "mp4", f"file:{final}"),
     ]
 
@@ -1688,6 +1689,8 @@ async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "sh
     arguments = mux_arguments(video, speech, speech_file().demuxer, fit, final)
     async with shared() as resources, resources.ffmpeg_slots:
         await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S)
+    if os.path.getsize(final) > MAX_DOWNLOAD_BYTES:  # noqa: ASYNC240  a moment; ffmpeg has stopped there
+        raise ResourceFailed("The talking film is larger than 100 MB.")
 
 
 async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:

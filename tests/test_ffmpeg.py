@@ -663,6 +663,18 @@ async def test_another_container_is_refused(studio: Studio, final: Path, tmp_pat
     assert await refusal(film, studio.speech(3), final) == NO_FILM
 
 
+@no_child_left
+async def test_a_heavy_film_does_not_fill_the_disk(studio: Studio, final: Path, tmp_path: Path) -> None:
+    """A fifth of a second of 10 MB repeats until the clip has 100 MB, not until the speech has ended."""
+    film = tmp_path / "film.mp4"
+    noise = "nullsrc=s=1280x720:r=25:d=0.2,noise=alls=100:allf=t"
+    ffmpeg("-f", "lavfi", "-i", noise, "-c:v", "libx264", "-preset", "ultrafast", "-qp", 0, "-pix_fmt", "yuv420p", film)
+    assert film.stat().st_size > 2_500_000
+
+    assert await refusal(film, studio.speech(9), final, "speech") == "The talking film is larger than 100 MB."
+    assert final.stat().st_size < 130_000_000
+
+
 def test_a_huge_frame_does_not_fill_the_memory(studio: Studio, final: Path, tmp_path: Path) -> None:
     """A film of 16384 x 8192 pixels costs ffmpeg hardly more memory than a usual one, whether it can be used or not."""
     film = tmp_path / "film.mp4"
