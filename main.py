@@ -645,25 +645,31 @@ class PublicNetwork(httpcore.AnyIOBackend):
         return [str(entry[4][0]) for entry in found]
 
 
+ASKED_FOR = "talking_pet_asked_for"  # the extension of a request that comes from /debug/head
+
+
 class Network(httpx.AsyncBaseTransport):
-    """Two pools: one for the owner's own addresses, one for all others, which the guard watches."""
+    """Pools: one for the owner's own addresses; for all others, which the guard watches, films apart from the rest."""
 
     def __init__(self) -> None:
         tls = httpx.create_ssl_context(trust_env=False)
         self.trusted = pool_transport(tls, httpcore.AnyIOBackend())
         self.public = pool_transport(tls, PublicNetwork())
+        self.asked_for = pool_transport(tls, PublicNetwork())  # by anyone, through /debug/head: no film waits for it
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request; each redirect comes here again. Raises UrlBlocked."""
         if is_trusted(request.url):
             return await self.trusted.handle_async_request(request)
         check_public_url(request.url)
-        return await self.public.handle_async_request(request)
+        pool = self.asked_for if ASKED_FOR in request.extensions else self.public
+        return await pool.handle_async_request(request)
 
     async def aclose(self) -> None:
         """Close every connection."""
         await self.trusted.aclose()
         await self.public.aclose()
+        await self.asked_for.aclose()
 
 
 # httpcore can do without this package but looks for it at every request, on the disk: an eighth of a job's work here.
@@ -1622,7 +1628,7 @@ async def head(url: str) -> HeadResult:
 async def _head(url: str) -> HeadResult:
     async with shared() as resources:
         for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
-            request = resources.http.build_request(method, url, headers=headers)
+            request = resources.http.build_request(method, url, headers=headers, extensions={ASKED_FOR: True})
             async with follow_redirects(resources.http, request) as response:
                 result = head_result(response)
             if result.status < 400:

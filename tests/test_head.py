@@ -6,6 +6,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -190,6 +192,30 @@ async def test_an_endless_body_is_never_read(request_line: str, client: httpx.As
     assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": None}
     assert await asyncio.to_thread(left.wait, 2)
     assert sum(sent) < 20_000_000  # what the system's buffers hold
+
+
+async def test_names_that_take_long_hold_up_no_film(
+    client: httpx.AsyncClient, pets: Server, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whoever asks for many names that nobody answers for keeps others waiting here, but no download."""
+    pets.answers["/film.mp4"] = [reply(200, b"film")]
+    stuck, known = threading.Event(), socket.getaddrinfo
+
+    def look_up(host: Any, *arguments: Any, **options: Any) -> Any:
+        if str(host).endswith(".tarpit.example"):
+            stuck.wait(10)
+            raise socket.gaierror
+        return known(host, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    asked = [asyncio.create_task(head(client, f"http://n{n}.tarpit.example/")) for n in range(40)]
+    await asyncio.sleep(0.2)
+
+    await asyncio.wait_for(main.download(URL, tmp_path / "film"), 5)
+
+    assert not any(task.done() for task in asked)
+    stuck.set()
+    assert {answer.status_code for answer in await asyncio.gather(*asked)} == {500}
 
 
 # ----------------------------------------------------------------------------------------------------------------
