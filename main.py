@@ -1655,9 +1655,9 @@ def head_result(response: httpx.Response) -> HeadResult:
 def ffmpeg_path() -> str:
     """The ffmpeg that imageio-ffmpeg brings, or IMAGEIO_FFMPEG_EXE. Raises RuntimeError where there is none."""
     path = str(imageio_ffmpeg.get_ffmpeg_exe())  # tries its own, but not the variable's
-    if shutil.which(path) is None:
+    if (found := shutil.which(path)) is None:
         raise RuntimeError(f"There is no ffmpeg at {path}; is IMAGEIO_FFMPEG_EXE right?")
-    return path
+    return os.path.abspath(found)  # it runs without a PATH
 
 
 def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path) -> list[str]:

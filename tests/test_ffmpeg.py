@@ -946,3 +946,15 @@ def test_another_ffmpeg_can_be_named(fresh_path: None, monkeypatch: pytest.Monke
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", FFMPEG)
 
     assert main.ffmpeg_path() == FFMPEG
+
+
+async def test_another_ffmpeg_is_found_where_commands_are(
+    fresh_path: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A bare name is looked for in PATH once, and runs although ffmpeg itself gets no environment."""
+    (tmp_path / "our-ffmpeg").symlink_to(FFMPEG)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "our-ffmpeg")
+
+    assert main.ffmpeg_path() == str(tmp_path / "our-ffmpeg")
+    await main.run_ffmpeg(["-v", "error", "-version"], 10)
