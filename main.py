@@ -31,6 +31,7 @@ import struct
 import sys
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -526,7 +527,7 @@ def as_service_error(exc: BaseException) -> ServiceError:
     """The error to tell; the traceback of an unforeseen one goes to the log."""
     if isinstance(exc, ServiceError):
         return exc
-    logger.error("unforeseen error", exc_info=exc)
+    logger.error("unforeseen error\n%s", redact("".join(traceback.format_exception(exc))))
     return Unforeseen("Something unforeseen went wrong inside the service; its log has the request id.")
 
 

@@ -571,6 +571,15 @@ async def test_a_key_that_a_provider_echoes_is_not_passed_on(providers, calls, c
     assert not [told for told in (error.detail, str(error), *lines) if SECRETS[key][:8] in told]
 
 
+def test_a_key_in_something_unforeseen_is_not_logged(settings, caplog):
+    """Nor with a traceback, whoever has set up the log."""
+    key = SECRETS["ELEVEN_API_KEY"]
+    error = main.as_service_error(RuntimeError(f"no place for {key}"))
+    assert key not in error.detail
+    assert "RuntimeError: no place for ***" in caplog.text
+    assert key not in caplog.text
+
+
 @pytest.mark.anyio
 async def test_a_key_in_a_transport_error_is_not_passed_on(providers, calls):
     """Nor one that the HTTP library repeats."""
