@@ -147,8 +147,17 @@ class Command(NamedTuple):
 
     def outcome(self) -> tuple[int, str, str]:
         """Its exit code, what it told and what it complained of; it has two minutes from now."""
-        told, complaints = self.process.communicate(timeout=120)
+        try:
+            told, complaints = self.process.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            told, complaints = self.process.communicate()
         return self.process.returncode, told, complaints
+
+
+def heed_interrupts() -> None:
+    """Let Ctrl-C end a process also where whoever runs the tests ignores it, as a shell's background jobs do."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -159,7 +168,9 @@ def commands(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     for item in request.session.items:
         if mark := item.get_closest_marker("beside"):
             line, folder = [sys.executable, *mark.args], tmp_path_factory.mktemp("beside")
-            process = subprocess.Popen(line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+            process = subprocess.Popen(
+                line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interrupts
+            )
             started[item.nodeid] = Command(process, folder)
     yield started
     for command in started.values():

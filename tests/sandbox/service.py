@@ -69,7 +69,11 @@ class Service:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
-        self.wait_until_healthy()
+        try:
+            self.wait_until_healthy()
+        except BaseException:  # Ctrl-C as well: nobody else could end the process
+            self.close(signal.SIGKILL)
+            raise
         return self
 
     def wait_until_healthy(self) -> None:
@@ -77,9 +81,7 @@ class Service:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self.is_healthy():
             if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
-                log = self.log
-                self.close(signal.SIGKILL)
-                raise ServiceError(f"the service did not start:\n{log}")
+                raise ServiceError(f"the service did not start:\n{self.log}")
             time.sleep(0.02)
 
     def is_healthy(self) -> bool:
