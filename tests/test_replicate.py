@@ -349,7 +349,7 @@ def test_an_output_too_deep_inside_does_no_harm(depth):
 )
 async def test_a_prediction_that_ends_without_a_film(client, replicate, status, error, words):
     """It is the request's own content: a 400 with Replicate's reason, and the id."""
-    replicate.reads(prediction("processing"), prediction(status, error=error))
+    replicate.reads(prediction(status, error=error))
     answered, body = await post(client)
     assert (answered, body["category"], body["provider"]) == (400, "provider", "replicate")
     assert body["detail"] == f"No film was made, the prediction ended as {status}: {words}"

@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 PET_FILE = HERE / "pet.jpg"
 PAGE_FILE = HERE / "page.html"
 START_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 2.0  # after that the thread is left to end with the process
 PICTURE_KINDS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp", b"GIF8": "gif"}  # by first bytes
 KEEP_ALIVE_S = (
     75  # as front ends of real providers have it; uvicorn's own 5 s would meet clients that reuse a connection
@@ -106,7 +107,7 @@ class Sandbox(Behaviour):
         """Stop at once, whatever is under way."""
         if self.server is not None and self.thread is not None:
             self.server.should_exit = self.server.force_exit = True
-            self.thread.join(START_TIMEOUT_S)
+            self.thread.join(STOP_TIMEOUT_S)
         self.workshop.close()
         self.folder.cleanup()
 
