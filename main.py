@@ -82,7 +82,7 @@ logger = RequestLogger(logging.getLogger("talking_pet"), {})
 
 MAX_REQUEST_BYTES = 64 * 1024
 MAX_SPEECH_BYTES = 9_500_000
-MAX_DOWNLOAD_BYTES = 100_000_000
+MAX_DOWNLOAD_BYTES = 100_000_000  # a talking film has no more either
 MAX_ANSWER_BYTES = 2_000_000  # of a provider's JSON answer; the largest model schemas have some 100 kB
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
 CHUNK_BYTES = 64 * 1024  # read from disk, or from a child, at a time
@@ -1418,14 +1418,14 @@ async def run_prediction(model: VideoModel, values: dict[str, Any], on_predictio
     try:
         prediction = await wait_for_prediction(prediction, on_prediction)
     except asyncio.CancelledError:
-        await to_its_end(asyncio.create_task(cancel_prediction(prediction.id)))
+        await to_its_end(cancel_prediction(prediction.id))
         raise
     if prediction.status != "succeeded":
         told = shortened(told_in(prediction.error)) or "no reason given"
         raise ProviderRefused(f"No film was made, the prediction ended as {prediction.status}: {told}", "replicate")
-    if prediction.video_url is None:
+    if (video_url := prediction.video_url) is None:
         raise nonsense("replicate", "a film, although it succeeded")
-    return prediction.video_url
+    return video_url
 
 
 async def create_prediction(model: VideoModel, values: dict[str, Any]) -> Prediction:
@@ -1447,7 +1447,7 @@ async def create_exchange(client: httpx.AsyncClient, request: httpx.Request, lim
     try:
         return await asyncio.shield(creating)
     except asyncio.CancelledError:
-        await to_its_end(asyncio.create_task(cancel_created(creating)))
+        await to_its_end(cancel_created(creating))
         raise
 
 
@@ -1458,8 +1458,9 @@ async def cancel_created(creating: Awaitable[Answer]) -> None:
             await cancel_prediction(prediction.id)
 
 
-async def to_its_end(task: "asyncio.Task[Any]") -> None:
-    """Wait for a clean-up, which comes first whatever cancels the caller meanwhile, such as the end of the process."""
+async def to_its_end(work: Awaitable[Any]) -> None:
+    """Await a clean-up, which comes first whatever cancels the caller meanwhile, such as the end of the process."""
+    task = asyncio.ensure_future(work)
     while not task.done():
         with suppress(asyncio.CancelledError):
             await asyncio.wait({task})
@@ -1601,10 +1602,10 @@ async def write_body(response: httpx.Response, target: Path) -> None:
             await asyncio.to_thread(file.write, chunk)
 
 
-def check_size(size: int) -> None:
-    """Refuse a download that is too large. Raises ResourceFailed."""
+def check_size(size: int, what: str = "A file to download") -> None:
+    """Refuse a file that is too large. Raises ResourceFailed."""
     if size > MAX_DOWNLOAD_BYTES:
-        raise ResourceFailed("A file to download is larger than 100 MB.")
+        raise ResourceFailed(f"{what} is larger than 100 MB.")
 
 
 def told_size(response: httpx.Response) -> int | None:
@@ -1690,14 +1691,13 @@ FIRST_BOXES = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip")  #
 async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "shortest") -> None:
     """Put speech (in TTS_OUTPUT_FORMAT) and film together; the video stream is copied bit by bit.
 
-    No more at once than there are cores. Raises ResourceFailed if ffmpeg cannot use them or takes over a minute.
+    No more at once than there are cores. Raises ResourceFailed if ffmpeg cannot use them, takes over a minute or 100 MB.
     """
     await asyncio.to_thread(check_film, video)
     arguments = mux_arguments(video, speech, speech_file().demuxer, fit, final)
     async with shared() as resources, resources.ffmpeg_slots:
         await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S)
-    if os.path.getsize(final) > MAX_DOWNLOAD_BYTES:  # noqa: ASYNC240  a moment; ffmpeg has stopped there
-        raise ResourceFailed("The talking film is larger than 100 MB.")
+    check_size(os.path.getsize(final), "The talking film")  # noqa: ASYNC240  a moment; ffmpeg has stopped there
 
 
 async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
