@@ -653,10 +653,9 @@ class Network(httpx.AsyncBaseTransport):
     """Pools: one for the owner's own addresses; for all others, which the guard watches, films apart from the rest."""
 
     def __init__(self) -> None:
-        tls = httpx.create_ssl_context(trust_env=False)
-        self.trusted = pool_transport(tls, httpcore.AnyIOBackend())
-        self.public = pool_transport(tls, PublicNetwork())
-        self.asked_for = pool_transport(tls, PublicNetwork())  # by anyone, through /debug/head: no film waits for it
+        self.trusted = pool_transport(httpcore.AnyIOBackend())
+        self.public = pool_transport(PublicNetwork())
+        self.asked_for = pool_transport(PublicNetwork())  # by anyone, through /debug/head: no film waits for it
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request; each redirect comes here again. Raises UrlBlocked."""
@@ -677,11 +676,17 @@ class Network(httpx.AsyncBaseTransport):
 sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]  # None: known to be absent
 
 
-def pool_transport(tls: ssl.SSLContext, backend: httpcore.AsyncNetworkBackend) -> httpx.AsyncHTTPTransport:
+@lru_cache(maxsize=1)
+def tls_context() -> ssl.SSLContext:
+    """The certificates to trust: read once, since that takes some 15 ms."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
+def pool_transport(backend: httpcore.AsyncNetworkBackend) -> httpx.AsyncHTTPTransport:
     """A transport without proxies whose connections `backend` makes; httpx itself has no argument for that."""
-    transport = httpx.AsyncHTTPTransport(verify=tls, trust_env=False)
+    transport = httpx.AsyncHTTPTransport(verify=tls_context(), trust_env=False)
     transport._pool = httpcore.AsyncConnectionPool(
-        ssl_context=tls,
+        ssl_context=tls_context(),
         max_connections=None,  # each waiting job may need one; Replicate's rates are what limits
         max_keepalive_connections=10,  # enough for 40 reads a second; httpcore looks at each of them twice a request
         keepalive_expiry=15.0,
