@@ -9,13 +9,16 @@ One synchronous FastAPI service. A front end POSTs a job, waits, and gets the UR
 
 A speech job, in sequence: ElevenLabs speaks the text, Supabase Storage keeps the speech, Replicate animates the
 picture, ffmpeg puts speech and film together, Supabase Storage keeps the result. With `Accept: text/event-stream`
-the same request is answered as events, so that the wait is visible.
+the same request is answered as events, so that the wait is visible. With an `Idempotency-Key` it can be sent again
+until there is an answer: one film is bought, and it is delivered.
 
 Run it:      uvicorn main:app              (the keys: see .env.example)
 Without keys: python -m tests.sandbox      (the three providers as local stand-ins)
 """
 
 import asyncio
+import errno
+import hmac
 import html
 import ipaddress
 import json
@@ -28,36 +31,49 @@ import shutil
 import socket
 import ssl
 import struct
-import sys
 import tempfile
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote
 from weakref import WeakValueDictionary
 
+import anyio
 import httpcore
 import httpx
 import imageio_ffmpeg  # type: ignore[import-untyped]
 from dotenv import dotenv_values
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -84,20 +100,29 @@ MAX_REQUEST_BYTES = 64 * 1024
 MAX_SPEECH_BYTES = 9_500_000
 MAX_DOWNLOAD_BYTES = 100_000_000  # a talking film has no more either
 MAX_ANSWER_BYTES = 2_000_000  # of a provider's JSON answer; the largest model schemas have some 100 kB
+MAX_PREDICTION_BYTES = 8_000_000  # of one with its whole log, or of a hundred in a list
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
 CHUNK_BYTES = 64 * 1024  # read from disk, or from a child, at a time
 
 # Seconds of silence on a connection, not of a whole call.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 SPEECH_TIMEOUT = httpx.Timeout(120.0, connect=10.0)  # ElevenLabs answers when all is spoken
-MAX_RETRY_WAIT_S = 30.0  # a provider that asks for more is not waited for
+CREATE_TIMEOUT = httpx.Timeout(20.0, connect=10.0)  # Replicate answers at once; what had no answer is looked for
 MAX_BACKOFF_S = 8.0  # RETRY_FIRST_SECONDS doubles up to this: 0.5 s, 1 s, 2 s, 4 s, 8 s, 8 s ...
+
+# How long something goes on, as shares of PATIENCE_SECONDS: beside each what it is by default.
+WHOLE = 1.0  # 120 s: what is paid for is stored and fetched, failure by failure
+HALF = 1 / 2  # 60 s: a throttled call, which costs nothing
+QUARTER = 1 / 4  # 30 s: the longest single wait; a cancel; a read that is refused; another instance's fresh file
+SIXTH = 1 / 6  # 20 s: jobs with a key at the end of the process
+TWELFTH = 1 / 12  # 10 s: the look for a prediction whose create had no answer
 
 POLL_SHARE = 0.025  # a wait between two reads, as a share of the time waited so far
 POLL_MAX_S = 2.0
 READS_PER_MINUTE = 2_400  # of one process; Replicate allows 3,000 (docs rate-limits, read 2026-11-22)
 CANCEL_AFTER_S = (5, 86_400)  # what Replicate's Cancel-After takes (changelog 2025-10-16)
-CANCEL_TIMEOUT_S = 5.0
+CLOCK_SKEW_S = 5.0  # between this machine and Replicate
+MAX_LIST_PAGES = 10  # of a hundred predictions each
 MODEL_TTL_S = 600.0
 DEFAULT_FPS = 24.0  # where a model counts frames and names no rate
 
@@ -107,8 +132,9 @@ MAX_FFMPEG = 4  # at once, and no more than cores: a container sees those of its
 FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of a film's frame has less, of a 16K one more
 
 HEAD_TIMEOUT_S = 10.0
+PICTURE_TIMEOUT_S = 3.0
 MAX_REDIRECTS = 5
-SHUTDOWN_WAIT_S = 15.0  # for the answers of jobs that uvicorn has just cancelled
+SHUTDOWN_WAIT_S = 25.0  # for the answers of jobs that uvicorn has just cancelled; Render kills after 30 s
 
 # ----------------------------------------------------------------------------------------------------------------
 # Settings
@@ -125,11 +151,13 @@ TtsOutputFormat = Literal[
 
 
 def check_http_url(value: str) -> str:
-    """The URL as it is. Raises ValueError if it is not an absolute http(s) URL."""
+    """The URL, what is not ASCII percent-encoded. Raises ValueError if it is not an absolute http(s) URL."""
+    if re.search(r"\s", value):
+        raise ValueError("should not have a blank in it; in an address it is written %20")
     with suppress(httpx.InvalidURL, ValueError):
         url = httpx.URL(value)
-        if url.scheme in ("http", "https") and url.host and not re.search(r"[\s\\]", value):
-            return value
+        if url.scheme in ("http", "https") and url.host and "\\" not in value:
+            return value if value.isascii() else str(url)
     raise ValueError("should be an absolute http(s) URL")
 
 
@@ -180,6 +208,7 @@ class Settings(BaseModel):
     allow_private_urls: bool = False
     poll_min_seconds: Annotated[float, Field(gt=0, le=2)] = 0.25
     retry_first_seconds: Annotated[float, Field(gt=0, le=10)] = 0.5
+    patience_seconds: Annotated[float, Field(gt=0, le=600)] = 120
     keepalive_seconds: Annotated[float, Field(gt=0, le=15)] = 10
 
     def required(self, name: str) -> str:
@@ -199,7 +228,8 @@ class Settings(BaseModel):
 
 
 VIDEO_JOB_SETTINGS = ("replicate_api_token",)
-SPEECH_JOB_SETTINGS = ("eleven_api_key", *VIDEO_JOB_SETTINGS, "supabase_url", "supabase_service_role")
+STORAGE_SETTINGS = ("supabase_url", "supabase_service_role")
+SPEECH_JOB_SETTINGS = ("eleven_api_key", *VIDEO_JOB_SETTINGS, *STORAGE_SETTINGS)
 
 
 def read_settings(environment: Mapping[str, str | None]) -> Settings:
@@ -213,6 +243,11 @@ def read_settings(environment: Mapping[str, str | None]) -> Settings:
         is_secret = Settings.model_fields[name].annotation == Key | None
         shown = "(not shown)" if is_secret else repr(texts[name])
         raise ValueError(f"{name.upper()}={shown}: {plain(first['msg'])}") from None
+
+
+def patience_s(share: float) -> float:
+    """Seconds that something goes on for, as a share of PATIENCE_SECONDS."""
+    return get_settings().patience_seconds * share
 
 
 def plain(message: str) -> str:
@@ -253,12 +288,17 @@ HttpUrl = Annotated[
 MODEL_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*(:[A-Za-z0-9]+)?$"
 VOICE_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 SIZE_PATTERN = r"^[A-Za-z0-9]{1,16}$"
+KEY_PATTERN = r"^[!-~]{1,255}$"  # draft-ietf-httpapi-idempotency-key-header leaves the form to the server
 PATTERNS_IN_WORDS = {
     MODEL_PATTERN: "should be owner/name or owner/name:version",
     VOICE_PATTERN: "should be up to 64 letters, digits, _ and -",
     SIZE_PATTERN: "should be a size such as 768p",
+    KEY_PATTERN: "should be 1 to 255 visible ASCII characters, such as a UUID",
 }
 NonBlank = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
+# What other services call our fields: with the default in its place, a film of the wrong length would be bought.
+OTHER_NAMES = {"duration": "seconds", "length": "seconds", "image": "image_url", "voice": "voice_id"}
+JOB_FIELDS = ("image_url", "prompt", "seconds", "resolution", "model", "text", "voice_id", "fit")
 
 
 class JobPromptOnly(BaseModel):
@@ -272,18 +312,42 @@ class JobPromptOnly(BaseModel):
     resolution: Annotated[str, StringConstraints(strict=True, pattern=SIZE_PATTERN)] = Field(
         default="768p", description="Size of the film; the default model: 512p, 768p, or 1080p with 6 seconds"
     )
-    model: Annotated[str, StringConstraints(strict=True, max_length=200, pattern=MODEL_PATTERN)] | None = Field(
+    model: (
+        Annotated[str, StringConstraints(strict=True, strip_whitespace=True, max_length=200, pattern=MODEL_PATTERN)]
+        | None
+    ) = Field(
         default=None,
         description="Replicate model, owner/name or owner/name:version; null: minimax/hailuo-02",
         examples=["minimax/hailuo-02"],
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_misnamed(cls, body: Any) -> Any:
+        """Refuse a field that is nearly one of ours; all others are ignored, those of the other job as well."""
+        faults = [
+            InitErrorDetails(type=PydanticCustomError("misnamed", f"should be called {meant}"), loc=(name,), input=None)
+            for name in (body if isinstance(body, dict) else ())
+            if (meant := meant_field(str(name))) in cls.model_fields and meant not in body
+        ]
+        if faults:
+            raise ValidationError.from_exception_data(cls.__name__, faults)
+        return body
+
+
+def meant_field(name: str) -> str | None:
+    """The field of ours that an unknown one is nearly, or that others call so; None if there is none."""
+    if name in JOB_FIELDS:
+        return None
+    near = get_close_matches(name.lower(), [*JOB_FIELDS, *OTHER_NAMES], n=1, cutoff=0.8)
+    return OTHER_NAMES.get(near[0], near[0]) if near else None
 
 
 class JobPromptTTS(JobPromptOnly):
     """A picture to bring to life, and what it says."""
 
     text: NonBlank = Field(description="What the pet says, at most TTS_MAX_CHARS characters", examples=["Feed me!"])
-    voice_id: Annotated[str, StringConstraints(strict=True, pattern=VOICE_PATTERN)] = Field(
+    voice_id: Annotated[str, StringConstraints(strict=True, strip_whitespace=True, pattern=VOICE_PATTERN)] = Field(
         description="ElevenLabs voice", examples=["JBFqnCBsd6RMkjVDRZzb"]
     )
     fit: Fit = Field(
@@ -338,7 +402,7 @@ class Partial(BaseModel):
 
 
 class InputError(BaseModel):
-    """One fault of a request body."""
+    """One fault of a request: where it is, such as `["body", "voice_id"]`, and what should be there."""
 
     loc: list[str | int]
     msg: str
@@ -351,15 +415,22 @@ class ErrorBody(BaseModel):
     category: Category
     provider: Provider | None = None
     request_id: str
+    retryable: bool = Field(description="The same request, with its Idempotency-Key, can succeed later as it is")
     partial: Partial | None = None
     errors: list[InputError] | None = None
+
+
+class ErrorEvent(ErrorBody):
+    """The `error` event that ends a stream: the body of an error, and what its status would be."""
+
+    status: int
 
 
 class StageEvent(BaseModel):
     """A step of a job that has started, gone on or ended; told to those who ask for an event stream."""
 
     stage: Stage
-    state: Literal["started", "done"]
+    state: Literal["started", "progress", "done"]
     seconds: float = Field(description="since the stage started")
     status: str | None = Field(default=None, description="of the prediction, while the video is made")
     percent: int | None = Field(default=None, description="of the video, where the model's log tells")
@@ -367,73 +438,79 @@ class StageEvent(BaseModel):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Errors
-#
-# ServiceError               the class carries status and category, `detail` is safe to show
-# |-- SettingMissing         500 configuration
-# |-- InvalidInput           400 validation
-# |   `-- UrlBlocked         400 validation   an address that must not be fetched
-# |-- ProviderRefused        400 provider     the request's own content, or a film that could not be made
-# |-- ProviderFailed         500 provider     the provider refuses us, fails or does not answer
-# |-- SpeechTooLarge         400 resource
-# |-- ResourceFailed         500 resource     storage, downloads, media
-# `-- Unforeseen             500 internal
 # ----------------------------------------------------------------------------------------------------------------
 
 
+class Kind(NamedTuple):
+    """What all errors of a class have in common; a single one can say otherwise."""
+
+    http_status: int
+    category: Category
+    retryable: bool
+
+
 class ServiceError(Exception):
-    """A failure that is told to the client, as it says."""
+    """A failure that is told to the client, as it says; `answer` is the provider's own, where there was one."""
 
-    http_status = 500
-    category: Category = "internal"
+    kind = Kind(500, "internal", retryable=True)
 
-    def __init__(self, detail: str, provider: Provider | None = None, errors: Sequence[InputError] = ()) -> None:
+    def __init__(
+        self,
+        detail: str,
+        provider: Provider | None = None,
+        errors: Sequence[InputError] = (),
+        retryable: bool | None = None,
+        answer: "Answer | None" = None,
+    ) -> None:
         super().__init__(detail)
-        self.detail = redact(detail)
-        self.provider = provider
-        self.errors = errors
+        self.http_status, self.category, self.retryable = self.kind
+        self.detail, self.provider, self.errors, self.answer = redact(detail), provider, errors, answer
+        if retryable is not None:
+            self.retryable = retryable
 
 
 class SettingMissing(ServiceError):
     """A variable is unset that this request needs."""
 
-    category: Category = "configuration"
+    kind = Kind(500, "configuration", retryable=False)
 
 
 class InvalidInput(ServiceError):
     """The request can never succeed as it stands."""
 
-    http_status = 400
-    category: Category = "validation"
+    kind = Kind(400, "validation", retryable=False)
 
 
 class UrlBlocked(InvalidInput):
     """The URL leads to where the service must not go."""
 
 
-class ProviderRefused(ServiceError):
-    """ElevenLabs or Replicate do not want this content."""
+class AddressNotPublic(UrlBlocked):
+    """The URL leads to an address of a machine's own or of a network inside."""
 
-    http_status = 400
-    category: Category = "provider"
+
+class ProviderRefused(ServiceError):
+    """ElevenLabs or Replicate do not want this content, or a film could not be made."""
+
+    kind = Kind(400, "provider", retryable=False)
 
 
 class ProviderFailed(ServiceError):
     """ElevenLabs or Replicate refuse the service itself, fail, or do not answer."""
 
-    category: Category = "provider"
+    kind = Kind(500, "provider", retryable=True)
 
 
 class SpeechTooLarge(ServiceError):
     """The speech is larger than the service carries."""
 
-    http_status = 400
-    category: Category = "resource"
+    kind = Kind(400, "resource", retryable=False)
 
 
 class ResourceFailed(ServiceError):
-    """Storage, a download, or media that ffmpeg cannot use."""
+    """Storage, a download, the service's own machine, or media that ffmpeg cannot use."""
 
-    category: Category = "resource"
+    kind = Kind(500, "resource", retryable=True)
 
 
 class Unforeseen(ServiceError):
@@ -464,7 +541,7 @@ STAGE_PROVIDERS: dict[Stage, Provider | None] = {
 
 @dataclass(eq=False)
 class Job:
-    """One request: its stages with their times, what exists already, and who listens."""
+    """The work of one request, and of those that join it: its stages, what exists already, and who listens."""
 
     request_id: str
     started: float = field(default_factory=time.monotonic)
@@ -472,7 +549,15 @@ class Job:
     stage_started: float = 0.0
     current: Stage | None = None
     partial: Partial = field(default_factory=Partial)
-    tell: Callable[[StageEvent], None] = lambda event: None
+    events: list[StageEvent] = field(default_factory=list)
+    listeners: list["asyncio.Queue[StageEvent | None]"] = field(default_factory=list)
+    task: "asyncio.Task[Any] | None" = None
+    is_left: bool = False
+    # Only of a job with an Idempotency-Key:
+    file: "JobFile | None" = None
+    lost: tuple[float, float] | None = None  # clock times between which a prediction may appear that nobody has noted
+    is_replayed: bool = False
+    lives_on: bool = False  # the process ends, and the prediction is left for the next request
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -489,16 +574,30 @@ class Job:
         self.current = None
         self.tell(StageEvent(stage=name, state="done", seconds=round(seconds, 3)))
 
-    def on_prediction(self, prediction: "Prediction") -> None:
-        """Keep the id of what is being paid for, and pass on how far it is."""
-        if self.partial.prediction_id is None:
-            logger.info("prediction_id=%s", prediction.id)
-            self.partial.prediction_id = prediction.id
+    def tell(self, event: StageEvent) -> None:
+        """Tell an event to all who listen, and keep it for those who join; of progress, the last is enough."""
+        if self.events and self.events[-1].state == event.state == "progress":
+            self.events.pop()
+        self.events.append(event)
+        for listener in self.listeners:
+            listener.put_nowait(event)
+
+    def listen(self) -> "asyncio.Queue[StageEvent | None]":
+        """The events so far, and then each as it is told."""
+        queue: asyncio.Queue[StageEvent | None] = asyncio.Queue()
+        for event in self.events:
+            queue.put_nowait(event)
+        self.listeners.append(queue)
+        return queue
+
+    def progress(self, prediction: "Prediction") -> None:
+        """Pass on how far the film is."""
+        seconds = round(time.monotonic() - self.stage_started, 3)
         self.tell(
             StageEvent(
                 stage="video",
-                state="started",
-                seconds=round(time.monotonic() - self.stage_started, 3),
+                state="progress",
+                seconds=seconds,
                 status=prediction.status,
                 percent=prediction.percent,
             )
@@ -511,16 +610,24 @@ class Job:
             return ProviderFailed(f"{limit}; it had to wait for the model's schema.", "replicate")
         provider = STAGE_PROVIDERS[self.current]
         error = ProviderFailed if provider in ("elevenlabs", "replicate") else ResourceFailed
-        return error(f"{limit} and was ended in the stage {self.current}.", provider)
+        # A film that is cancelled stays cancelled under its key.
+        is_final = self.file is not None and self.current == "video"
+        return error(f"{limit} and was ended in the stage {self.current}.", provider, retryable=not is_final)
+
+    def stop(self, lives_on: bool = False) -> None:
+        """Cancel the job; with `lives_on`, so that the next request with its key goes on with it."""
+        self.lives_on = lives_on
+        if self.task:
+            self.task.cancel()
 
     def server_timing(self) -> str:
         """The Server-Timing header: milliseconds of each stage."""
         return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in self.timings.items())
 
-    def log_end(self, path: str, outcome: str) -> None:
+    def log_end(self, outcome: str) -> None:
         """One line for the whole job."""
         ms = (time.monotonic() - self.started) * 1000
-        logger.info("job=%s outcome=%s ms=%.0f prediction_id=%s", path, outcome, ms, self.partial.prediction_id)
+        logger.info("job outcome=%s ms=%.0f prediction_id=%s", outcome, ms, self.partial.prediction_id)
 
 
 def as_service_error(exc: BaseException) -> ServiceError:
@@ -532,16 +639,81 @@ def as_service_error(exc: BaseException) -> ServiceError:
 
 
 def error_json(error: ServiceError, job: Job) -> dict[str, Any]:
-    """The body of an error (see ErrorBody): `provider` always, `partial` and `errors` if there is something to say."""
+    """The body of an error (see ErrorBody): `partial` and `errors` only if there is something to say."""
     told = {
         "detail": error.detail,
         "category": error.category,
         "provider": error.provider,
         "request_id": job.request_id,
+        "retryable": error.retryable,
         "partial": job.partial.model_dump(exclude_none=True),
         "errors": [fault.model_dump() for fault in error.errors],
     }
-    return {name: value for name, value in told.items() if value or name == "provider"}
+    return {name: value for name, value in told.items() if value or name not in ("partial", "errors")}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Waiting: nothing is cancelled by halves
+# ----------------------------------------------------------------------------------------------------------------
+
+Result = TypeVar("Result")
+
+
+async def within(limit_s: float | None, work: Awaitable[Result]) -> Result:
+    """The result of `work`. Raises asyncio.TimeoutError if there is none after `limit_s` seconds (None: no limit).
+
+    Unlike asyncio.wait_for before Python 3.12 it never swallows a cancellation that comes in the tick `work` ends.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({task}, timeout=limit_s)
+    finally:
+        await end(task)
+    if task.cancelled():
+        raise asyncio.TimeoutError
+    return task.result()
+
+
+async def end(task: "asyncio.Future[Any]") -> None:
+    """Cancel a task and wait for its clean-up: prediction cancelled, ffmpeg reaped, files gone."""
+    task.cancel()
+    await to_its_end(task)
+
+
+async def to_its_end(work: Awaitable[Any]) -> None:
+    """Await a clean-up, which comes first whatever cancels the caller meanwhile; the caller is cancelled after it."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as exc:
+            cancelled = exc
+    if not task.cancelled():
+        task.exception()  # seen: asyncio need not warn of it
+    if cancelled is not None:
+        raise cancelled
+
+
+async def call_apart(work: Awaitable[Result]) -> Result:
+    """The result of an HTTP call, which hears of a cancellation through anyio: httpcore's shields hold against no other.
+
+    Else its pool could lose the cancellation, or keep a connection that nobody uses.
+    """
+    scope = anyio.CancelScope()
+
+    async def scoped() -> Result:
+        with scope:
+            return await work
+        raise asyncio.CancelledError
+
+    task = asyncio.create_task(scoped())
+    try:
+        await asyncio.wait({task})
+    finally:
+        scope.cancel()  # does nothing to a call that has ended
+        await to_its_end(task)
+    return task.result()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -585,15 +757,17 @@ def check_public_url(url: httpx.URL) -> None:
         raise UrlBlocked("Only http and https URLs are fetched.")
     if url.userinfo:
         raise UrlBlocked("A URL with a user name or password is not fetched.")
-    if url.port not in (None, 80, 443):
-        raise UrlBlocked("Only the ports 80 and 443 are fetched from.")
     if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", host):
         raise UrlBlocked("The URL's host is not a plain name or address.")
     # As browsers do: a host that ends in a number is an IPv4 address, and only its plain form is taken.
-    if re.fullmatch(r"(.*\.)?(\d+|0[xX][0-9A-Fa-f]*)", host) and not re.fullmatch(
-        r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){3}", host
-    ):
-        raise UrlBlocked("The URL's address is not written in its plain form.")
+    is_v4 = re.fullmatch(r"(.*\.)?(\d+|0[xX][0-9A-Fa-f]*)", host)
+    if is_v4 and not re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){3}", host):
+        raise AddressNotPublic("The URL's address is not written in its plain form.")
+    is_local = host.lower().rpartition(".")[2] == "localhost"  # no look-up is asked: systems differ
+    if is_local or ((is_v4 or ":" in host) and not is_public(host)):
+        raise AddressNotPublic("The URL leads to an address that is not public.")
+    if url.port not in (None, 80, 443):
+        raise UrlBlocked("Only the ports 80 and 443 are fetched from.")
 
 
 def is_trusted(url: httpx.URL) -> bool:
@@ -627,7 +801,7 @@ class PublicNetwork(httpcore.AnyIOBackend):
         """A connection to the first address that takes it. Raises UrlBlocked if any address is not public."""
         addresses = await self._look_up(host, port, timeout)
         if not all(map(is_public, addresses)):
-            raise UrlBlocked("The URL leads to an address that is not public.")
+            raise AddressNotPublic("The URL leads to an address that is not public.")
         *others, last = addresses
         for address in others:
             with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
@@ -638,60 +812,60 @@ class PublicNetwork(httpcore.AnyIOBackend):
         ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         looking_up = asyncio.get_running_loop().run_in_executor(self.look_ups, ask)
         try:
-            found = await asyncio.wait_for(looking_up, timeout)
-        except asyncio.TimeoutError as exc:  # first: from Python 3.11 on it is an OSError, too
-            raise httpcore.ConnectTimeout(f"looking up {host} took too long") from exc
+            await asyncio.wait({looking_up}, timeout=timeout)
+            if not looking_up.done():
+                raise httpcore.ConnectTimeout(f"looking up {host} took too long")
+            return [str(entry[4][0]) for entry in looking_up.result()]
         except (OSError, UnicodeError) as exc:
             raise httpcore.ConnectError(f"{host} has no address") from exc
-        return [str(entry[4][0]) for entry in found]
+        finally:
+            looking_up.cancel()
 
 
-ASKED_FOR = "talking_pet_asked_for"  # the extension of a request that comes from /debug/head
+# Extensions of a request that choose its pool.
+ASKED_FOR = "talking_pet_asked_for"  # by anyone, through /debug/head or as a picture: no film waits for it
+FRESH = "talking_pet_fresh"  # it must not be sent twice, so not on a connection that is just being closed
 
 
 class Network(httpx.AsyncBaseTransport):
-    """Pools: one for the owner's own addresses; for all others, which the guard watches, films apart from the rest."""
+    """Pools: two for the owner's own addresses; two for all others, which the guard watches."""
 
     def __init__(self) -> None:
         self.trusted = pool_transport(httpcore.AnyIOBackend())
+        self.fresh = pool_transport(httpcore.AnyIOBackend(), idle=0)
         self.public = pool_transport(PublicNetwork())
-        self.asked_for = pool_transport(PublicNetwork())  # by anyone, through /debug/head: no film waits for it
+        self.asked_for = pool_transport(PublicNetwork())
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request; each redirect comes here again. Raises UrlBlocked."""
         if is_trusted(request.url):
-            return await self.trusted.handle_async_request(request)
-        check_public_url(request.url)
-        pool = self.asked_for if ASKED_FOR in request.extensions else self.public
+            pool = self.fresh if FRESH in request.extensions else self.trusted
+        else:
+            check_public_url(request.url)
+            pool = self.asked_for if ASKED_FOR in request.extensions else self.public
         return await pool.handle_async_request(request)
 
     async def aclose(self) -> None:
         """Close every connection."""
-        await self.trusted.aclose()
-        await self.public.aclose()
-        await self.asked_for.aclose()
-
-
-# httpcore can do without this package but looks for it at every request, on the disk: an eighth of a job's work here.
-sys.modules.setdefault("sniffio", None)  # type: ignore[arg-type]  # None: known to be absent
+        for pool in (self.trusted, self.fresh, self.public, self.asked_for):
+            await pool.aclose()
 
 
 @lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
-    """The certificates to trust: read once, since that takes some 15 ms."""
-    return httpx.create_ssl_context(trust_env=False)
+    """The certificates to trust, SSL_CERT_FILE and SSL_CERT_DIR heeded: read once, since that takes some 15 ms."""
+    return httpx.create_ssl_context(trust_env=True)
 
 
-def pool_transport(backend: httpcore.AsyncNetworkBackend) -> httpx.AsyncHTTPTransport:
-    """A transport without proxies whose connections `backend` makes; httpx itself has no argument for that."""
-    transport = httpx.AsyncHTTPTransport(verify=tls_context(), trust_env=False)
-    transport._pool = httpcore.AsyncConnectionPool(
-        ssl_context=tls_context(),
-        max_connections=None,  # each waiting job may need one; Replicate's rates are what limits
-        max_keepalive_connections=10,  # enough for 40 reads a second; httpcore looks at each of them twice a request
-        keepalive_expiry=15.0,
-        network_backend=backend,
-    )
+def pool_transport(backend: httpcore.AsyncNetworkBackend, idle: int = 10) -> httpx.AsyncHTTPTransport:
+    """A transport without proxies whose connections `backend` makes; httpx itself has no argument for that.
+
+    Ten idle connections are enough for 40 reads a second; httpcore looks at each of them twice a request.
+    """
+    # No bound on connections: each waiting job may need one, and Replicate's rates are what limits.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=idle, keepalive_expiry=15.0)
+    transport = httpx.AsyncHTTPTransport(verify=tls_context(), trust_env=False, limits=limits)
+    transport._pool._network_backend = backend
     return transport
 
 
@@ -701,7 +875,9 @@ class Shared:
 
     http: httpx.AsyncClient
     ffmpeg_slots: asyncio.Semaphore
-    jobs: set[Job] = field(default_factory=set)  # requests that have no answer yet
+    requests: int = 0  # that have no answer yet
+    keyed: dict[str, Job] = field(default_factory=dict)  # running jobs with a key, by the name of their file
+    held: "deque[str]" = field(default_factory=lambda: deque(maxlen=10_000))  # predictions of this process's jobs
     polls: int = 0  # predictions being waited for
     models: dict[str, tuple[float, "VideoModel"]] = field(default_factory=dict)  # with the time of the look-up
     model_locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
@@ -749,6 +925,7 @@ class Answer(NamedTuple):
     status: int
     headers: httpx.Headers
     body: bytes
+    is_whole: bool = True
 
     def json(self) -> Any:
         """The body as JSON values; None if it is none."""
@@ -762,40 +939,69 @@ class Answer(NamedTuple):
         return told_under(self.json(), name)
 
 
+class Tries(NamedTuple):
+    """How long an outcome is tried again: so often in all, and for so long since the first failure."""
+
+    attempts: float = math.inf
+    patience: float = math.inf  # share of PATIENCE_SECONDS
+
+
+Outcome = Answer | httpx.RequestError
+
+
 @dataclass(frozen=True)
 class Retry:
-    """Which calls are sent again, and how often."""
+    """Which outcomes of a call are tried again, and for how long; all others never are."""
 
-    statuses: frozenset[int]
-    attempts: int | None = None  # None: until the job's deadline
-    any_transport_error: bool = True  # False: only if the request cannot have left
-    unreadable: bool = False  # an answer that is no JSON object, too
+    statuses: Mapping[int, Tries]
+    not_sent: Tries  # there was no connection, so nothing can have been done
+    broken: Tries | None = None  # the connection broke: it may have been done
+    unreadable: Tries | None = None  # a success that is no JSON object
+    is_paid: bool = False  # what the call is about is paid for: whoever asks for a longer wait is asked again
 
-    def wants(self, outcome: Answer | httpx.RequestError) -> bool:
-        """True if this outcome is worth another attempt."""
+    def tries(self, outcome: Outcome) -> Tries | None:
+        """How long this outcome is tried again; None: not at all."""
         if isinstance(outcome, httpx.RequestError):
-            return self.any_transport_error or isinstance(outcome, NOT_SENT)
-        if self.unreadable and outcome.status < 300 and not isinstance(outcome.json(), dict):
-            return True
-        return meant_status(outcome) in self.statuses
+            if "CERTIFICATE_VERIFY_FAILED" in str(outcome) and not self.is_paid:
+                return None
+            return self.not_sent if isinstance(outcome, NOT_SENT) else self.broken
+        if outcome.status < 300 and outcome.is_whole and not isinstance(outcome.json(), dict):
+            return self.unreadable
+        return self.statuses.get(meant_status(outcome))
 
-    def delay_s(self, attempt: int, asked_s: float | None) -> float | None:
-        """Seconds to wait after failed attempt `attempt` (from 1), or None to give up."""
-        if self.attempts is not None and attempt >= self.attempts:
+    def delay_s(self, tries: Tries, attempts: int, failing_s: float, asked_s: float | None) -> float | None:
+        """Seconds to wait after `attempts` of a kind, the first of which failed `failing_s` ago; None: give up."""
+        if attempts >= tries.attempts or failing_s >= patience_s(tries.patience):
             return None
-        first_s = get_settings().retry_first_seconds
+        first_s, longest_s = get_settings().retry_first_seconds, patience_s(QUARTER)
+        if asked_s is not None and asked_s > longest_s:
+            return longest_s if self.is_paid else None
         if asked_s is not None:
-            return max(asked_s, first_s) if asked_s <= MAX_RETRY_WAIT_S else None
-        return min(first_s * 2.0 ** min(attempt - 1, 10), MAX_BACKOFF_S) * random.uniform(0.75, 1)
+            return max(asked_s, first_s)
+        return min(first_s * 2.0 ** min(attempts - 1, 10), MAX_BACKOFF_S) * random.uniform(0.75, 1)
 
 
-# A speech or a prediction that may have been made is not asked for again: that would be paid twice.
-SPEECH_RETRY = Retry(frozenset({429, 500, 502, 503, 504}), attempts=3, any_transport_error=False)
-CREATE_RETRY = Retry(frozenset({429}), attempts=4, any_transport_error=False)
-READ_RETRY = Retry(SERVER_ERRORS | {408, 429}, unreadable=True)
-UPLOAD_RETRY = Retry(SERVER_ERRORS | {429}, attempts=4, unreadable=True)
-DOWNLOAD_RETRY = Retry(SERVER_ERRORS | {404, 429}, attempts=4)
-CANCEL_RETRY = UPLOAD_RETRY
+def each(statuses: Iterable[int], tries: Tries) -> dict[int, Tries]:
+    """The same for each of several statuses."""
+    return dict.fromkeys(statuses, tries)
+
+
+# Before the film is bought a job can still be given up; after that, what is paid for is waited for.
+THREE, FOUR = Tries(attempts=3), Tries(attempts=4)
+HALF_MINUTE, MINUTE, TWO_MINUTES, ALWAYS = Tries(patience=QUARTER), Tries(patience=HALF), Tries(patience=WHOLE), Tries()
+# A speech after a 5xx may be paid twice, some cents: most are not charged, and a person waits. A broken connection
+# mostly means that it was made. A prediction costs more, so after either it is looked for.
+SPEECH_RETRY = Retry({429: MINUTE, **each((500, 502, 503, 504), THREE)}, not_sent=THREE)
+CREATE_RETRY = Retry({429: MINUTE}, not_sent=FOUR)
+MODEL_RETRY = Retry(each({408, 429, *SERVER_ERRORS}, FOUR), FOUR, FOUR, FOUR)
+LIST_RETRY = Retry(each({408, 429, *SERVER_ERRORS}, HALF_MINUTE), HALF_MINUTE, HALF_MINUTE, HALF_MINUTE, is_paid=True)
+READ_STATUSES = {**each({408, 429, *SERVER_ERRORS}, ALWAYS), **each((401, 403, 404), HALF_MINUTE)}
+READ_RETRY = Retry(READ_STATUSES, ALWAYS, ALWAYS, ALWAYS, is_paid=True)
+CANCEL_RETRY = Retry(each({429, *SERVER_ERRORS}, ALWAYS), ALWAYS, ALWAYS, is_paid=True)
+STORE_RETRY = Retry(each({429, *SERVER_ERRORS}, FOUR), FOUR, FOUR, FOUR)
+FETCH_RETRY = Retry(each({404, 429, *SERVER_ERRORS}, FOUR), FOUR, FOUR)
+PAID_STORE_RETRY = Retry(each({429, *SERVER_ERRORS}, TWO_MINUTES), TWO_MINUTES, TWO_MINUTES, TWO_MINUTES, is_paid=True)
+PAID_FETCH_RETRY = Retry(each({404, 429, *SERVER_ERRORS}, TWO_MINUTES), TWO_MINUTES, TWO_MINUTES, is_paid=True)
 
 
 def meant_status(answer: Answer) -> int:
@@ -852,7 +1058,7 @@ Perform = Callable[[httpx.AsyncClient, httpx.Request, int], Awaitable[Answer]]
 
 
 async def exchange(client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
-    """One request, and its answer's body up to `limit` + 1 bytes."""
+    """One request, and its answer's body up to `limit` bytes."""
     response = await client.send(request, stream=True)
     try:
         return await read_answer(response, limit)
@@ -861,14 +1067,13 @@ async def exchange(client: httpx.AsyncClient, request: httpx.Request, limit: int
 
 
 async def read_answer(response: httpx.Response, limit: int) -> Answer:
-    """The answer with its body up to `limit` + 1 bytes: more is never held."""
-    pieces, room = list[bytes](), limit + 1
+    """The answer with its body up to `limit` bytes: more is never held."""
+    body = bytearray()
     async for piece in response.aiter_raw():
-        pieces.append(piece[:room])
-        room -= len(pieces[-1])
-        if not room:
+        body += piece[: limit + 1 - len(body)]
+        if len(body) > limit:
             break
-    return Answer(response.status_code, response.headers, b"".join(pieces))
+    return Answer(response.status_code, response.headers, bytes(body[:limit]), len(body) <= limit)
 
 
 async def send(
@@ -883,21 +1088,24 @@ async def send(
 
     `options` are those of httpx's build_request. Raises httpx.RequestError if the last attempt had no answer.
     """
+    attempts, failing_since = Counter[Tries](), math.inf
     async with shared() as resources:
-        for attempt in count(1):
-            outcome: Answer | httpx.RequestError
+        while True:
+            outcome: Outcome
+            request = resources.http.build_request(method, url, **options)
             try:
-                request = resources.http.build_request(method, url, **options)
-                outcome = await perform(resources.http, request, limit)
+                outcome = await call_apart(perform(resources.http, request, limit))
             except httpx.RequestError as exc:
                 outcome = exc
-            if not retry.wants(outcome):
+            if (tries := retry.tries(outcome)) is None:
                 break
+            attempts[tries] += 1
+            failing_since = min(failing_since, time.monotonic())
             asked_s = asked_wait_s(outcome, time.time()) if isinstance(outcome, Answer) else None
-            delay_s = retry.delay_s(attempt, asked_s)
+            delay_s = retry.delay_s(tries, attempts[tries], time.monotonic() - failing_since, asked_s)
             if delay_s is None:
                 break
-            failed = f"{method} {request.url.host} attempt={attempt} failed ({summary(outcome)})"
+            failed = f"{method} {request.url.host} attempt={attempts.total()} failed ({summary(outcome)})"
             logger.warning("%s, next in %.1f s", failed, delay_s)
             await asyncio.sleep(delay_s)
     if isinstance(outcome, httpx.RequestError):
@@ -905,35 +1113,57 @@ async def send(
     return outcome
 
 
-def summary(outcome: Answer | httpx.RequestError) -> str:
+async def call(provider: Provider, method: str, url: str, retry: Retry, **options: Any) -> Answer:
+    """A provider's success. Raises ProviderRefused, ProviderFailed, or ResourceFailed for Supabase's failures."""
+    failed = ResourceFailed if provider == "supabase" else ProviderFailed
+    try:
+        answer = await send(method, url, retry, **options)
+    except httpx.RequestError as exc:
+        raise failed(f"{PROVIDER_NAMES[provider]} did not answer: {summary(exc)}.", provider) from exc
+    if answer.status not in (200, 201, 202):
+        raise refusal(provider, answer, is_about_content=not retry.is_paid)
+    if not answer.is_whole and provider == "elevenlabs":
+        raise SpeechTooLarge("The speech is larger than 9.5 MB; use a shorter text.", provider)
+    if not answer.is_whole:
+        raise failed(f"{PROVIDER_NAMES[provider]}'s answer is larger than the service takes in.", provider)
+    return answer
+
+
+def summary(outcome: Outcome) -> str:
     """What came of an attempt, in a few words."""
     if isinstance(outcome, httpx.RequestError):
         return redact(f"{type(outcome).__name__} {outcome}".strip().rstrip("."))
     words = f"{outcome.status}: {provider_message(outcome)}"
     asked_s = asked_wait_s(outcome, time.time())
-    if asked_s is not None and asked_s > MAX_RETRY_WAIT_S:
+    if asked_s is not None and asked_s > patience_s(QUARTER):
         words += f" (it asks to wait {asked_s:.0f} s, longer than a job can)"
     return redact(words)
 
 
-def no_answer(provider: Provider, exc: httpx.RequestError) -> ServiceError:
-    """The error for a provider that could not be reached or did not answer."""
-    error = ResourceFailed if provider == "supabase" else ProviderFailed
-    return error(f"{PROVIDER_NAMES[provider]} did not answer: {summary(exc)}.", provider)
-
-
 def refusal(provider: Provider, answer: Answer, is_about_content: bool = True) -> ServiceError:
     """The error for an answer that is not a success: 400, 404 and 422 can be about the content, the rest is about us."""
-    detail = f"{PROVIDER_NAMES[provider]} answered {summary(answer)}"
-    if provider == "supabase":
-        return ResourceFailed(detail, provider)
-    refused = is_about_content and answer.status in (400, 404, 422)
-    return (ProviderRefused if refused else ProviderFailed)(detail, provider)
+    detail, status = f"{PROVIDER_NAMES[provider]} answered {summary(answer)}", meant_status(answer)
+    error: type[ServiceError] = ResourceFailed if provider == "supabase" else ProviderFailed
+    if provider != "supabase" and is_about_content and status in (400, 404, 422):
+        error = ProviderRefused
+    # A key, a plan, a bucket or a content that is refused stays so until somebody changes it.
+    retryable = status in (408, 409, 423, 425, 429) or status not in range(400, 500)
+    return error(detail, provider, retryable=retryable, answer=answer)
 
 
 def nonsense(provider: Provider, what: str) -> ServiceError:
     """The error for a success that does not hold what it should."""
     return ProviderFailed(f"{PROVIDER_NAMES[provider]} answered without {what}.", provider)
+
+
+def fault(name: str, message: str) -> list[InputError]:
+    """What is wrong with one field of the body, as an error tells it."""
+    return [InputError(loc=["body", name], msg=message)]
+
+
+def unfit(name: str, message: str) -> InvalidInput:
+    """The refusal of one field of the request."""
+    return InvalidInput(f"{name}: {message}.", errors=fault(name, message))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -984,35 +1214,351 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
     Raises ProviderRefused, ProviderFailed, SpeechTooLarge (over 9.5 MB), SettingMissing.
     """
     settings = get_settings()
-    url = f"{settings.eleven_base_url}/v1/text-to-speech/{voice_id}"
     try:
-        answer = await send(
+        answer = await call(
+            "elevenlabs",
             "POST",
-            url,
+            f"{settings.eleven_base_url}/v1/text-to-speech/{voice_id}",
             SPEECH_RETRY,
             limit=MAX_SPEECH_BYTES,
             params={"output_format": settings.tts_output_format},  # in the body it would be ignored
             headers={"xi-api-key": settings.required("eleven_api_key")},
             json={"text": text, "model_id": "eleven_multilingual_v2"},
             timeout=SPEECH_TIMEOUT,
+            extensions={FRESH: True},
         )
-    except httpx.RequestError as exc:
-        raise no_answer("elevenlabs", exc) from exc
-    if answer.status != 200:
-        raise refusal("elevenlabs", answer)
+    except (ProviderRefused, ProviderFailed) as exc:
+        exc.errors = speech_faults(exc)
+        raise
     return playable(answer.body, settings.tts_output_format)
 
 
+def speech_faults(error: ServiceError) -> list[InputError]:
+    """The field of ours that ElevenLabs refuses: its codes name it, such as voice_not_found or text_too_long."""
+    told = told_under(error.answer.json(), "detail") if error.answer else None
+    code = str(told_under(told, "code") or told_under(told, "status") or told)
+    if re.search("voice|invalid_uid", code):
+        return fault("voice_id", shortened(told_in(told)))
+    return fault("text", shortened(told_in(told))) if re.search("text|character_limit", code) else []
+
+
 def playable(speech: bytes, output_format: str) -> bytes:
-    """Speech as a file that plays. Raises SpeechTooLarge, or ProviderFailed if it is no speech in that format."""
-    if len(speech) > MAX_SPEECH_BYTES:
-        raise SpeechTooLarge("The speech is larger than 9.5 MB; use a shorter text.", "elevenlabs")
+    """Speech as a file that plays. Raises ProviderFailed if it is no speech in that format."""
     codec, rate = output_format.split("_")[:2]
     if codec in RAW_CODECS and speech and not re.match(rb'\s*(<!doctype|<html|\{\s*")', speech, re.IGNORECASE):
         return with_wav_header(speech, codec, int(rate))
     if not speech.startswith(SPEECH_FILES[codec].starts):
         raise nonsense("elevenlabs", f"speech in the format {output_format}")
     return speech
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Supabase Storage, and downloads
+# ----------------------------------------------------------------------------------------------------------------
+
+FOR_EVER = "max-age=31536000"  # stored and served as written
+
+
+async def supabase_upload(
+    path: str, content: bytes | Path, content_type: str, retry: Retry = STORE_RETRY, cache: str = FOR_EVER
+) -> str:
+    """Store a file under `path` in the bucket and return its public URL; a file on disk is streamed from there.
+
+    Raises ResourceFailed, SettingMissing.
+    """
+    size = os.path.getsize(content) if isinstance(content, Path) else len(content)  # noqa: ASYNC240
+    if size == 0:
+        raise ResourceFailed("There is nothing to store: the file is empty.", "supabase", retryable=False)
+    headers = {
+        **storage_keys(),
+        "Content-Type": content_type,  # bare and in lower case, or a bucket with a list of types refuses it
+        "Content-Length": str(size),  # limits are enforced by it
+        "Cache-Control": cache,
+        "x-upsert": "true",  # only this makes a repeated upload safe; in the query it does nothing
+    }
+    body = FileBody(content) if isinstance(content, Path) else content
+    answer = await call("supabase", "POST", storage_url(path), retry, headers=headers, content=body)
+    if not answer.get("Key"):  # some other server's 200
+        raise ResourceFailed("Supabase Storage answered without having stored the file.", "supabase")
+    return storage_url(path, "public/")
+
+
+def storage_url(path: str, access: Literal["", "public/", "authenticated/"] = "") -> str:
+    """Where a file of the bucket is written, or with `access` read. Raises SettingMissing."""
+    settings = get_settings()
+    return f"{settings.required('supabase_url')}/storage/v1/object/{access}{settings.supabase_bucket}/{path}"
+
+
+def storage_keys() -> dict[str, str]:
+    """The service key in both headers, identical, whether it begins with sb_ or eyJ. Raises SettingMissing."""
+    key = get_settings().required("supabase_service_role")
+    return {"Authorization": f"Bearer {key}", "apikey": key}
+
+
+@dataclass(frozen=True)
+class FileBody:
+    """A file as a request's body: piece by piece, read beside the event loop, and from the start at each attempt."""
+
+    path: Path
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """The file's pieces."""
+        with self.path.open("rb") as file:
+            while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
+                yield chunk
+
+
+async def download(url: str, target: Path, retry: Retry = PAID_FETCH_RETRY) -> None:
+    """Stream a file to disk, from the first byte again if it breaks off.
+
+    Raises ResourceFailed: over 100 MB, refused, unreachable, or at an address that must not be fetched.
+    """
+    try:
+        host = httpx.URL(check_http_url(url)).host
+    except ValueError as exc:
+        raise ResourceFailed("The address of a file to download makes no sense.", retryable=False) from exc
+    try:
+        answer = await send("GET", url, retry, perform=partial(save, target))
+    except httpx.RequestError as exc:
+        raise ResourceFailed(f"The download from {host} failed: {summary(exc)}.") from exc
+    except UrlBlocked as exc:
+        raise ResourceFailed(f"The file at {host} may not be fetched. {exc.detail}", retryable=False) from exc
+    if answer.status != 200:
+        raise ResourceFailed(f"The download from {host} was answered {summary(answer)}.", answer=answer)
+
+
+async def save(target: Path, client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
+    """One attempt at a download: the file goes to `target`, the body of a refusal into the answer."""
+    async with follow_redirects(client, request) as response:
+        if response.status_code != 200:
+            return await read_answer(response, limit)
+        await write_body(response, target)
+        return Answer(200, response.headers, b"")
+
+
+@asynccontextmanager
+async def follow_redirects(client: httpx.AsyncClient, request: httpx.Request) -> AsyncIterator[httpx.Response]:
+    """The answer at the end of at most five redirects, unread; httpx itself would read each redirect's body whole."""
+    following: httpx.Request | None = request
+    for _ in range(MAX_REDIRECTS + 1):
+        assert following is not None
+        try:
+            response = await client.send(following, stream=True)
+        except (httpx.InvalidURL, UnicodeError) as exc:
+            raise httpx.RemoteProtocolError("a redirect to nonsense") from exc
+        try:
+            following = response.next_request
+            if following is None:
+                yield response
+                return
+        finally:
+            await response.aclose()
+    raise UrlBlocked(f"The URL redirects more than {MAX_REDIRECTS} times.")
+
+
+async def write_body(response: httpx.Response, target: Path) -> None:
+    """Write a body to disk, piece by piece. Raises ResourceFailed over 100 MB, at once if its length is told."""
+    check_size(told_size(response) or 0)
+    with target.open("wb") as file:
+        async for chunk in response.aiter_raw():
+            check_size(file.tell() + len(chunk))
+            await asyncio.to_thread(file.write, chunk)
+
+
+def check_size(size: int, what: str = "A file to download") -> None:
+    """Refuse a file that is too large. Raises ResourceFailed."""
+    if size > MAX_DOWNLOAD_BYTES:
+        raise ResourceFailed(f"{what} is larger than 100 MB.", retryable=False)
+
+
+def told_size(response: httpx.Response) -> int | None:
+    """The length of a body in bytes, if the answer tells a plausible one."""
+    told = response.headers.get("content-length", "")
+    return int(told) if re.fullmatch(r"\d{1,18}", told) else None
+
+
+async def head(url: str) -> HeadResult:
+    """Status, type and whole size of a remote file; a server that refuses HEAD is asked for the first byte.
+
+    Raises UrlBlocked; ResourceFailed if there is no answer within ten seconds.
+    """
+    try:
+        return await within(HEAD_TIMEOUT_S, call_apart(_head(url)))
+    except httpx.RequestError as exc:
+        raise ResourceFailed(f"The URL did not answer: {summary(exc)}.") from exc
+    except asyncio.TimeoutError as exc:
+        raise ResourceFailed(f"The URL did not answer within {HEAD_TIMEOUT_S:g} s.") from exc
+
+
+async def _head(url: str) -> HeadResult:
+    async with shared() as resources:
+        for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
+            request = resources.http.build_request(method, url, headers=headers, extensions={ASKED_FOR: True})
+            async with follow_redirects(resources.http, request) as response:
+                result = head_result(response)
+            if result.status < 400:
+                break
+    return result
+
+
+def head_result(response: httpx.Response) -> HeadResult:
+    """The three things that are passed on of an answer; a part of a file tells the size of the whole, if it can."""
+    size = told_size(response)
+    if response.status_code == 206:
+        whole = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", response.headers.get("content-range", ""))
+        size = int(whole[1]) if whole else None
+    content_type = response.headers.get("content-type", "")[:200] or None
+    return HeadResult(status=response.status_code, content_type=content_type, bytes=size)
+
+
+async def check_picture(url: str) -> None:
+    """Refuse a picture that certainly is none, before anything is bought. Raises InvalidInput.
+
+    Any other trouble passes: Replicate, which fetches it itself, may see more of the net.
+    """
+    try:
+        seen = await within(PICTURE_TIMEOUT_S, call_apart(_head(url)))
+    except AddressNotPublic as exc:
+        raise unfit("image_url", f"{exc.detail.rstrip('.')}; the picture must be on the internet") from exc
+    except Exception as exc:  # noqa: BLE001  only what is certain refuses
+        logger.info("the picture could not be looked at: %s", redact(repr(exc)))
+        return
+    if seen.status in (404, 410):
+        raise unfit("image_url", f"there is no picture at this address, it answers {seen.status}")
+    if seen.status < 300 and (seen.content_type or "").lower().startswith("text/html"):
+        raise unfit("image_url", "is the address of a web page, not of a picture")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The job's file: what a job with an Idempotency-Key leaves in the bucket, to go on with later
+# ----------------------------------------------------------------------------------------------------------------
+
+PROCESS_ID = uuid.uuid4().hex
+
+
+class Note(BaseModel):
+    """What the file holds: enough to go on, and nothing of what was asked for."""
+
+    body: str  # keyed digest
+    started: float  # clock time; a prediction without an id here was made since then
+    written: float
+    writer: str  # process; empty: it has given the job up
+    partial: Partial = Partial()
+    answer: SpeechResult | VideoResult | None = None
+
+
+@dataclass
+class JobFile:
+    """The file of one job: `jobs/<name>.json`."""
+
+    name: str
+    note: Note
+
+    @property
+    def path(self) -> str:
+        """Where it lies in the bucket."""
+        return f"jobs/{self.name}.json"
+
+
+def job_file(key: str, route: str, body: BaseModel) -> JobFile:
+    """The file for a key: its name cannot be guessed, though the bucket is public. Raises SettingMissing."""
+    for name in STORAGE_SETTINGS:
+        get_settings().required(name)
+    sent = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
+    now = time.time()
+    return JobFile(keyed_digest(key), Note(body=keyed_digest(sent), started=now, written=now, writer=PROCESS_ID))
+
+
+def keyed_digest(text: str) -> str:
+    """A digest that only who has the service role key can compute."""
+    return hmac.new(get_settings().required("supabase_service_role").encode(), text.encode(), "sha256").hexdigest()
+
+
+async def read_note(file: JobFile) -> Note | None:
+    """What the file in the bucket holds; None if there is none. Raises ResourceFailed."""
+    url = storage_url(file.path, "authenticated/")
+    try:
+        answer = await call("supabase", "GET", url, STORE_RETRY, headers=storage_keys())
+    except ResourceFailed as exc:
+        if exc.answer is not None and meant_status(exc.answer) == 404:
+            return None
+        raise
+    try:
+        return Note.model_validate_json(answer.body)
+    except ValidationError as exc:
+        message = f"The file {file.path} in the bucket is not one of this service's; remove it."
+        raise ResourceFailed(message, "supabase", retryable=False) from exc
+
+
+async def save_job(job: Job, retry: Retry = STORE_RETRY, **changes: Any) -> None:
+    """Write down how far a job with a key is; does nothing for others. Raises ResourceFailed."""
+    if (file := job.file) is None:
+        return
+    changes = {"written": time.time(), "partial": job.partial, **changes}
+    file.note = file.note.model_copy(update=changes)
+    content = file.note.model_dump_json(exclude_none=True).encode()
+    await supabase_upload(file.path, content, "application/json", retry, cache="max-age=0")
+
+
+async def save_if_possible(job: Job, retry: Retry, **changes: Any) -> None:
+    """Write down what the job can do without for now; what fails is logged."""
+    try:
+        await save_job(job, retry, **changes)
+    except ServiceError as exc:
+        logger.warning("the job's file was not written: %s", exc.detail)
+
+
+async def found_note(file: JobFile) -> Note | None:
+    """What the file in the bucket holds, once no other instance is at work on the job; None if there is none.
+
+    Raises InvalidInput if the key was sent with another body, ResourceFailed.
+    """
+    while note := await read_note(file):
+        if note.body != file.note.body:
+            raise other_body()
+        is_fresh = 0 <= time.time() - note.written < patience_s(QUARTER)
+        if note.answer or note.partial.prediction_id or note.writer in ("", PROCESS_ID) or not is_fresh:
+            break
+        await asyncio.sleep(patience_s(QUARTER) / 30)
+    return note
+
+
+def adopt(job: Job, file: JobFile, note: Note) -> None:
+    """Go on with a job from what an earlier request, or another instance, has left."""
+    file.note, job.partial = note.model_copy(update={"writer": PROCESS_ID}), note.partial
+    job.lost = (note.started, note.written + patience_s(TWELFTH))
+
+
+async def heed_others(job: Job) -> None:
+    """Just before a film is bought: go on with another instance's work if it has taken the job meanwhile."""
+    if job.file and (note := await found_note(job.file)) and note.writer != PROCESS_ID:
+        adopt(job, job.file, note)
+
+
+def other_body() -> InvalidInput:
+    """The refusal of a key that has been used for something else."""
+    message = "belongs to a request with another body; a new job needs a new one"
+    return InvalidInput(
+        f"Idempotency-Key: {message}.", errors=[InputError(loc=["header", "Idempotency-Key"], msg=message)]
+    )
+
+
+async def with_key(job: Job, file: JobFile, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
+    """A job with a key: answered from its file if it is done, gone on with from what there is, else begun."""
+    if note := await found_note(file):
+        adopt(job, file, note)
+        if note.answer:
+            job.is_replayed = True
+            return note.answer
+    await save_job(job)
+    try:
+        result = await work()
+    except BaseException:
+        if job.partial.prediction_id is None:  # nobody is to wait for this process
+            await to_its_end(save_if_possible(job, STORE_RETRY, writer=""))
+        raise
+    await save_if_possible(job, PAID_STORE_RETRY, answer=result)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1168,11 +1714,6 @@ def fit_input(model: VideoModel, job: JobPromptOnly, audio_url: str | None = Non
     return values
 
 
-def unfit(name: str, message: str) -> InvalidInput:
-    """The refusal of one field of the request."""
-    return InvalidInput(f"{name}: {message}.", errors=[InputError(loc=["body", name], msg=message)])
-
-
 def unfilled(model: VideoModel, values: dict[str, Any]) -> list[str]:
     """The required fields that have no value yet."""
     return [name for name in model.required if name not in values]
@@ -1181,6 +1722,26 @@ def unfilled(model: VideoModel, values: dict[str, Any]) -> list[str]:
 def has_default(model: VideoModel, name: str) -> bool:
     """True if the model itself says what to put into a field."""
     return model.fields.get(name, {}).get("default") is not None
+
+
+def fields_at_fault(model: VideoModel, answer: Answer | None) -> list[InputError]:
+    """What Replicate refuses, as fields of ours: its `input.duration` is our `seconds`."""
+    if answer is None:
+        return []
+    ours: dict[str | None, str] = {
+        model.picture_field: "image_url",
+        model.prompt_field: "prompt",
+        model.speech_field: "text",
+        **dict.fromkeys((*SECONDS_NAMES, *FRAMES_NAMES), "seconds"),
+        **dict.fromkeys(SIZE_NAMES, "resolution"),
+    }
+    named, faults = answer.get("invalid_fields"), list[InputError]()
+    for part in named if isinstance(named, list) else ():
+        where, why = str(told_under(part, "field")), str(told_under(part, "description"))
+        name = why.split(" ")[0] if where == "input" else where.removeprefix("input.")  # "prompt is required"
+        faults += fault(ours[name], shortened(why)) if name in ours else []
+    is_about_model = answer.status == 404 or "version" in str(answer.get("title"))
+    return faults or (fault("model", provider_message(answer)) if is_about_model else [])
 
 
 def length_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
@@ -1299,6 +1860,7 @@ class Prediction(BaseModel):
     output: Any = None
     error: Any = None
     logs: Any = None
+    data_removed: Any = None
 
     @property
     def percent(self) -> int | None:
@@ -1334,24 +1896,18 @@ def poll_delay_s(waited_s: float, polls: int) -> float:
     return max(share, polls * 60 / READS_PER_MINUTE)
 
 
-async def call_replicate(method: str, path: str, retry: Retry, perform: Perform = exchange, **options: Any) -> Answer:
-    """One call to Replicate's API. Raises ProviderRefused (not of a prediction's id), ProviderFailed, SettingMissing."""
+async def call_replicate(method: str, path: str, retry: Retry, **options: Any) -> Answer:
+    """One call to Replicate's API. Raises ProviderRefused (not of what is paid for), ProviderFailed, SettingMissing."""
     settings = get_settings()
-    url = f"{settings.replicate_base_url}/v1/{path}"
     headers = {"Authorization": f"Bearer {settings.required('replicate_api_token')}", **options.pop("headers", {})}
-    try:
-        answer = await send(method, url, retry, perform=perform, headers=headers, **options)
-    except httpx.RequestError as exc:
-        raise no_answer("replicate", exc) from exc
-    if answer.status not in (200, 201, 202):
-        raise refusal("replicate", answer, is_about_content=not path.startswith("predictions/"))
-    return answer
+    url = f"{settings.replicate_base_url}/v1/{path}"
+    return await call("replicate", method, url, retry, headers=headers, **options)
 
 
-def prediction_in(answer: Answer) -> Prediction | None:
-    """The prediction in an answer, or None if there is none."""
+def prediction_in(value: Any) -> Prediction | None:
+    """The prediction that a JSON value holds, or None if it is none."""
     with suppress(ValidationError):
-        return Prediction.model_validate(answer.json())
+        return Prediction.model_validate(value)
     return None
 
 
@@ -1361,119 +1917,204 @@ async def find_model(name: str | None) -> VideoModel:
     Kept for ten minutes; jobs that ask for one model at the same time share one look-up.
     Raises ProviderRefused (no such model), ProviderFailed.
     """
-    if name in (None, DEFAULT_MODEL):
+    if name is None or name == DEFAULT_MODEL:
         return HAILUO
-    plain_name, _, version = str(name).partition(":")
     async with shared() as resources:
-        async with resources.model_locks.setdefault(plain_name, asyncio.Lock()):
+        async with resources.model_locks.setdefault(name, asyncio.Lock()):
             now = time.monotonic()
             resources.models = {key: kept for key, kept in resources.models.items() if now - kept[0] < MODEL_TTL_S}
-            if plain_name not in resources.models:
-                resources.models[plain_name] = (now, await look_up_model(plain_name))
-            model = resources.models[plain_name][1]
-    return replace(model, version=name) if version else model
+            if name not in resources.models:
+                resources.models[name] = (now, await look_up_model(name))
+            return resources.models[name][1]
 
 
 async def look_up_model(name: str) -> VideoModel:
-    """The model as Replicate describes it now; a community model runs by its latest version only."""
+    """The model as Replicate describes it now, or that version of it; a community model runs by version only."""
+    plain_name, _, version = name.partition(":")
+    path = f"models/{plain_name}/versions/{version}" if version else f"models/{plain_name}"
     try:
-        answer = await call_replicate("GET", f"models/{name}", READ_RETRY)
+        told = (await call_replicate("GET", path, MODEL_RETRY)).json()
     except ProviderRefused as exc:  # it does not repeat the name
-        raise ProviderRefused(f"model {name}: {exc.detail}", "replicate") from exc
-    latest = told_under(answer.json(), "latest_version")
-    version = None if answer.get("is_official") is True else told_under(latest, "id")
-    if answer.get("is_official") is not True and not isinstance(version, str):
+        raise ProviderRefused(f"model {name}: {exc.detail}", "replicate", fault("model", exc.detail)) from exc
+    latest = told if version else told_under(told, "latest_version")
+    is_official = not version and told_under(told, "is_official") is True
+    runs_by = name if version else told_under(latest, "id")
+    if not is_official and not isinstance(runs_by, str):
         raise nonsense("replicate", f"a version of {name}")
-    return video_model(name, version, told_under(latest, "openapi_schema", "components", "schemas"))
+    schemas = told_under(latest, "openapi_schema", "components", "schemas")
+    return video_model(plain_name, None if is_official else runs_by, schemas)
 
 
-def ignore_prediction(prediction: Prediction) -> None:
-    """For callers that do not ask how far a prediction is."""
-
-
-async def hailuo_video_from_prompt(
-    job: JobPromptOnly, on_prediction: Callable[[Prediction], None] = ignore_prediction
-) -> str:
+async def hailuo_video_from_prompt(body: JobPromptOnly, job: Job | None = None) -> str:
     """The URL of a film made by the default model. Raises as run_prediction does."""
-    return await run_prediction(HAILUO, fit_input(HAILUO, job), on_prediction)
+    return await replicate_video_from_prompt(body, job=job, model=HAILUO)
 
 
 async def replicate_video_from_prompt(
-    job: JobPromptOnly,
-    audio_url: str | None = None,
-    on_prediction: Callable[[Prediction], None] = ignore_prediction,
-    model: VideoModel | None = None,
+    body: JobPromptOnly, audio_url: str | None = None, job: Job | None = None, model: VideoModel | None = None
 ) -> str:
-    """The URL of a film made by `job.model`, with `audio_url` if it takes speech. Raises as run_prediction does.
+    """The URL of a film made by `body.model`, with `audio_url` if it takes speech. Raises as run_prediction does.
 
-    `model` is what find_model told of it already; None: look it up.
+    `model` is what find_model told of it already; None: look it up. `job` hears of the prediction; None: nobody does.
     """
-    model = model or await find_model(job.model)
-    return await run_prediction(model, fit_input(model, job, audio_url), on_prediction)
+    model = model or await find_model(body.model)
+    return await run_prediction(model, fit_input(model, body, audio_url), job or Job("-"))
 
 
-async def run_prediction(model: VideoModel, values: dict[str, Any], on_prediction: Callable[[Prediction], None]) -> str:
-    """Make one prediction, wait for its end and return the film's URL, which Replicate keeps for an hour.
+async def run_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> str:
+    """Make one prediction, or go on with the job's, wait for its end and return the film's URL, which lives an hour.
 
-    `on_prediction` hears of it at once and at each read. A cancelled caller cancels the prediction.
-    Raises ProviderRefused (failed, canceled, aborted), ProviderFailed, SettingMissing.
+    A cancelled caller cancels the prediction, unless the job lives on.
+    Raises ProviderRefused (failed, canceled, aborted, film gone), ProviderFailed, SettingMissing.
     """
-    prediction = await create_prediction(model, values)
-    on_prediction(prediction)
     try:
-        prediction = await wait_for_prediction(prediction, on_prediction)
+        if (known := job.partial.prediction_id) is None:
+            prediction = await create_prediction(model, values, job)
+        else:
+            note_prediction(job, known)
+            prediction = await read_prediction(Prediction(id=known, status="starting"))
+        prediction = await wait_for_prediction(prediction, job)
     except asyncio.CancelledError:
-        await to_its_end(cancel_prediction(prediction.id))
+        if made := job.partial.prediction_id:
+            await to_its_end(save_if_possible(job, STORE_RETRY) if job.lives_on else cancel_prediction(made))
         raise
+    return film_of(prediction)
+
+
+def film_of(prediction: Prediction) -> str:
+    """The URL of the film of a prediction that has ended. Raises ProviderRefused, ProviderFailed."""
     if prediction.status != "succeeded":
         told = shortened(told_in(prediction.error)) or "no reason given"
         raise ProviderRefused(f"No film was made, the prediction ended as {prediction.status}: {told}", "replicate")
+    if prediction.video_url is None and prediction.data_removed:
+        raise ProviderRefused(
+            "The film is gone: Replicate keeps it for an hour. A new job makes a new one.", "replicate"
+        )
     if (video_url := prediction.video_url) is None:
-        raise nonsense("replicate", "a film, although it succeeded")
+        message = "Replicate answered without a film, although the prediction succeeded."
+        raise ProviderFailed(message, "replicate", retryable=False)
     return video_url
 
 
-async def create_prediction(model: VideoModel, values: dict[str, Any]) -> Prediction:
-    """Buy a prediction: once, whatever happens; Replicate itself ends it at the job's time limit."""
+async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Prediction:
+    """The job's one prediction: one that was made already, though nobody heard of it, else a new one."""
+    prediction = await find_lost(model, values, *job.lost) if job.lost else None
+    prediction = prediction or await buy_prediction(model, values, job)
+    note_prediction(job, prediction.id)
+    await to_its_end(save_if_possible(job, PAID_STORE_RETRY))
+    return prediction
+
+
+async def buy_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Prediction:
+    """Buy a prediction: once, whatever happens. One whose create had no answer is looked for instead.
+
+    Raises as run_prediction does.
+    """
+    started = time.time()
+    try:
+        answer = await post_prediction(model, values, job)
+        if prediction := prediction_in(answer.json()):
+            return prediction
+        raise nonsense("replicate", "a prediction; one may have been made")
+    except ProviderRefused as exc:
+        exc.errors = fields_at_fault(model, exc.answer)
+        raise
+    except ProviderFailed as exc:
+        if not may_be_done(exc):
+            raise
+        logger.warning("a prediction is looked for whose create failed: %s", exc.detail)
+        if prediction := await find_lost(model, values, started, time.time() + patience_s(TWELFTH)):
+            return prediction
+        raise
+
+
+def may_be_done(failure: ServiceError) -> bool:
+    """True if what failed so may have been carried out all the same."""
+    if failure.answer is not None:
+        return failure.answer.status >= 500 or failure.answer.status == 408
+    return not isinstance(failure.__cause__, NOT_SENT)
+
+
+async def post_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Answer:
+    """Send the create; Replicate itself ends the prediction at the job's time limit."""
     path = "predictions" if model.version else f"models/{model.name}/predictions"
     body = {"input": values, **({"version": model.version} if model.version else {})}
     shortest, longest = CANCEL_AFTER_S
     cancel_after_s = max(shortest, min(round(get_settings().job_timeout_seconds), longest))
-    headers = {"Cancel-After": f"{cancel_after_s}s"}
-    answer = await call_replicate("POST", path, CREATE_RETRY, create_exchange, json=body, headers=headers)
-    if (prediction := prediction_in(answer)) is None:
-        raise nonsense("replicate", "a prediction; one may have been made")
-    return prediction
+    return await call_replicate(
+        "POST",
+        path,
+        CREATE_RETRY,
+        perform=partial(create_exchange, job),
+        json=body,
+        headers={"Cancel-After": f"{cancel_after_s}s"},
+        timeout=CREATE_TIMEOUT,
+        extensions={FRESH: True},
+    )
 
 
-async def create_exchange(client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
+async def create_exchange(job: Job, client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
     """One create. A cancelled job still waits for its answer: only that tells which prediction to cancel."""
-    creating = asyncio.ensure_future(exchange(client, request, limit))
-    try:
-        return await asyncio.shield(creating)
-    except asyncio.CancelledError:
-        await to_its_end(cancel_created(creating))
-        raise
+    with anyio.CancelScope(shield=True):
+        answer = await exchange(client, request, limit)
+    if prediction := prediction_in(answer.json()):
+        note_prediction(job, prediction.id)
+    return answer
 
 
-async def cancel_created(creating: Awaitable[Answer]) -> None:
-    """Stop paying for a prediction as soon as the create's answer tells its id."""
-    with suppress(httpx.RequestError, asyncio.TimeoutError):
-        if prediction := prediction_in(await asyncio.wait_for(creating, CANCEL_TIMEOUT_S)):
-            await cancel_prediction(prediction.id)
+def note_prediction(job: Job, prediction_id: str) -> None:
+    """Keep the id of what is being paid for."""
+    if job.partial.prediction_id != prediction_id:
+        logger.info("prediction_id=%s", prediction_id)
+        job.partial.prediction_id = prediction_id
+    if _running is not None:
+        _running.held.append(prediction_id)
 
 
-async def to_its_end(work: Awaitable[Any]) -> None:
-    """Await a clean-up, which comes first whatever cancels the caller meanwhile, such as the end of the process."""
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        with suppress(asyncio.CancelledError):
-            await asyncio.wait({task})
+async def find_lost(model: VideoModel, values: dict[str, Any], since: float, until: float) -> Prediction | None:
+    """A prediction with exactly this input, made since clock time `since`, that no job of this process holds.
+
+    Looked for once at least, and again until `until`. Raises ProviderFailed if Replicate cannot be asked.
+    """
+    async with shared() as resources:
+        while True:
+            async for told in predictions_since(since):
+                is_ours = told_under(told, "model") == model.name and told_under(told, "input") == values
+                if is_ours and (found := prediction_in(told)) and found.id not in resources.held:
+                    resources.held.append(found.id)  # before anybody else looks
+                    return found
+            if time.time() >= until:
+                return None
+            await asyncio.sleep(patience_s(TWELFTH) / 10)
 
 
-async def wait_for_prediction(prediction: Prediction, on_prediction: Callable[[Prediction], None]) -> Prediction:
+async def predictions_since(moment: float) -> AsyncIterator[Any]:
+    """The account's predictions, newest first: Replicate lists a hundred a page (docs predictions.list)."""
+    after = datetime.fromtimestamp(moment - CLOCK_SKEW_S, timezone.utc).isoformat()
+    options: dict[str, Any] = {"params": {"created_after": after}}
+    base, path = f"{get_settings().replicate_base_url}/v1/", "predictions"
+    for _ in range(MAX_LIST_PAGES):
+        answer = await call_replicate("GET", path, LIST_RETRY, limit=MAX_PREDICTION_BYTES, **options)
+        page = answer.json()
+        listed, following = told_under(page, "results"), str(told_under(page, "next"))
+        for told in listed if isinstance(listed, list) else ():
+            yield told
+        if not following.startswith(base):
+            return
+        path, options = following.removeprefix(base), {}
+
+
+async def read_prediction(prediction: Prediction) -> Prediction:
+    """The prediction as it is now; as it was, if what comes is none, since it is read again."""
+    path = f"predictions/{prediction.id}"
+    answer = await call_replicate("GET", path, READ_RETRY, limit=MAX_PREDICTION_BYTES)
+    return prediction_in(answer.json()) or prediction
+
+
+async def wait_for_prediction(prediction: Prediction, job: Job) -> Prediction:
     """Read a prediction until it has ended, as often as all jobs of the process together may."""
     started = time.monotonic()
+    job.progress(prediction)
     async with shared() as resources:
         resources.polls += 1
         try:
@@ -1482,9 +2123,8 @@ async def wait_for_prediction(prediction: Prediction, on_prediction: Callable[[P
                 await asyncio.sleep(
                     poll_delay_s(time.monotonic() - started, resources.polls) * random.uniform(0.9, 1.1)
                 )
-                answer = await call_replicate("GET", f"predictions/{prediction.id}", READ_RETRY)
-                prediction = prediction_in(answer) or prediction  # what is no prediction is read again
-                on_prediction(prediction)
+                prediction = await read_prediction(prediction)
+                job.progress(prediction)
         finally:
             resources.polls -= 1
     return prediction
@@ -1494,163 +2134,10 @@ async def cancel_prediction(prediction_id: str) -> None:
     """Stop paying for a prediction that nobody waits for any more; what fails is logged."""
     try:
         path = f"predictions/{prediction_id}/cancel"
-        await asyncio.wait_for(call_replicate("POST", path, CANCEL_RETRY), CANCEL_TIMEOUT_S)
+        await within(patience_s(QUARTER), call_replicate("POST", path, CANCEL_RETRY))
         logger.info("prediction_id=%s cancelled", prediction_id)
     except (ServiceError, asyncio.TimeoutError) as exc:
         logger.warning("prediction_id=%s not cancelled: %s", prediction_id, exc)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Supabase Storage, and downloads
-# ----------------------------------------------------------------------------------------------------------------
-
-
-async def supabase_upload(path: str, content: bytes | Path, content_type: str) -> str:
-    """Store a file under `path` in the bucket and return its public URL; a file on disk is streamed from there.
-
-    Raises ResourceFailed, SettingMissing.
-    """
-    settings = get_settings()
-    key, base_url = settings.required("supabase_service_role"), settings.required("supabase_url")
-    size = os.path.getsize(content) if isinstance(content, Path) else len(content)  # noqa: ASYNC240
-    if size == 0:
-        raise ResourceFailed("There is nothing to store: the file is empty.", "supabase")
-    headers = {
-        "Authorization": f"Bearer {key}",  # an sb_ key goes into both, identical; so does an eyJ one
-        "apikey": key,
-        "Content-Type": content_type,  # bare and in lower case, or a bucket with a list of types refuses it
-        "Content-Length": str(size),  # limits are enforced by it
-        "Cache-Control": "max-age=31536000",  # stored and served as written
-        "x-upsert": "true",  # only this makes a repeated upload safe; in the query it does nothing
-    }
-
-    url = f"{base_url}/storage/v1/object/{settings.supabase_bucket}/{path}"
-    body = FileBody(content) if isinstance(content, Path) else content
-    try:
-        answer = await send("POST", url, UPLOAD_RETRY, headers=headers, content=body)
-    except httpx.RequestError as exc:
-        raise no_answer("supabase", exc) from exc
-    if answer.status != 200:
-        raise refusal("supabase", answer)
-    if not answer.get("Key"):  # some other server's 200
-        raise ResourceFailed("Supabase Storage answered without having stored the file.", "supabase")
-    return f"{base_url}/storage/v1/object/public/{settings.supabase_bucket}/{path}"
-
-
-@dataclass(frozen=True)
-class FileBody:
-    """A file as a request's body: piece by piece, read beside the event loop, and from the start at each attempt."""
-
-    path: Path
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        """The file's pieces."""
-        with self.path.open("rb") as file:
-            while chunk := await asyncio.to_thread(file.read, CHUNK_BYTES):
-                yield chunk
-
-
-async def download(url: str, target: Path) -> None:
-    """Stream a file to disk, from the first byte again if it breaks off.
-
-    Raises ResourceFailed: over 100 MB, refused, unreachable, or at an address that must not be fetched.
-    """
-    try:
-        host = httpx.URL(check_http_url(url)).host
-    except ValueError as exc:
-        raise ResourceFailed("The address of a file to download makes no sense.") from exc
-    try:
-        answer = await send("GET", url, DOWNLOAD_RETRY, perform=partial(save, target))
-    except httpx.RequestError as exc:
-        raise ResourceFailed(f"The download from {host} failed: {summary(exc)}.") from exc
-    except UrlBlocked as exc:
-        raise ResourceFailed(f"The file at {host} may not be fetched. {exc.detail}") from exc
-    if answer.status != 200:
-        raise ResourceFailed(f"The download from {host} was answered {summary(answer)}.")
-
-
-async def save(target: Path, client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
-    """One attempt at a download: the file goes to `target`, the body of a refusal into the answer."""
-    async with follow_redirects(client, request) as response:
-        if response.status_code != 200:
-            return await read_answer(response, limit)
-        await write_body(response, target)
-        return Answer(200, response.headers, b"")
-
-
-@asynccontextmanager
-async def follow_redirects(client: httpx.AsyncClient, request: httpx.Request) -> AsyncIterator[httpx.Response]:
-    """The answer at the end of at most five redirects, unread; httpx itself would read each redirect's body whole."""
-    following: httpx.Request | None = request
-    for _ in range(MAX_REDIRECTS + 1):
-        assert following is not None
-        try:
-            response = await client.send(following, stream=True)
-        except (httpx.InvalidURL, UnicodeError) as exc:
-            raise httpx.RemoteProtocolError("a redirect to nonsense") from exc
-        try:
-            following = response.next_request
-            if following is None:
-                yield response
-                return
-        finally:
-            await response.aclose()
-    raise UrlBlocked(f"The URL redirects more than {MAX_REDIRECTS} times.")
-
-
-async def write_body(response: httpx.Response, target: Path) -> None:
-    """Write a body to disk, piece by piece. Raises ResourceFailed over 100 MB, at once if its length is told."""
-    check_size(told_size(response) or 0)
-    with target.open("wb") as file:
-        async for chunk in response.aiter_raw():
-            check_size(file.tell() + len(chunk))
-            await asyncio.to_thread(file.write, chunk)
-
-
-def check_size(size: int, what: str = "A file to download") -> None:
-    """Refuse a file that is too large. Raises ResourceFailed."""
-    if size > MAX_DOWNLOAD_BYTES:
-        raise ResourceFailed(f"{what} is larger than 100 MB.")
-
-
-def told_size(response: httpx.Response) -> int | None:
-    """The length of a body in bytes, if the answer tells a plausible one."""
-    told = response.headers.get("content-length", "")
-    return int(told) if re.fullmatch(r"\d{1,18}", told) else None
-
-
-async def head(url: str) -> HeadResult:
-    """Status, type and whole size of a remote file; a server that refuses HEAD is asked for the first byte.
-
-    Raises UrlBlocked; ResourceFailed if there is no answer within ten seconds.
-    """
-    try:
-        return await asyncio.wait_for(_head(url), HEAD_TIMEOUT_S)
-    except httpx.RequestError as exc:
-        raise ResourceFailed(f"The URL did not answer: {summary(exc)}.") from exc
-    except asyncio.TimeoutError as exc:
-        raise ResourceFailed(f"The URL did not answer within {HEAD_TIMEOUT_S:g} s.") from exc
-
-
-async def _head(url: str) -> HeadResult:
-    async with shared() as resources:
-        for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
-            request = resources.http.build_request(method, url, headers=headers, extensions={ASKED_FOR: True})
-            async with follow_redirects(resources.http, request) as response:
-                result = head_result(response)
-            if result.status < 400:
-                break
-    return result
-
-
-def head_result(response: httpx.Response) -> HeadResult:
-    """The three things that are passed on of an answer; a part of a file tells the size of the whole, if it can."""
-    size = told_size(response)
-    if response.status_code == 206:
-        whole = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", response.headers.get("content-range", ""))
-        size = int(whole[1]) if whole else None
-    content_type = response.headers.get("content-type", "")[:200] or None
-    return HeadResult(status=response.status_code, content_type=content_type, bytes=size)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1717,7 +2204,7 @@ async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
         start_new_session=True,  # Ctrl-C in a terminal is for the service, which lets jobs finish
     )
     try:
-        told = await asyncio.wait_for(last_words(process), timeout_s)
+        told = await within(timeout_s, last_words(process))
     except asyncio.TimeoutError as exc:
         raise ResourceFailed(f"The film could not be put together within {timeout_s:g} s.") from exc
     finally:
@@ -1727,7 +2214,25 @@ async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
             await process.wait()
     if process.returncode != 0:
         logger.warning("ffmpeg ended with %s: %s", process.returncode, told)
-        raise ResourceFailed("Film and speech could not be put together; ffmpeg cannot use one of them.")
+        if os.strerror(errno.ENOSPC) in told:
+            raise disk_trouble(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        message = "Film and speech could not be put together; ffmpeg cannot use one of them."
+        raise ResourceFailed(message, retryable=False)
+
+
+def disk_trouble(exc: OSError) -> ResourceFailed:
+    """The error for a full disk, a folder that is read-only, or a machine without room for one more child."""
+    return ResourceFailed(f"The service's own machine failed the job: {exc.strerror}.")
+
+
+@contextmanager
+def job_folder() -> Iterator[Path]:
+    """A folder for one job's media, gone after it. Raises ResourceFailed if the machine has no room, or fails later."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="talking-pet-") as folder:
+            yield Path(folder)
+    except OSError as exc:
+        raise disk_trouble(exc) from exc
 
 
 async def last_words(process: asyncio.subprocess.Process) -> str:
@@ -1750,11 +2255,11 @@ def check_film(video: Path) -> None:
             file.seek(offset)
             length, name, long_length = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
             if offset == 0 and name not in FIRST_BOXES:
-                raise ResourceFailed("What the model made is not an MP4 film.", "replicate")
+                raise ResourceFailed("What the model made is not an MP4 film.", "replicate", retryable=False)
             # ISO/IEC 14496-12: 0 is a box to the file's end, 1 one whose length follows.
             offset = size if length == 0 else offset + max(8, long_length if length == 1 else length)
     if offset != size or size == 0:
-        raise ResourceFailed("The film that the model made breaks off.", "replicate")
+        raise ResourceFailed("The film that the model made breaks off.", "replicate", retryable=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1774,11 +2279,23 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            # uvicorn has just cancelled the jobs still running: their predictions are being cancelled.
+            await end_keyed_jobs(_running)
+            # uvicorn has just cancelled the requests still running: their predictions are being cancelled.
             patience = time.monotonic() + SHUTDOWN_WAIT_S
-            while _running.jobs and time.monotonic() < patience:  # noqa: ASYNC110  an event would be set all day
+            while _running.requests and time.monotonic() < patience:  # noqa: ASYNC110  an event would be set all day
                 await asyncio.sleep(0.05)
             _running = None
+
+
+async def end_keyed_jobs(resources: Shared) -> None:
+    """Let the jobs that nobody waits for end by themselves for a while, then leave them to the next request."""
+    tasks = [job.task for job in resources.keyed.values() if job.task]
+    if tasks:
+        await asyncio.wait(tasks, timeout=patience_s(SIXTH))
+    for job in list(resources.keyed.values()):
+        job.stop(lives_on=True)
+    if tasks:
+        await asyncio.wait(tasks, timeout=SHUTDOWN_WAIT_S - patience_s(SIXTH))
 
 
 def set_up_log() -> None:
@@ -1818,16 +2335,16 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = job.request_id
-                if job.timings:
-                    headers["Server-Timing"] = job.server_timing()
+                if timing := scope["state"]["job"].server_timing():
+                    headers["Server-Timing"] = timing
             await send(message)
 
         async with shared() as resources:
-            resources.jobs.add(job)
+            resources.requests += 1
             try:
                 await self.app(scope, receive, send_with_headers)
             finally:
-                resources.jobs.discard(job)
+                resources.requests -= 1
 
 
 class ErrorAnswers:
@@ -1867,9 +2384,29 @@ def error_response(request: Request, error: ServiceError, headers: Mapping[str, 
     return JSONResponse(error_json(error, request.state.job), error.http_status, headers)
 
 
+# Pydantic's types of faults, in words without a library's.
+FAULTS_IN_WORDS = {
+    "missing": "is needed",
+    "string_type": "should be a text",
+    "string_too_short": "should not be blank",
+    "string_too_long": "should have at most {max_length} characters",
+    "int_type": "should be a whole number",
+    "greater_than_equal": "should be at least {ge}",
+    "less_than_equal": "should be at most {le}",
+    "literal_error": "should be {expected}",
+    "json_invalid": "is no valid JSON",
+    "dict_type": "should be a JSON object",
+    "model_type": "should be a JSON object",
+    "model_attributes_type": "should be a JSON object",
+}
+
+
 def in_words(fault: Mapping[str, Any]) -> str:
-    """What Pydantic says of a fault, without regular expressions."""
-    return PATTERNS_IN_WORDS.get(fault.get("ctx", {}).get("pattern", ""), plain(fault["msg"]))
+    """What is wrong, for people: without regular expressions and the words of libraries."""
+    context = fault.get("ctx", {})
+    if pattern := context.get("pattern"):
+        return PATTERNS_IN_WORDS[pattern]
+    return FAULTS_IN_WORDS.get(fault["type"], plain(fault["msg"])).format(**context)
 
 
 async def answer_invalid(request: Request, exc: Exception) -> Response:
@@ -1887,7 +2424,7 @@ async def answer_invalid(request: Request, exc: Exception) -> Response:
 async def answer_http_error(request: Request, exc: Exception) -> Response:
     """What the framework refuses: no such route (404), no such method (405), a body it cannot parse (400)."""
     assert isinstance(exc, HTTPException)
-    error = InvalidInput(f"{exc.detail}.")
+    error = InvalidInput("There is no such route; /docs has them all." if exc.status_code == 404 else f"{exc.detail}.")
     error.http_status = exc.status_code
     return error_response(request, error, exc.headers)
 
@@ -1910,7 +2447,7 @@ app.add_middleware(
     allow_origins=get_settings().allowed_origin.split(","),
     allow_methods=["GET", "POST"],
     allow_headers=["*"],
-    expose_headers=["X-Request-ID", "Server-Timing"],
+    expose_headers=["X-Request-ID", "Server-Timing", "Idempotency-Replayed"],
 )
 app.add_middleware(RequestContext)
 
@@ -1919,45 +2456,108 @@ app.add_middleware(RequestContext)
 # Running a job: its deadline, a client that leaves, its two forms of answer
 # ----------------------------------------------------------------------------------------------------------------
 
-Result = TypeVar("Result", bound=BaseModel)
+Body = TypeVar("Body", bound=JobPromptOnly)
+Work = Callable[[Body, Job], Awaitable[BaseModel]]
 
 
-async def run_job(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of `work`, which is cancelled and cleaned up when the job's time is over or the client has left.
+async def answer_job(request: Request, body: Body, key: str | None, work: "Work[Body]") -> Response:
+    """Run a job, or join the one that runs with this key, and answer as the client asked: JSON, or events."""
+    job = await start_job(request, body, key, work)
+    if not prefers_events(request.headers.get("accept", "")):
+        result = await follow(request, job)
+        return Response(result.model_dump_json(), media_type="application/json", headers=replay_headers(job))
+    events = job.listen()
+    task = asyncio.create_task(follow(request, job))
+    task.add_done_callback(lambda _: events.put_nowait(None))
+    try:
+        first = await next_part(events)
+    except asyncio.CancelledError:
+        task.cancel()
+        first = None
+    if first is None:  # it ended before anything was begun: if it failed, a plain error
+        await task
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **replay_headers(job)}  # nginx: pass them on
+    return JobEvents(job_events(job, first, events, task), headers=headers)
+
+
+def prefers_events(accept: str) -> bool:
+    """True if an Accept header names an event stream, and JSON with no higher quality (RFC 9110, 12.5.1)."""
+    qualities = dict[str, float]()
+    for part in accept.lower().split(","):
+        name, *parameters = (text.strip() for text in part.split(";"))
+        told = next((text[2:] for text in parameters if text.startswith("q=")), "1")
+        qualities[name] = float(told) if re.fullmatch(r"[01](\.\d{0,3})?", told) else 0.0
+    json_names = [name for name in ("application/json", "application/*", "*/*") if name in qualities]
+    events = qualities.get("text/event-stream", 0.0)
+    return events > 0 and events >= (qualities[json_names[0]] if json_names else 0.0)
+
+
+def replay_headers(job: Job) -> dict[str, str]:
+    """What tells that an answer was given before."""
+    return {"Idempotency-Replayed": "true"} if job.is_replayed else {}
+
+
+async def start_job(request: Request, body: Body, key: str | None, work: "Work[Body]") -> Job:
+    """The job of a request: a new one, or the one that runs with the same key already. Raises InvalidInput."""
+    job: Job = request.state.job
+    if key is None:
+        job.task = asyncio.create_task(run_job(job, work(body, job)))
+        return job
+    file = job_file(key, request.url.path, body)
+    async with shared() as resources:
+        if running := resources.keyed.get(file.name):
+            if running.file and running.file.note.body != file.note.body:
+                raise other_body()
+            logger.info("joins the job of request_id=%s", running.request_id)
+            request.state.job = running
+            return running
+        job.file, resources.keyed[file.name] = file, job
+        job.task = asyncio.create_task(run_job(job, with_key(job, file, lambda: work(body, job))))
+        job.task.add_done_callback(lambda _: resources.keyed.pop(file.name))
+    return job
+
+
+async def run_job(job: Job, work: Awaitable[BaseModel]) -> BaseModel:
+    """The result of `work`, which is cancelled and cleaned up when the job's time is over.
 
     Raises what `work` raises, the deadline's error, or Unforeseen (client gone, process ending).
     """
-    job: Job = request.state.job
-    working = asyncio.create_task(work)
-    leaving = asyncio.create_task(client_left(request))  # Starlette does not cancel a plain handler by itself
     outcome = "ok"
     try:
-        limit_s = get_settings().job_timeout_seconds
-        await asyncio.wait({working, leaving}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise Unforeseen("The client has left.") if leaving.done() else job.late()
+        return await within(get_settings().job_timeout_seconds, work)
     except asyncio.CancelledError:
-        outcome = "shutdown"
-        raise Unforeseen("The service is restarting and could not finish the job; try again.") from None
-    except ServiceError as exc:
-        outcome = "left" if leaving.done() and not working.done() else exc.category
-        raise
-    except Exception:
-        outcome = "internal"
+        outcome = "left" if job.is_left else "shutdown"
+        again = "send the same request again" if job.file else "try again"
+        raise Unforeseen(f"The service is restarting and could not finish the job; {again}.") from None
+    except asyncio.TimeoutError:
+        error = job.late()
+        outcome = error.category
+        raise error from None
+    except Exception as exc:
+        outcome = exc.category if isinstance(exc, ServiceError) else "internal"
         raise
     finally:
+        job.log_end(outcome)
+
+
+async def follow(request: Request, job: Job) -> BaseModel:
+    """The job's result. A client that leaves ends it, unless it has a key; so does the end of the process."""
+    assert job.task is not None
+    leaving = asyncio.create_task(client_left(request))  # Starlette does not cancel a plain handler by itself
+    try:
+        await asyncio.wait({job.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not job.task.done() and job.file:
+            raise Unforeseen("The client has left.")
+        if not job.task.done():
+            job.is_left = True
+            job.stop()
+    except asyncio.CancelledError:
+        job.stop(lives_on=job.file is not None)
+    finally:
         leaving.cancel()
-        await end(working)
-        job.log_end(request.url.path, outcome)
-
-
-async def end(task: "asyncio.Task[Any]") -> None:
-    """Cancel a task and wait for its clean-up: prediction cancelled, ffmpeg reaped, files gone."""
-    task.cancel()
-    await to_its_end(task)
-    if not task.cancelled():
-        task.exception()  # seen: asyncio need not warn of it
+    await to_its_end(job.task)
+    result: BaseModel = job.task.result()
+    return result
 
 
 async def client_left(request: Request) -> None:
@@ -1966,30 +2566,8 @@ async def client_left(request: Request) -> None:
         pass
 
 
-async def answer_job(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Response:
-    """Run a job and answer it as the client asked: JSON at the end, or events as they happen."""
-    running = run_job(request, work)
-    if "text/event-stream" not in request.headers.get("accept", "").lower():
-        return Response((await running).model_dump_json(), media_type="application/json")
-    events: asyncio.Queue[StageEvent | None] = asyncio.Queue()
-    request.state.job.tell = events.put_nowait
-    task = asyncio.create_task(running)
-    task.add_done_callback(lambda _: events.put_nowait(None))
-    try:
-        first = await next_part(events)
-    except asyncio.CancelledError:
-        task.cancel()
-        first = None
-    if first is None:  # it ended before anything was begun: a plain error
-        await task
-    return JobEvents(job_events(request.state.job, first, events, task), headers=STREAM_HEADERS)
-
-
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: pass them on at once
-
-
 class JobEvents(EventSourceResponse):
-    """FastAPI's event stream, which run_job ends when the client leaves."""
+    """FastAPI's event stream, which `follow` ends when the client leaves."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events to the last one, also when the process is ending."""
@@ -2010,14 +2588,14 @@ async def job_events(
         yield format_sse_event(event="result", data_str=(await task).model_dump_json())
     except Exception as exc:  # noqa: BLE001  whatever happened is told
         error = as_service_error(exc)
-        body = {"status": error.http_status, **error_json(error, job)}
+        body = {**error_json(error, job), "status": error.http_status}
         yield format_sse_event(event="error", data_str=json.dumps(body, separators=(",", ":"), ensure_ascii=False))
 
 
 async def next_part(events: "asyncio.Queue[StageEvent | None]") -> bytes | None:
     """The next stage event as it is sent, a comment if there is none for KEEPALIVE_SECONDS, None after the last."""
     try:
-        event = await asyncio.wait_for(events.get(), get_settings().keepalive_seconds)
+        event = await within(get_settings().keepalive_seconds, events.get())
     except asyncio.TimeoutError:
         return KEEPALIVE_COMMENT
     if event is None:
@@ -2026,177 +2604,95 @@ async def next_part(events: "asyncio.Queue[StageEvent | None]") -> bytes | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The two jobs
+# The two jobs: each step is skipped if an earlier request has come so far
 # ----------------------------------------------------------------------------------------------------------------
 
 
 async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
     """A silent film."""
-    model = await check_job(body, VIDEO_JOB_SETTINGS)
+    model = await check_job(body, job, VIDEO_JOB_SETTINGS)
     return VideoResult(video_url=await animate(body, model, job))
 
 
 async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
-    """A talking film: the cheap step comes first, so that a bad text or voice costs no film."""
-    check_text(body.text)
-    model = await check_job(body, SPEECH_JOB_SETTINGS, audio_url="made in a moment")
-    audio_url = await speak(body, job)
-    video_url = await animate(body, model, job, audio_url)
-    with tempfile.TemporaryDirectory(prefix="talking-pet-") as folder:
-        if model.speech_field:
-            final = await speaking_film(video_url, Path(folder), job)
-        else:
-            final = await muxed_film(video_url, audio_url, Path(folder), body.fit, job)
+    """A talking film: the cheap step comes first, so that a bad text, voice, bucket or disk costs no film."""
+    model = await check_job(body, job, SPEECH_JOB_SETTINGS, audio_url="made in a moment")
+    with job_folder() as folder:
+        audio_url = await speak(body, job, folder / "speech")
+        video_url = await animate(body, model, job, audio_url)
+        final = await talking_film(body, model, job, folder)
         with job.stage("final_upload"):
-            final_url = await supabase_upload(f"videos/{uuid.uuid4()}.mp4", final, "video/mp4")
+            final_path = f"videos/{uuid.uuid4()}.mp4"
+            final_url = await supabase_upload(final_path, final, "video/mp4", PAID_STORE_RETRY)
     return SpeechResult(audio_url=audio_url, video_url=video_url, final_url=final_url)
 
 
-async def check_job(body: JobPromptOnly, settings: tuple[str, ...], audio_url: str | None = None) -> VideoModel:
+async def check_job(
+    body: JobPromptOnly, job: Job, settings: tuple[str, ...], audio_url: str | None = None
+) -> VideoModel:
     """Refuse, before anything is bought, what cannot succeed; returns the model that is asked for."""
     for name in settings:
         get_settings().required(name)
-    check_picture_host(httpx.URL(body.image_url).host)
+    if isinstance(body, JobPromptTTS) and len(body.text) > (most := get_settings().tts_max_chars):
+        raise unfit("text", f"has {len(body.text)} characters, at most {most} are spoken")
     model = await find_model(body.model)
     fit_input(model, body, audio_url)
+    if job.partial.prediction_id is None:
+        await check_picture(body.image_url)
     return model
 
 
-def check_text(text: str) -> None:
-    """Refuse a text that is too long. Raises InvalidInput."""
-    if len(text) > (most := get_settings().tts_max_chars):
-        raise unfit("text", f"has {len(text)} characters, at most {most} are spoken")
-
-
-def check_picture_host(host: str) -> None:
-    """Refuse a picture that Replicate can never reach; names are not looked up here. Raises InvalidInput."""
-    is_address = re.fullmatch(r"[\d.]+|[\da-fA-F:.]*:[\da-fA-F:.]*", host)
-    is_local = not is_public(host) if is_address else host.rstrip(".").rpartition(".")[2] == "localhost"
-    if is_local and not get_settings().allow_private_urls:
-        raise unfit("image_url", "is an address on your own machine or network; the picture must be on the internet")
-
-
-async def speak(body: JobPromptTTS, job: Job) -> str:
-    """Have the text spoken and return the speech's URL; the speech itself is not held while the film is made."""
-    with job.stage("speech"):
-        speech = await elevenlabs_tts_bytes(body.text, body.voice_id)
+async def speak(body: JobPromptTTS, job: Job, speech: Path) -> str:
+    """Have the text spoken and return the speech's URL, from which it is fetched: who is given it can fetch it too."""
+    if (audio_url := job.partial.audio_url) is None:
+        with job.stage("speech"):
+            spoken = await elevenlabs_tts_bytes(body.text, body.voice_id)
     with job.stage("audio_upload"):
-        kept_as = speech_file()
-        audio_path = f"audio/{uuid.uuid4()}.{kept_as.extension}"
-        audio_url = await supabase_upload(audio_path, speech, kept_as.content_type)
-    job.partial.audio_url = audio_url
+        if audio_url is None:
+            kept_as = speech_file()
+            audio_path = f"audio/{uuid.uuid4()}.{kept_as.extension}"
+            audio_url = job.partial.audio_url = await supabase_upload(audio_path, spoken, kept_as.content_type)
+            await save_job(job)
+        await fetch_speech(audio_url, speech)
     return audio_url
+
+
+async def fetch_speech(audio_url: str, speech: Path) -> None:
+    """Fetch the speech as everybody would, before a film is bought. Raises ResourceFailed, above all if nobody can."""
+    try:
+        await download(audio_url, speech, FETCH_RETRY)
+    except ResourceFailed as exc:
+        if exc.answer is None or meant_status(exc.answer) not in range(400, 500):
+            raise
+        bucket = f"SUPABASE_BUCKET={get_settings().supabase_bucket}"
+        message = f"The speech was stored but cannot be read: the bucket is not public. Make it so, or change {bucket}"
+        raise ResourceFailed(f"{message}. {exc.detail}", "supabase", retryable=False, answer=exc.answer) from exc
 
 
 async def animate(body: JobPromptOnly, model: VideoModel, job: Job, audio_url: str | None = None) -> str:
     """Have the film made and return its URL."""
     with job.stage("video"):
-        if model is HAILUO:
-            video_url = await hailuo_video_from_prompt(body, job.on_prediction)
-        else:
-            video_url = await replicate_video_from_prompt(body, audio_url, job.on_prediction, model)
-    job.partial.video_url = video_url
-    return video_url
+        await heed_others(job)
+        job.partial.video_url = await replicate_video_from_prompt(body, audio_url, job, model)
+    return job.partial.video_url
 
 
-async def muxed_film(video_url: str, audio_url: str, folder: Path, fit: Fit, job: Job) -> Path:
-    """The film with our speech, in `folder`."""
+async def talking_film(body: JobPromptTTS, model: VideoModel, job: Job, folder: Path) -> Path:
+    """The film with our speech, in `folder`; that of a model which was given the speech is kept as it is."""
     video, speech, final = folder / "video.mp4", folder / "speech", folder / "final.mp4"
     with job.stage("download"):
-        await side_by_side(download(video_url, video), download(audio_url, speech))
+        await download(str(job.partial.video_url), video)
+        if model.speech_field:
+            await asyncio.to_thread(check_film, video)
+            return video
     with job.stage("mux"):
-        await mux_video_audio(video, speech, final, fit)
+        await mux_video_audio(video, speech, final, body.fit)
     return final
-
-
-async def speaking_film(video_url: str, folder: Path, job: Job) -> Path:
-    """The film of a model that was given the speech: it speaks by itself and is stored as it is."""
-    final = folder / "final.mp4"
-    with job.stage("download"):
-        await download(video_url, final)
-        await asyncio.to_thread(check_film, final)
-    return final
-
-
-async def side_by_side(*works: Coroutine[Any, Any, None]) -> None:
-    """Await several at once; if one fails, the others are ended before the error goes on."""
-    tasks = [asyncio.create_task(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            await end(task)
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Routes
 # ----------------------------------------------------------------------------------------------------------------
-
-
-def error_examples(*errors: ServiceError) -> dict[str, Any]:
-    """How errors stand in /docs: each with an example."""
-    job = Job("7f3c0e5a9d2b4c61")
-    examples = {type(error).__name__: {"value": error_json(error, job)} for error in errors}
-    return {"model": ErrorBody, "content": {"application/json": {"examples": examples}}}
-
-
-JOB_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {
-        "description": "The request cannot succeed as it stands",
-        **error_examples(
-            unfit("seconds", f"{DEFAULT_MODEL} takes 6 or 10"),
-            ProviderRefused("ElevenLabs answered 404: A voice with this id was not found.", "elevenlabs"),
-            SpeechTooLarge("The speech is larger than 9.5 MB; use a shorter text.", "elevenlabs"),
-        ),
-    },
-    500: {
-        "description": "The service or a provider failed; `partial` holds what was made until then",
-        **error_examples(
-            SettingMissing("The service is not set up for this: set ELEVEN_API_KEY."),
-            ProviderFailed("Replicate answered 402: You have insufficient credit to run this model.", "replicate"),
-            ResourceFailed("Supabase Storage answered 400: Bucket not found", "supabase"),
-            Unforeseen("Something unforeseen went wrong inside the service; its log has the request id."),
-        ),
-    },
-    "default": {"description": "No such route or method", "model": ErrorBody},
-}
-HEAD_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {
-        "description": "The URL may not be fetched",
-        **error_examples(UrlBlocked("The URL leads to an address that is not public.")),
-    },
-    500: {
-        "description": "The URL did not answer",
-        **error_examples(ResourceFailed("The URL did not answer within 10 s.")),
-    },
-    "default": JOB_ERRORS["default"],
-}
-
-
-def event_stream(example: BaseModel) -> dict[int | str, dict[str, Any]]:
-    """How the second form of an answer stands in /docs."""
-    events = [
-        ("stage", StageEvent(stage="video", state="started", seconds=0)),
-        ("stage", StageEvent(stage="video", state="started", seconds=12.5, status="processing", percent=40)),
-        ("stage", StageEvent(stage="video", state="done", seconds=31.2)),
-        ("result", example),
-    ]
-    text = "".join(f"event: {name}\ndata: {data.model_dump_json(exclude_none=True)}\n\n" for name, data in events)
-    result = {"$ref": f"#/components/schemas/{type(example).__name__}"}
-    told = [StageEvent.model_json_schema(), result, {"$ref": "#/components/schemas/ErrorBody"}]
-    item = {  # one event, described as FastAPI describes them
-        "type": "object",
-        "description": "With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing "
-        "happens, then one `result` (the JSON body) or one `error` (the error body and `status`).",
-        "required": ["event", "data"],
-        "properties": {
-            "event": {"type": "string", "enum": ["stage", "result", "error"]},
-            "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": told}},
-        },
-    }
-    plain = {"example": example.model_dump()}
-    return {200: {"content": {"application/json": plain, "text/event-stream": {"itemSchema": item, "example": text}}}}
-
 
 EXAMPLE_VIDEO = VideoResult(video_url="https://replicate.delivery/xezq/film.mp4")
 EXAMPLE_SPEECH = SpeechResult(
@@ -2204,8 +2700,72 @@ EXAMPLE_SPEECH = SpeechResult(
     audio_url=EXAMPLE_PICTURE.replace("pet.jpg", "audio/0b1f3a52-8d6e-4c6f-9a53-2f4f3c1f7a10.mp3"),
     final_url=EXAMPLE_PICTURE.replace("pet.jpg", "videos/5e0f9d0c-7f0b-4a39-9c1c-7f1f1f0f2b11.mp4"),
 )
+EVENTS_IN_WORDS = (
+    "With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing happens, then one "
+    "`result` (the JSON body) or one `error` (the error body and `status`)."
+)
 
 
+def error_answer(description: str, *errors: ServiceError) -> dict[str, Any]:
+    """How errors of one status stand in /docs: an example for each."""
+    examples = {type(error).__name__: {"value": error_json(error, Job("7f3c0e5a9d2b4c61"))} for error in errors}
+    return {"description": description, "model": ErrorBody, "content": {"application/json": {"examples": examples}}}
+
+
+def job_answers(example: BaseModel) -> dict[int | str, dict[str, Any]]:
+    """How a job's two forms of answer, and its errors, stand in /docs."""
+    event = StageEvent(stage="video", state="progress", seconds=12.5, status="processing", percent=40)
+    told = (("stage", event), ("result", example))
+    text = "".join(f"event: {name}\ndata: {data.model_dump_json(exclude_none=True)}\n\n" for name, data in told)
+    kinds = [{"$ref": f"#/components/schemas/{kind}"} for kind in ("StageEvent", type(example).__name__, "ErrorEvent")]
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
+    names = {"type": "string", "enum": ["stage", "result", "error"]}
+    item = {  # one event, described as FastAPI describes them
+        "type": "object",
+        "description": EVENTS_IN_WORDS,
+        "required": ["event", "data"],
+        "properties": {"event": names, "data": data},
+    }
+    stream = {"itemSchema": item, "example": text}
+    good = {"content": {"application/json": {"example": example.model_dump()}, "text/event-stream": stream}}
+    return {200: good, **JOB_ERRORS}
+
+
+JOB_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: error_answer(
+        "The request cannot succeed as it stands",
+        unfit("seconds", f"{DEFAULT_MODEL} takes 6 or 10"),
+        ProviderRefused(
+            "ElevenLabs answered 404: A voice with this id was not found.",
+            "elevenlabs",
+            fault("voice_id", "A voice with this id was not found."),
+        ),
+    ),
+    500: error_answer(
+        "The service or a provider failed; `partial` holds what was made until then",
+        SettingMissing("The service is not set up for this: set ELEVEN_API_KEY."),
+        ProviderFailed("Replicate answered 503: Service Unavailable", "replicate"),
+    ),
+    "default": {"description": "No such route or method", "model": ErrorBody},
+}
+HEAD_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: error_answer("The URL may not be fetched", UrlBlocked("The URL leads to an address that is not public.")),
+    500: error_answer("The URL did not answer", ResourceFailed("The URL did not answer within 10 s.")),
+    "default": JOB_ERRORS["default"],
+}
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        pattern=KEY_PATTERN,
+        description="One for each job. With it the same request can be sent again, whatever happened, until there is an "
+        "answer: one film is bought, and it is delivered.",
+        examples=["8e03978e-40d5-43e8-bc93-6894a57f9324"],
+    ),
+]
+
+
+@app.head("/health", include_in_schema=False)
 @app.get("/health", summary="Is the process up?")
 async def health() -> Health:
     """Answers at once, whatever else goes on."""
@@ -2215,26 +2775,39 @@ async def health() -> Health:
 @app.post(
     "/jobs_prompt_only",
     response_model=VideoResult,
-    responses={**event_stream(EXAMPLE_VIDEO), **JOB_ERRORS},
+    responses=job_answers(EXAMPLE_VIDEO),
     summary="Bring a picture to life",
 )
-async def jobs_prompt_only(body: JobPromptOnly, request: Request) -> Response:
+async def jobs_prompt_only(body: JobPromptOnly, request: Request, key: IdempotencyKey = None) -> Response:
     """A silent film from a picture and a prompt."""
-    return await answer_job(request, video_job(body, request.state.job))
+    return await answer_job(request, body, key, video_job)
 
 
 @app.post(
     "/jobs_prompt_tts",
     response_model=SpeechResult,
-    responses={**event_stream(EXAMPLE_SPEECH), **JOB_ERRORS},
+    responses=job_answers(EXAMPLE_SPEECH),
     summary="Make a picture talk",
 )
-async def jobs_prompt_tts(body: JobPromptTTS, request: Request) -> Response:
+async def jobs_prompt_tts(body: JobPromptTTS, request: Request, key: IdempotencyKey = None) -> Response:
     """A film in which the picture says a text."""
-    return await answer_job(request, speech_job(body, request.state.job))
+    return await answer_job(request, body, key, speech_job)
 
 
 @app.post("/debug/head", responses=HEAD_ERRORS, summary="Look at a remote file")
 async def debug_head(body: HeadRequest) -> HeadResult:
     """Status, content type and size of a file on the public internet."""
     return await head(body.url)
+
+
+def openapi() -> dict[str, Any]:
+    """The contract, with the events of a stream beside the bodies."""
+    contract = FastAPI.openapi(app)
+    for event in (StageEvent, ErrorEvent):
+        schema = event.model_json_schema(ref_template="#/components/schemas/{model}")
+        schema.pop("$defs", None)  # they stand beside it already
+        contract["components"]["schemas"][event.__name__] = schema
+    return contract
+
+
+app.openapi = openapi  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ from tests.inprocess import running_application, use_settings
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.service import ROOT, SETTINGS
 
-PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "KEEPALIVE_SECONDS": "0.2"}
+PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "KEEPALIVE_SECONDS": "0.2", "PATIENCE_SECONDS": "4"}
 StartService = Callable[..., Service]
 
 

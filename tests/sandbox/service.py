@@ -43,6 +43,7 @@ SETTINGS = (  # emptied unless given, so that nothing leaks in from a developer'
     "POLL_MIN_SECONDS",
     "RETRY_FIRST_SECONDS",
     "KEEPALIVE_SECONDS",
+    "PATIENCE_SECONDS",
 )
 
 
