@@ -21,7 +21,7 @@ SECRETS = {
     "REPLICATE_API_TOKEN": "r8_0123456789abcdefghijABCDEFGHIJ",
     "SUPABASE_SERVICE_ROLE": "eyJhbGciOiJIUzI1NiJ9.eyJyb2xlIjoic2VydmljZSJ9.c2lnbmF0dXJl",
 }
-FAST = {"POLL_MIN_SECONDS": "0.0001", "RETRY_FIRST_SECONDS": "0.0001"}
+FAST = {"POLL_MIN_SECONDS": "0.0001", "RETRY_FIRST_SECONDS": "0.0001", "PATIENCE_SECONDS": "0.4"}
 
 
 def use_settings(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
