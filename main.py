@@ -36,7 +36,7 @@ import time
 import traceback
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
@@ -63,17 +63,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import AfterValidator, BaseModel, Field, SecretStr, StringConstraints, ValidationError, model_validator
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
@@ -189,10 +179,8 @@ BaseUrl = Annotated[str, AfterValidator(check_base_url)]
 Key = Annotated[SecretStr, AfterValidator(check_key)]
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, frozen=True):
     """What the environment says; each field is the variable of the same name in capitals."""
-
-    model_config = ConfigDict(frozen=True)
 
     eleven_api_key: Key | None = None
     replicate_api_token: Key | None = None
@@ -218,14 +206,6 @@ class Settings(BaseModel):
             raise SettingMissing(f"The service is not set up for this: set {name.upper()}.")
         return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
-    def missing(self) -> list[str]:
-        """The variables without which not every route works."""
-        return [name.upper() for name in SPEECH_JOB_SETTINGS if getattr(self, name) is None]
-
-    def secrets(self) -> list[str]:
-        """Every key, to take them out of texts."""
-        return [value.get_secret_value() for _, value in self if isinstance(value, SecretStr)]
-
 
 VIDEO_JOB_SETTINGS = ("replicate_api_token",)
 STORAGE_SETTINGS = ("supabase_url", "supabase_service_role")
@@ -242,17 +222,12 @@ def read_settings(environment: Mapping[str, str | None]) -> Settings:
         name = str(first["loc"][0])
         is_secret = Settings.model_fields[name].annotation == Key | None
         shown = "(not shown)" if is_secret else repr(texts[name])
-        raise ValueError(f"{name.upper()}={shown}: {plain(first['msg'])}") from None
+        raise ValueError(f"{name.upper()}={shown}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def patience_s(share: float) -> float:
     """Seconds that something goes on for, as a share of PATIENCE_SECONDS."""
     return get_settings().patience_seconds * share
-
-
-def plain(message: str) -> str:
-    """Pydantic's message without what it puts before our own."""
-    return message.removeprefix("Value error, ")
 
 
 @lru_cache(maxsize=1)
@@ -325,13 +300,9 @@ class JobPromptOnly(BaseModel):
     @classmethod
     def refuse_misnamed(cls, body: Any) -> Any:
         """Refuse a field that is nearly one of ours; all others are ignored, those of the other job as well."""
-        faults = [
-            InitErrorDetails(type=PydanticCustomError("misnamed", f"should be called {meant}"), loc=(name,), input=None)
-            for name in (body if isinstance(body, dict) else ())
-            if (meant := meant_field(str(name))) in cls.model_fields and meant not in body
-        ]
-        if faults:
-            raise ValidationError.from_exception_data(cls.__name__, faults)
+        for name in body if isinstance(body, dict) else ():
+            if (meant := meant_field(name)) in cls.model_fields and meant not in body:
+                raise unfit(name, f"should be called {meant}")
         return body
 
 
@@ -361,12 +332,6 @@ class HeadRequest(BaseModel):
     """A remote file to look at."""
 
     url: HttpUrl = Field(description="Public address, ports 80 and 443", examples=[EXAMPLE_PICTURE])
-
-
-class Health(BaseModel):
-    """The process answers."""
-
-    ok: bool = True
 
 
 class VideoResult(BaseModel):
@@ -442,7 +407,7 @@ class StageEvent(BaseModel):
 
 
 class Kind(NamedTuple):
-    """What all errors of a class have in common; a single one can say otherwise."""
+    """What all errors of a class have in common; a single one can be retryable, or not, by itself."""
 
     http_status: int
     category: Category
@@ -454,31 +419,34 @@ class ServiceError(Exception):
 
     kind = Kind(500, "internal", retryable=True)
 
+    def __init_subclass__(cls, kind: Kind | None = None) -> None:
+        cls.kind = kind or cls.kind
+
     def __init__(
         self,
         detail: str,
         provider: Provider | None = None,
-        errors: Sequence[InputError] = (),
         retryable: bool | None = None,
         answer: "Answer | None" = None,
     ) -> None:
         super().__init__(detail)
         self.http_status, self.category, self.retryable = self.kind
-        self.detail, self.provider, self.errors, self.answer = redact(detail), provider, errors, answer
-        if retryable is not None:
-            self.retryable = retryable
+        self.retryable = self.retryable if retryable is None else retryable
+        self.detail, self.provider, self.answer = redact(detail), provider, answer
+        self.errors: list[InputError] = []
+
+    def at(self, name: str, message: str, place: str = "body") -> "ServiceError":
+        """The same, with what is wrong with one field of the request."""
+        self.errors.append(InputError(loc=[place, name], msg=message))
+        return self
 
 
-class SettingMissing(ServiceError):
+class SettingMissing(ServiceError, kind=Kind(500, "configuration", retryable=False)):
     """A variable is unset that this request needs."""
 
-    kind = Kind(500, "configuration", retryable=False)
 
-
-class InvalidInput(ServiceError):
+class InvalidInput(ServiceError, kind=Kind(400, "validation", retryable=False)):
     """The request can never succeed as it stands."""
-
-    kind = Kind(400, "validation", retryable=False)
 
 
 class UrlBlocked(InvalidInput):
@@ -486,42 +454,47 @@ class UrlBlocked(InvalidInput):
 
 
 class AddressNotPublic(UrlBlocked):
-    """The URL leads to an address of a machine's own or of a network inside."""
+    """The URL leads to a machine's own address, or to one of a network inside."""
 
 
-class ProviderRefused(ServiceError):
+class ProviderRefused(ServiceError, kind=Kind(400, "provider", retryable=False)):
     """ElevenLabs or Replicate do not want this content, or a film could not be made."""
 
-    kind = Kind(400, "provider", retryable=False)
 
-
-class ProviderFailed(ServiceError):
+class ProviderFailed(ServiceError, kind=Kind(500, "provider", retryable=True)):
     """ElevenLabs or Replicate refuse the service itself, fail, or do not answer."""
 
-    kind = Kind(500, "provider", retryable=True)
 
-
-class SpeechTooLarge(ServiceError):
+class SpeechTooLarge(ServiceError, kind=Kind(400, "resource", retryable=False)):
     """The speech is larger than the service carries."""
 
-    kind = Kind(400, "resource", retryable=False)
 
-
-class ResourceFailed(ServiceError):
+class ResourceFailed(ServiceError, kind=Kind(500, "resource", retryable=True)):
     """Storage, a download, the service's own machine, or media that ffmpeg cannot use."""
-
-    kind = Kind(500, "resource", retryable=True)
 
 
 class Unforeseen(ServiceError):
     """Anything else; the inside detail stands in the log only."""
 
 
+def unfit(name: str, message: str, place: str = "body") -> ServiceError:
+    """The refusal of one field of the request, or of a header."""
+    return InvalidInput(f"{name}: {message}.").at(name, message, place)
+
+
 def redact(text: str) -> str:
     """The text without the keys of this service."""
-    for secret in get_settings().secrets():
-        text = text.replace(secret, "***")
+    for _, value in get_settings():
+        text = text.replace(value.get_secret_value(), "***") if isinstance(value, SecretStr) else text
     return text
+
+
+def as_service_error(exc: BaseException) -> ServiceError:
+    """The error to tell; the traceback of an unforeseen one goes to the log."""
+    if isinstance(exc, ServiceError):
+        return exc
+    logger.error("unforeseen error\n%s", redact("".join(traceback.format_exception(exc))))
+    return Unforeseen("Something unforeseen went wrong inside the service; its log has the request id.")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -529,14 +502,9 @@ def redact(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------
 
 # Whose failure it is when a stage does not end in time.
-STAGE_PROVIDERS: dict[Stage, Provider | None] = {
-    "speech": "elevenlabs",
-    "audio_upload": "supabase",
-    "video": "replicate",
-    "download": None,
-    "mux": None,
-    "final_upload": "supabase",
-}
+STAGE_PROVIDERS: dict[Stage, Provider] = {"speech": "elevenlabs", "video": "replicate"}
+STAGE_PROVIDERS |= {"audio_upload": "supabase", "final_upload": "supabase"}
+Events = asyncio.Queue["StageEvent | None"]  # None: there are no more
 
 
 @dataclass(eq=False)
@@ -550,10 +518,10 @@ class Job:
     current: Stage | None = None
     partial: Partial = field(default_factory=Partial)
     events: list[StageEvent] = field(default_factory=list)
-    listeners: list["asyncio.Queue[StageEvent | None]"] = field(default_factory=list)
-    task: "asyncio.Task[Any] | None" = None
+    listeners: list[Events] = field(default_factory=list)
+    task: "asyncio.Task[BaseModel] | None" = None
     is_left: bool = False
-    # Only of a job with an Idempotency-Key:
+    # Of a job with an Idempotency-Key:
     file: "JobFile | None" = None
     lost: tuple[float, float] | None = None  # clock times between which a prediction may appear that nobody has noted
     is_replayed: bool = False
@@ -563,7 +531,7 @@ class Job:
     def stage(self, name: Stage) -> Iterator[None]:
         """Name, time, log and tell one step of the job."""
         self.current, self.stage_started = name, time.monotonic()
-        self.tell(StageEvent(stage=name, state="started", seconds=0))
+        self.tell("started", 0)
         outcome = "failed"
         try:
             yield
@@ -571,48 +539,28 @@ class Job:
         finally:
             seconds = self.timings[name] = time.monotonic() - self.stage_started
             logger.info("stage=%s outcome=%s ms=%.0f", name, outcome, seconds * 1000)
+        self.tell("done", seconds)
         self.current = None
-        self.tell(StageEvent(stage=name, state="done", seconds=round(seconds, 3)))
-
-    def tell(self, event: StageEvent) -> None:
-        """Tell an event to all who listen, and keep it for those who join; of progress, the last is enough."""
-        if self.events and self.events[-1].state == event.state == "progress":
-            self.events.pop()
-        self.events.append(event)
-        for listener in self.listeners:
-            listener.put_nowait(event)
-
-    def listen(self) -> "asyncio.Queue[StageEvent | None]":
-        """The events so far, and then each as it is told."""
-        queue: asyncio.Queue[StageEvent | None] = asyncio.Queue()
-        for event in self.events:
-            queue.put_nowait(event)
-        self.listeners.append(queue)
-        return queue
 
     def progress(self, prediction: "Prediction") -> None:
-        """Pass on how far the film is."""
-        seconds = round(time.monotonic() - self.stage_started, 3)
-        self.tell(
-            StageEvent(
-                stage="video",
-                state="progress",
-                seconds=seconds,
-                status=prediction.status,
-                percent=prediction.percent,
-            )
-        )
+        """Tell how far the film is."""
+        seconds = time.monotonic() - self.stage_started
+        self.tell("progress", seconds, status=prediction.status, percent=prediction.percent)
 
-    def late(self) -> ServiceError:
-        """The error of a job that has not ended by its deadline."""
-        limit = f"The job was not done after {get_settings().job_timeout_seconds:g} s"
-        if self.current is None:
-            return ProviderFailed(f"{limit}; it had to wait for the model's schema.", "replicate")
-        provider = STAGE_PROVIDERS[self.current]
-        error = ProviderFailed if provider in ("elevenlabs", "replicate") else ResourceFailed
-        # A film that is cancelled stays cancelled under its key.
-        is_final = self.file is not None and self.current == "video"
-        return error(f"{limit} and was ended in the stage {self.current}.", provider, retryable=not is_final)
+    def tell(self, state: Literal["started", "progress", "done"], seconds: float, **more: Any) -> None:
+        """Tell an event to all who listen, and keep it for those who join; of progress, the last is enough."""
+        event = StageEvent(stage=self.current or "video", state=state, seconds=round(seconds, 3), **more)
+        if self.events and self.events[-1].state == event.state == "progress":
+            self.events.pop()
+        for queue in (self.events.append, *(listener.put_nowait for listener in self.listeners)):
+            queue(event)
+
+    def listen(self) -> Events:
+        """The events so far, and then each as it is told."""
+        self.listeners.append(queue := Events())
+        for event in self.events:
+            queue.put_nowait(event)
+        return queue
 
     def stop(self, lives_on: bool = False) -> None:
         """Cancel the job; with `lives_on`, so that the next request with its key goes on with it."""
@@ -620,36 +568,29 @@ class Job:
         if self.task:
             self.task.cancel()
 
+    def late(self) -> ServiceError:
+        """The error of a job that has not ended by its deadline."""
+        limit = f"The job was not done after {get_settings().job_timeout_seconds:g} s"
+        if self.current is None:
+            return ProviderFailed(f"{limit}; it had to wait for the model's schema.", "replicate")
+        provider = STAGE_PROVIDERS.get(self.current)
+        error = ProviderFailed if provider in ("elevenlabs", "replicate") else ResourceFailed
+        is_final = self.file is not None and self.current == "video"  # a cancelled film stays so under its key
+        return error(f"{limit} and was ended in the stage {self.current}.", provider, retryable=not is_final)
+
     def server_timing(self) -> str:
         """The Server-Timing header: milliseconds of each stage."""
         return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in self.timings.items())
 
-    def log_end(self, outcome: str) -> None:
-        """One line for the whole job."""
-        ms = (time.monotonic() - self.started) * 1000
-        logger.info("job outcome=%s ms=%.0f prediction_id=%s", outcome, ms, self.partial.prediction_id)
-
-
-def as_service_error(exc: BaseException) -> ServiceError:
-    """The error to tell; the traceback of an unforeseen one goes to the log."""
-    if isinstance(exc, ServiceError):
-        return exc
-    logger.error("unforeseen error\n%s", redact("".join(traceback.format_exception(exc))))
-    return Unforeseen("Something unforeseen went wrong inside the service; its log has the request id.")
-
-
-def error_json(error: ServiceError, job: Job) -> dict[str, Any]:
-    """The body of an error (see ErrorBody): `partial` and `errors` only if there is something to say."""
-    told = {
-        "detail": error.detail,
-        "category": error.category,
-        "provider": error.provider,
-        "request_id": job.request_id,
-        "retryable": error.retryable,
-        "partial": job.partial.model_dump(exclude_none=True),
-        "errors": [fault.model_dump() for fault in error.errors],
-    }
-    return {name: value for name, value in told.items() if value or name not in ("partial", "errors")}
+    def error_json(self, error: ServiceError) -> dict[str, Any]:
+        """The body of an error (see ErrorBody): `partial` and `errors` only if there is something to say."""
+        told = {
+            **{name: getattr(error, name) for name in ("detail", "category", "provider", "retryable")},
+            "request_id": self.request_id,
+            "partial": self.partial.model_dump(exclude_none=True),
+            "errors": [fault.model_dump() for fault in error.errors],
+        }
+        return {name: value for name, value in told.items() if value or name not in ("partial", "errors")}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -668,31 +609,25 @@ async def within(limit_s: float | None, work: Awaitable[Result]) -> Result:
     try:
         await asyncio.wait({task}, timeout=limit_s)
     finally:
-        await end(task)
+        task.cancel()  # does nothing to what has ended
+        await to_its_end(task)
     if task.cancelled():
         raise asyncio.TimeoutError
     return task.result()
 
 
-async def end(task: "asyncio.Future[Any]") -> None:
-    """Cancel a task and wait for its clean-up: prediction cancelled, ffmpeg reaped, files gone."""
-    task.cancel()
-    await to_its_end(task)
-
-
 async def to_its_end(work: Awaitable[Any]) -> None:
     """Await a clean-up, which comes first whatever cancels the caller meanwhile; the caller is cancelled after it."""
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
+    task, cancelled = asyncio.ensure_future(work), False
     while not task.done():
         try:
             await asyncio.wait({task})
-        except asyncio.CancelledError as exc:
-            cancelled = exc
+        except asyncio.CancelledError:
+            cancelled = True
     if not task.cancelled():
         task.exception()  # seen: asyncio need not warn of it
-    if cancelled is not None:
-        raise cancelled
+    if cancelled:
+        raise asyncio.CancelledError
 
 
 async def call_apart(work: Awaitable[Result]) -> Result:
@@ -711,7 +646,7 @@ async def call_apart(work: Awaitable[Result]) -> Result:
     try:
         await asyncio.wait({task})
     finally:
-        scope.cancel()  # does nothing to a call that has ended
+        scope.cancel()
         await to_its_end(task)
     return task.result()
 
@@ -1156,16 +1091,6 @@ def nonsense(provider: Provider, what: str) -> ServiceError:
     return ProviderFailed(f"{PROVIDER_NAMES[provider]} answered without {what}.", provider)
 
 
-def fault(name: str, message: str) -> list[InputError]:
-    """What is wrong with one field of the body, as an error tells it."""
-    return [InputError(loc=["body", name], msg=message)]
-
-
-def unfit(name: str, message: str) -> InvalidInput:
-    """The refusal of one field of the request."""
-    return InvalidInput(f"{name}: {message}.", errors=fault(name, message))
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # ElevenLabs: text -> speech
 # ----------------------------------------------------------------------------------------------------------------
@@ -1228,18 +1153,18 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
             extensions={FRESH: True},
         )
     except (ProviderRefused, ProviderFailed) as exc:
-        exc.errors = speech_faults(exc)
+        name_fault(exc)
         raise
     return playable(answer.body, settings.tts_output_format)
 
 
-def speech_faults(error: ServiceError) -> list[InputError]:
-    """The field of ours that ElevenLabs refuses: its codes name it, such as voice_not_found or text_too_long."""
+def name_fault(error: ServiceError) -> None:
+    """Say which field of ours ElevenLabs refuses: its codes name it, such as voice_not_found or text_too_long."""
     told = told_under(error.answer.json(), "detail") if error.answer else None
     code = str(told_under(told, "code") or told_under(told, "status") or told)
-    if re.search("voice|invalid_uid", code):
-        return fault("voice_id", shortened(told_in(told)))
-    return fault("text", shortened(told_in(told))) if re.search("text|character_limit", code) else []
+    for name, codes in (("voice_id", "voice|invalid_uid"), ("text", "text|character_limit")):
+        if re.search(codes, code) and not error.errors:
+            error.at(name, shortened(told_in(told)))
 
 
 def playable(speech: bytes, output_format: str) -> bytes:
@@ -1434,6 +1359,7 @@ async def check_picture(url: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------
 
 PROCESS_ID = uuid.uuid4().hex
+OTHER_BODY = "belongs to a request with another body; a new job needs a new one"
 
 
 class Note(BaseModel):
@@ -1449,15 +1375,10 @@ class Note(BaseModel):
 
 @dataclass
 class JobFile:
-    """The file of one job: `jobs/<name>.json`."""
+    """The file of one job, `jobs/<hmac>.json` in the bucket."""
 
-    name: str
+    path: str
     note: Note
-
-    @property
-    def path(self) -> str:
-        """Where it lies in the bucket."""
-        return f"jobs/{self.name}.json"
 
 
 def job_file(key: str, route: str, body: BaseModel) -> JobFile:
@@ -1466,7 +1387,8 @@ def job_file(key: str, route: str, body: BaseModel) -> JobFile:
         get_settings().required(name)
     sent = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
     now = time.time()
-    return JobFile(keyed_digest(key), Note(body=keyed_digest(sent), started=now, written=now, writer=PROCESS_ID))
+    note = Note(body=keyed_digest(sent), started=now, written=now, writer=PROCESS_ID)
+    return JobFile(f"jobs/{keyed_digest(key)}.json", note)
 
 
 def keyed_digest(text: str) -> str:
@@ -1515,7 +1437,7 @@ async def found_note(file: JobFile) -> Note | None:
     """
     while note := await read_note(file):
         if note.body != file.note.body:
-            raise other_body()
+            raise unfit("Idempotency-Key", OTHER_BODY, "header")
         is_fresh = 0 <= time.time() - note.written < patience_s(QUARTER)
         if note.answer or note.partial.prediction_id or note.writer in ("", PROCESS_ID) or not is_fresh:
             break
@@ -1533,14 +1455,6 @@ async def heed_others(job: Job) -> None:
     """Just before a film is bought: go on with another instance's work if it has taken the job meanwhile."""
     if job.file and (note := await found_note(job.file)) and note.writer != PROCESS_ID:
         adopt(job, job.file, note)
-
-
-def other_body() -> InvalidInput:
-    """The refusal of a key that has been used for something else."""
-    message = "belongs to a request with another body; a new job needs a new one"
-    return InvalidInput(
-        f"Idempotency-Key: {message}.", errors=[InputError(loc=["header", "Idempotency-Key"], msg=message)]
-    )
 
 
 async def with_key(job: Job, file: JobFile, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
@@ -1724,24 +1638,20 @@ def has_default(model: VideoModel, name: str) -> bool:
     return model.fields.get(name, {}).get("default") is not None
 
 
-def fields_at_fault(model: VideoModel, answer: Answer | None) -> list[InputError]:
-    """What Replicate refuses, as fields of ours: its `input.duration` is our `seconds`."""
-    if answer is None:
-        return []
-    ours: dict[str | None, str] = {
-        model.picture_field: "image_url",
-        model.prompt_field: "prompt",
-        model.speech_field: "text",
-        **dict.fromkeys((*SECONDS_NAMES, *FRAMES_NAMES), "seconds"),
-        **dict.fromkeys(SIZE_NAMES, "resolution"),
-    }
-    named, faults = answer.get("invalid_fields"), list[InputError]()
+def name_faults(model: VideoModel, error: ServiceError) -> None:
+    """Say which fields of ours Replicate refuses: its `input.duration` is our `seconds`."""
+    if (answer := error.answer) is None:
+        return
+    ours = {model.picture_field: "image_url", model.prompt_field: "prompt", model.speech_field: "text"}
+    ours.update(dict.fromkeys([*SECONDS_NAMES, *FRAMES_NAMES], "seconds"), **dict.fromkeys(SIZE_NAMES, "resolution"))
+    named = answer.get("invalid_fields")
     for part in named if isinstance(named, list) else ():
         where, why = str(told_under(part, "field")), str(told_under(part, "description"))
         name = why.split(" ")[0] if where == "input" else where.removeprefix("input.")  # "prompt is required"
-        faults += fault(ours[name], shortened(why)) if name in ours else []
-    is_about_model = answer.status == 404 or "version" in str(answer.get("title"))
-    return faults or (fault("model", provider_message(answer)) if is_about_model else [])
+        if name in ours:
+            error.at(ours[name], shortened(why))
+    if answer.status == 404 or "version" in str(answer.get("title")):
+        error.at("model", provider_message(answer))
 
 
 def length_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
@@ -1935,7 +1845,7 @@ async def look_up_model(name: str) -> VideoModel:
     try:
         told = (await call_replicate("GET", path, MODEL_RETRY)).json()
     except ProviderRefused as exc:  # it does not repeat the name
-        raise ProviderRefused(f"model {name}: {exc.detail}", "replicate", fault("model", exc.detail)) from exc
+        raise ProviderRefused(f"model {name}: {exc.detail}", "replicate").at("model", exc.detail) from exc
     latest = told if version else told_under(told, "latest_version")
     is_official = not version and told_under(told, "is_official") is True
     runs_by = name if version else told_under(latest, "id")
@@ -2017,7 +1927,7 @@ async def buy_prediction(model: VideoModel, values: dict[str, Any], job: Job) ->
             return prediction
         raise nonsense("replicate", "a prediction; one may have been made")
     except ProviderRefused as exc:
-        exc.errors = fields_at_fault(model, exc.answer)
+        name_faults(model, exc)
         raise
     except ProviderFailed as exc:
         if not may_be_done(exc):
@@ -2272,30 +2182,31 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Hold what the jobs share for the life of the process; at its end, wait for the answers of cancelled jobs."""
     global _running
     set_up_log()
-    if missing := get_settings().missing():
+    settings = get_settings()
+    if missing := [name.upper() for name in SPEECH_JOB_SETTINGS if getattr(settings, name) is None]:
         logger.warning("not set: %s; requests that need them are answered 500", ", ".join(missing))
     await asyncio.to_thread(ffmpeg_path)  # fails here rather than after a film was paid for
     async with shared() as _running:
         try:
             yield
         finally:
-            await end_keyed_jobs(_running)
-            # uvicorn has just cancelled the requests still running: their predictions are being cancelled.
-            patience = time.monotonic() + SHUTDOWN_WAIT_S
-            while _running.requests and time.monotonic() < patience:  # noqa: ASYNC110  an event would be set all day
-                await asyncio.sleep(0.05)
+            await end_jobs(_running)
             _running = None
 
 
-async def end_keyed_jobs(resources: Shared) -> None:
-    """Let the jobs that nobody waits for end by themselves for a while, then leave them to the next request."""
-    tasks = [job.task for job in resources.keyed.values() if job.task]
-    if tasks:
+async def end_jobs(resources: Shared) -> None:
+    """Let jobs with a key that nobody waits for end by themselves for a while, then leave them to the next request.
+
+    uvicorn has just cancelled the requests still running: their predictions are being cancelled.
+    """
+    keyed = [job for job in resources.keyed.values() if job.task]
+    if tasks := {job.task for job in keyed if job.task}:
         await asyncio.wait(tasks, timeout=patience_s(SIXTH))
-    for job in list(resources.keyed.values()):
+    for job in keyed:
         job.stop(lives_on=True)
-    if tasks:
-        await asyncio.wait(tasks, timeout=SHUTDOWN_WAIT_S - patience_s(SIXTH))
+    patience = time.monotonic() + SHUTDOWN_WAIT_S - patience_s(SIXTH)
+    while (resources.requests or resources.keyed) and time.monotonic() < patience:  # noqa: ASYNC110  once a life
+        await asyncio.sleep(0.05)
 
 
 def set_up_log() -> None:
@@ -2327,15 +2238,16 @@ class RequestContext:
             await self.app(scope, receive, send)
             return
         told = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        job = Job(told if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", told) else uuid.uuid4().hex)
-        scope.setdefault("state", {})["job"] = job
-        current_request_id.set(job.request_id)
+        request_id = told if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", told) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["job"] = Job(request_id)
+        current_request_id.set(request_id)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = job.request_id
-                if timing := scope["state"]["job"].server_timing():
+                headers["X-Request-ID"] = request_id
+                if timing := state["job"].server_timing():
                     headers["Server-Timing"] = timing
             await send(message)
 
@@ -2381,11 +2293,12 @@ class ErrorAnswers:
 
 def error_response(request: Request, error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer for an error."""
-    return JSONResponse(error_json(error, request.state.job), error.http_status, headers)
+    return JSONResponse(request.state.job.error_json(error), error.http_status, headers)
 
 
 # Pydantic's types of faults, in words without a library's.
 FAULTS_IN_WORDS = {
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "should be a JSON object"),
     "missing": "is needed",
     "string_type": "should be a text",
     "string_too_short": "should not be blank",
@@ -2395,30 +2308,27 @@ FAULTS_IN_WORDS = {
     "less_than_equal": "should be at most {le}",
     "literal_error": "should be {expected}",
     "json_invalid": "is no valid JSON",
-    "dict_type": "should be a JSON object",
-    "model_type": "should be a JSON object",
-    "model_attributes_type": "should be a JSON object",
 }
 
 
 def in_words(fault: Mapping[str, Any]) -> str:
     """What is wrong, for people: without regular expressions and the words of libraries."""
     context = fault.get("ctx", {})
-    if pattern := context.get("pattern"):
-        return PATTERNS_IN_WORDS[pattern]
-    return FAULTS_IN_WORDS.get(fault["type"], plain(fault["msg"])).format(**context)
+    told = PATTERNS_IN_WORDS.get(context.get("pattern")) or FAULTS_IN_WORDS.get(fault["type"], "").format(**context)
+    return told or str(fault["msg"]).removeprefix("Value error, ")
 
 
 async def answer_invalid(request: Request, exc: Exception) -> Response:
     """A body that is not as the route wants it."""
     assert isinstance(exc, RequestValidationError)
-    errors = [InputError(loc=list(fault["loc"]), msg=in_words(fault)) for fault in exc.errors()]
-    first = errors[0]
-    name = ".".join(part for part in first.loc[1:] if isinstance(part, str)) or "The body"
-    detail = f"{name}: {first.msg}."
+    faults = [InputError(loc=list(fault["loc"]), msg=in_words(fault)) for fault in exc.errors()]
+    name = ".".join(part for part in faults[0].loc[1:] if isinstance(part, str)) or "The body"
+    detail = f"{name}: {faults[0].msg}."
     if not re.match(r"application/([\w.-]+\+)?json\b", request.headers.get("content-type", ""), re.IGNORECASE):
         detail = "The body must be JSON, sent with Content-Type: application/json."
-    return error_response(request, InvalidInput(detail, errors=errors))
+    error = InvalidInput(detail)
+    error.errors = faults
+    return error_response(request, error)
 
 
 async def answer_http_error(request: Request, exc: Exception) -> Response:
@@ -2434,10 +2344,7 @@ app = FastAPI(
     summary="A picture of a pet and a line of text go in, a video in which the pet says it comes out.",
     lifespan=lifespan,
     redirect_slashes=False,  # a 307 is no answer of this service; it would name http:// behind a proxy
-    exception_handlers={
-        RequestValidationError: answer_invalid,
-        HTTPException: answer_http_error,
-    },
+    exception_handlers={RequestValidationError: answer_invalid, HTTPException: answer_http_error},
 )
 # The last one added is the outermost.
 app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_REQUEST_BYTES)
@@ -2463,38 +2370,34 @@ Work = Callable[[Body, Job], Awaitable[BaseModel]]
 async def answer_job(request: Request, body: Body, key: str | None, work: "Work[Body]") -> Response:
     """Run a job, or join the one that runs with this key, and answer as the client asked: JSON, or events."""
     job = await start_job(request, body, key, work)
-    if not prefers_events(request.headers.get("accept", "")):
-        result = await follow(request, job)
-        return Response(result.model_dump_json(), media_type="application/json", headers=replay_headers(job))
-    events = job.listen()
-    task = asyncio.create_task(follow(request, job))
-    task.add_done_callback(lambda _: events.put_nowait(None))
+    following = asyncio.create_task(follow(request, job))
+    is_stream = prefers_events(request.headers.get("accept", ""))
+    part, events = None, job.listen() if is_stream else Events()
+    following.add_done_callback(lambda _: events.put_nowait(None))
     try:
-        first = await next_part(events)
-    except asyncio.CancelledError:
-        task.cancel()
-        first = None
-    if first is None:  # it ended before anything was begun: if it failed, a plain error
-        await task
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **replay_headers(job)}  # nginx: pass them on
-    return JobEvents(job_events(job, first, events, task), headers=headers)
+        part = await next_part(events) if is_stream else None
+        if part is None:  # all that is left is the result, or a plain error
+            await asyncio.wait({following})
+    except asyncio.CancelledError:  # the process is ending: run_job turns that into an error
+        following.cancel()
+    result = None if part else await following
+    headers = {"Idempotency-Replayed": "true"} if job.is_replayed else {}
+    if is_stream or result is None:
+        headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: pass them on at once
+        return JobEvents(job_events(job, part, events, following), headers=headers)
+    return Response(result.model_dump_json(), media_type="application/json", headers=headers)
 
 
 def prefers_events(accept: str) -> bool:
     """True if an Accept header names an event stream, and JSON with no higher quality (RFC 9110, 12.5.1)."""
     qualities = dict[str, float]()
-    for part in accept.lower().split(","):
-        name, *parameters = (text.strip() for text in part.split(";"))
-        told = next((text[2:] for text in parameters if text.startswith("q=")), "1")
-        qualities[name] = float(told) if re.fullmatch(r"[01](\.\d{0,3})?", told) else 0.0
-    json_names = [name for name in ("application/json", "application/*", "*/*") if name in qualities]
-    events = qualities.get("text/event-stream", 0.0)
-    return events > 0 and events >= (qualities[json_names[0]] if json_names else 0.0)
-
-
-def replay_headers(job: Job) -> dict[str, str]:
-    """What tells that an answer was given before."""
-    return {"Idempotency-Replayed": "true"} if job.is_replayed else {}
+    for name, _, rest in (part.partition(";") for part in re.sub(r"\s", "", accept.lower()).split(",")):
+        told = re.search(r"(?:^|;)q=([01](?:\.\d{0,3})?)", rest)
+        qualities[name] = float(told[1]) if told else 1.0
+    json_quality = next(
+        (qualities[name] for name in ("application/json", "application/*", "*/*") if name in qualities), 0
+    )
+    return qualities.get("text/event-stream", 0) >= max(json_quality, 0.001)
 
 
 async def start_job(request: Request, body: Body, key: str | None, work: "Work[Body]") -> Job:
@@ -2505,15 +2408,15 @@ async def start_job(request: Request, body: Body, key: str | None, work: "Work[B
         return job
     file = job_file(key, request.url.path, body)
     async with shared() as resources:
-        if running := resources.keyed.get(file.name):
-            if running.file and running.file.note.body != file.note.body:
-                raise other_body()
+        if (running := resources.keyed.get(file.path)) and running.file:
+            if running.file.note.body != file.note.body:
+                raise unfit("Idempotency-Key", OTHER_BODY, "header")
             logger.info("joins the job of request_id=%s", running.request_id)
             request.state.job = running
             return running
-        job.file, resources.keyed[file.name] = file, job
+        job.file, resources.keyed[file.path] = file, job
         job.task = asyncio.create_task(run_job(job, with_key(job, file, lambda: work(body, job))))
-        job.task.add_done_callback(lambda _: resources.keyed.pop(file.name))
+        job.task.add_done_callback(lambda _: resources.keyed.pop(file.path))
     return job
 
 
@@ -2529,15 +2432,13 @@ async def run_job(job: Job, work: Awaitable[BaseModel]) -> BaseModel:
         outcome = "left" if job.is_left else "shutdown"
         again = "send the same request again" if job.file else "try again"
         raise Unforeseen(f"The service is restarting and could not finish the job; {again}.") from None
-    except asyncio.TimeoutError:
-        error = job.late()
-        outcome = error.category
-        raise error from None
-    except Exception as exc:
-        outcome = exc.category if isinstance(exc, ServiceError) else "internal"
-        raise
+    except Exception as exc:  # noqa: BLE001  raised again
+        error = job.late() if isinstance(exc, asyncio.TimeoutError) else exc
+        outcome = error.category if isinstance(error, ServiceError) else "internal"
+        raise error from exc.__cause__
     finally:
-        job.log_end(outcome)
+        ms = (time.monotonic() - job.started) * 1000
+        logger.info("job outcome=%s ms=%.0f prediction_id=%s", outcome, ms, job.partial.prediction_id)
 
 
 async def follow(request: Request, job: Job) -> BaseModel:
@@ -2546,9 +2447,9 @@ async def follow(request: Request, job: Job) -> BaseModel:
     leaving = asyncio.create_task(client_left(request))  # Starlette does not cancel a plain handler by itself
     try:
         await asyncio.wait({job.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not job.task.done() and job.file:
-            raise Unforeseen("The client has left.")
         if not job.task.done():
+            if job.file:
+                raise Unforeseen("The client has left.")
             job.is_left = True
             job.stop()
     except asyncio.CancelledError:
@@ -2556,8 +2457,7 @@ async def follow(request: Request, job: Job) -> BaseModel:
     finally:
         leaving.cancel()
     await to_its_end(job.task)
-    result: BaseModel = job.task.result()
-    return result
+    return job.task.result()
 
 
 async def client_left(request: Request) -> None:
@@ -2575,7 +2475,7 @@ class JobEvents(EventSourceResponse):
 
 
 async def job_events(
-    job: Job, part: bytes | None, events: "asyncio.Queue[StageEvent | None]", task: "asyncio.Task[BaseModel]"
+    job: Job, part: bytes | None, events: Events, following: "asyncio.Task[BaseModel]"
 ) -> AsyncIterator[bytes]:
     """Every stage event, comments while there is none, and exactly one `result` or `error` at the end."""
     try:
@@ -2583,28 +2483,26 @@ async def job_events(
             yield part
             part = await next_part(events)
     except asyncio.CancelledError:  # the process is ending: run_job turns that into an error
-        task.cancel()
+        following.cancel()
     try:
-        yield format_sse_event(event="result", data_str=(await task).model_dump_json())
+        yield format_sse_event(event="result", data_str=(await following).model_dump_json())
     except Exception as exc:  # noqa: BLE001  whatever happened is told
         error = as_service_error(exc)
-        body = {**error_json(error, job), "status": error.http_status}
+        body = {**job.error_json(error), "status": error.http_status}
         yield format_sse_event(event="error", data_str=json.dumps(body, separators=(",", ":"), ensure_ascii=False))
 
 
-async def next_part(events: "asyncio.Queue[StageEvent | None]") -> bytes | None:
+async def next_part(events: Events) -> bytes | None:
     """The next stage event as it is sent, a comment if there is none for KEEPALIVE_SECONDS, None after the last."""
     try:
         event = await within(get_settings().keepalive_seconds, events.get())
     except asyncio.TimeoutError:
         return KEEPALIVE_COMMENT
-    if event is None:
-        return None
-    return format_sse_event(event="stage", data_str=event.model_dump_json(exclude_none=True))
+    return format_sse_event(event="stage", data_str=event.model_dump_json(exclude_none=True)) if event else None
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The two jobs: each step is skipped if an earlier request has come so far
+# The two jobs: a step whose result an earlier request has left is skipped
 # ----------------------------------------------------------------------------------------------------------------
 
 
@@ -2616,25 +2514,27 @@ async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
 
 async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
     """A talking film: the cheap step comes first, so that a bad text, voice, bucket or disk costs no film."""
+    check_text(body.text)
     model = await check_job(body, job, SPEECH_JOB_SETTINGS, audio_url="made in a moment")
     with job_folder() as folder:
         audio_url = await speak(body, job, folder / "speech")
         video_url = await animate(body, model, job, audio_url)
-        final = await talking_film(body, model, job, folder)
+        final = await talking_film(video_url, model, body.fit, job, folder)
         with job.stage("final_upload"):
-            final_path = f"videos/{uuid.uuid4()}.mp4"
-            final_url = await supabase_upload(final_path, final, "video/mp4", PAID_STORE_RETRY)
+            final_url = await supabase_upload(f"videos/{uuid.uuid4()}.mp4", final, "video/mp4", PAID_STORE_RETRY)
     return SpeechResult(audio_url=audio_url, video_url=video_url, final_url=final_url)
 
 
-async def check_job(
-    body: JobPromptOnly, job: Job, settings: tuple[str, ...], audio_url: str | None = None
-) -> VideoModel:
+def check_text(text: str) -> None:
+    """Refuse a text that is too long. Raises InvalidInput."""
+    if len(text) > (most := get_settings().tts_max_chars):
+        raise unfit("text", f"has {len(text)} characters, at most {most} are spoken")
+
+
+async def check_job(body: JobPromptOnly, job: Job, settings: Iterable[str], audio_url: str | None = None) -> VideoModel:
     """Refuse, before anything is bought, what cannot succeed; returns the model that is asked for."""
     for name in settings:
         get_settings().required(name)
-    if isinstance(body, JobPromptTTS) and len(body.text) > (most := get_settings().tts_max_chars):
-        raise unfit("text", f"has {len(body.text)} characters, at most {most} are spoken")
     model = await find_model(body.model)
     fit_input(model, body, audio_url)
     if job.partial.prediction_id is None:
@@ -2643,50 +2543,53 @@ async def check_job(
 
 
 async def speak(body: JobPromptTTS, job: Job, speech: Path) -> str:
-    """Have the text spoken and return the speech's URL, from which it is fetched: who is given it can fetch it too."""
-    if (audio_url := job.partial.audio_url) is None:
+    """Have the text spoken and return the speech's URL, from which it is fetched as everybody would."""
+    audio_url, spoken = job.partial.audio_url, b""
+    if audio_url is None:
         with job.stage("speech"):
             spoken = await elevenlabs_tts_bytes(body.text, body.voice_id)
     with job.stage("audio_upload"):
         if audio_url is None:
             kept_as = speech_file()
             audio_path = f"audio/{uuid.uuid4()}.{kept_as.extension}"
-            audio_url = job.partial.audio_url = await supabase_upload(audio_path, spoken, kept_as.content_type)
+            audio_url = await supabase_upload(audio_path, spoken, kept_as.content_type)
+            job.partial.audio_url = audio_url
             await save_job(job)
         await fetch_speech(audio_url, speech)
     return audio_url
 
 
 async def fetch_speech(audio_url: str, speech: Path) -> None:
-    """Fetch the speech as everybody would, before a film is bought. Raises ResourceFailed, above all if nobody can."""
+    """Fetch the speech before a film is bought. Raises ResourceFailed, above all if the bucket is not public."""
     try:
         await download(audio_url, speech, FETCH_RETRY)
     except ResourceFailed as exc:
         if exc.answer is None or meant_status(exc.answer) not in range(400, 500):
             raise
         bucket = f"SUPABASE_BUCKET={get_settings().supabase_bucket}"
-        message = f"The speech was stored but cannot be read: the bucket is not public. Make it so, or change {bucket}"
-        raise ResourceFailed(f"{message}. {exc.detail}", "supabase", retryable=False, answer=exc.answer) from exc
+        message = f"The speech was stored, but the bucket is not public: make it so, or change {bucket}. {exc.detail}"
+        raise ResourceFailed(message, "supabase", retryable=False, answer=exc.answer) from exc
 
 
 async def animate(body: JobPromptOnly, model: VideoModel, job: Job, audio_url: str | None = None) -> str:
     """Have the film made and return its URL."""
     with job.stage("video"):
         await heed_others(job)
-        job.partial.video_url = await replicate_video_from_prompt(body, audio_url, job, model)
-    return job.partial.video_url
+        video_url = await replicate_video_from_prompt(body, audio_url, job, model)
+    job.partial.video_url = video_url
+    return video_url
 
 
-async def talking_film(body: JobPromptTTS, model: VideoModel, job: Job, folder: Path) -> Path:
+async def talking_film(video_url: str, model: VideoModel, fit: Fit, job: Job, folder: Path) -> Path:
     """The film with our speech, in `folder`; that of a model which was given the speech is kept as it is."""
-    video, speech, final = folder / "video.mp4", folder / "speech", folder / "final.mp4"
+    video, final = folder / "video.mp4", folder / "final.mp4"
     with job.stage("download"):
-        await download(str(job.partial.video_url), video)
-        if model.speech_field:
-            await asyncio.to_thread(check_film, video)
-            return video
+        await download(video_url, video)
+        await asyncio.to_thread(check_film, video)
+    if model.speech_field:
+        return video
     with job.stage("mux"):
-        await mux_video_audio(video, speech, final, body.fit)
+        await mux_video_audio(video, folder / "speech", final, fit)
     return final
 
 
@@ -2694,22 +2597,17 @@ async def talking_film(body: JobPromptTTS, model: VideoModel, job: Job, folder: 
 # Routes
 # ----------------------------------------------------------------------------------------------------------------
 
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"description": "The request cannot succeed as it stands", "model": ErrorBody},
+    500: {"description": "The service or a provider failed; `partial` holds what was made", "model": ErrorBody},
+    "default": {"description": "No such route or method", "model": ErrorBody},
+}
 EXAMPLE_VIDEO = VideoResult(video_url="https://replicate.delivery/xezq/film.mp4")
 EXAMPLE_SPEECH = SpeechResult(
     video_url=EXAMPLE_VIDEO.video_url,
     audio_url=EXAMPLE_PICTURE.replace("pet.jpg", "audio/0b1f3a52-8d6e-4c6f-9a53-2f4f3c1f7a10.mp3"),
     final_url=EXAMPLE_PICTURE.replace("pet.jpg", "videos/5e0f9d0c-7f0b-4a39-9c1c-7f1f1f0f2b11.mp4"),
 )
-EVENTS_IN_WORDS = (
-    "With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing happens, then one "
-    "`result` (the JSON body) or one `error` (the error body and `status`)."
-)
-
-
-def error_answer(description: str, *errors: ServiceError) -> dict[str, Any]:
-    """How errors of one status stand in /docs: an example for each."""
-    examples = {type(error).__name__: {"value": error_json(error, Job("7f3c0e5a9d2b4c61"))} for error in errors}
-    return {"description": description, "model": ErrorBody, "content": {"application/json": {"examples": examples}}}
 
 
 def job_answers(example: BaseModel) -> dict[int | str, dict[str, Any]]:
@@ -2719,84 +2617,50 @@ def job_answers(example: BaseModel) -> dict[int | str, dict[str, Any]]:
     text = "".join(f"event: {name}\ndata: {data.model_dump_json(exclude_none=True)}\n\n" for name, data in told)
     kinds = [{"$ref": f"#/components/schemas/{kind}"} for kind in ("StageEvent", type(example).__name__, "ErrorEvent")]
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
-    names = {"type": "string", "enum": ["stage", "result", "error"]}
     item = {  # one event, described as FastAPI describes them
         "type": "object",
-        "description": EVENTS_IN_WORDS,
+        "description": "With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing "
+        "happens, then one `result` (the JSON body) or one `error` (the error body and `status`).",
         "required": ["event", "data"],
-        "properties": {"event": names, "data": data},
+        "properties": {"event": {"type": "string", "enum": ["stage", "result", "error"]}, "data": data},
     }
     stream = {"itemSchema": item, "example": text}
     good = {"content": {"application/json": {"example": example.model_dump()}, "text/event-stream": stream}}
-    return {200: good, **JOB_ERRORS}
+    return {200: good, **ERRORS}
 
 
-JOB_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: error_answer(
-        "The request cannot succeed as it stands",
-        unfit("seconds", f"{DEFAULT_MODEL} takes 6 or 10"),
-        ProviderRefused(
-            "ElevenLabs answered 404: A voice with this id was not found.",
-            "elevenlabs",
-            fault("voice_id", "A voice with this id was not found."),
-        ),
-    ),
-    500: error_answer(
-        "The service or a provider failed; `partial` holds what was made until then",
-        SettingMissing("The service is not set up for this: set ELEVEN_API_KEY."),
-        ProviderFailed("Replicate answered 503: Service Unavailable", "replicate"),
-    ),
-    "default": {"description": "No such route or method", "model": ErrorBody},
-}
-HEAD_ERRORS: dict[int | str, dict[str, Any]] = {
-    400: error_answer("The URL may not be fetched", UrlBlocked("The URL leads to an address that is not public.")),
-    500: error_answer("The URL did not answer", ResourceFailed("The URL did not answer within 10 s.")),
-    "default": JOB_ERRORS["default"],
-}
+KEY_IN_WORDS = (
+    "One for each job. With it the same request can be sent again, whatever happened, until there is an answer: "
+    "one film is bought, and it is delivered."
+)
+KEY_EXAMPLE = "8e03978e-40d5-43e8-bc93-6894a57f9324"
 IdempotencyKey = Annotated[
-    str | None,
-    Header(
-        alias="Idempotency-Key",
-        pattern=KEY_PATTERN,
-        description="One for each job. With it the same request can be sent again, whatever happened, until there is an "
-        "answer: one film is bought, and it is delivered.",
-        examples=["8e03978e-40d5-43e8-bc93-6894a57f9324"],
-    ),
+    str | None, Header(alias="Idempotency-Key", pattern=KEY_PATTERN, description=KEY_IN_WORDS, examples=[KEY_EXAMPLE])
 ]
 
 
 @app.head("/health", include_in_schema=False)
 @app.get("/health", summary="Is the process up?")
-async def health() -> Health:
+async def health() -> dict[Literal["ok"], bool]:
     """Answers at once, whatever else goes on."""
-    return Health()
+    return {"ok": True}
 
 
-@app.post(
-    "/jobs_prompt_only",
-    response_model=VideoResult,
-    responses=job_answers(EXAMPLE_VIDEO),
-    summary="Bring a picture to life",
-)
+@app.post("/jobs_prompt_only", response_model=VideoResult, responses=job_answers(EXAMPLE_VIDEO))
 async def jobs_prompt_only(body: JobPromptOnly, request: Request, key: IdempotencyKey = None) -> Response:
-    """A silent film from a picture and a prompt."""
+    """Bring a picture to life: a silent film from a picture and a prompt."""
     return await answer_job(request, body, key, video_job)
 
 
-@app.post(
-    "/jobs_prompt_tts",
-    response_model=SpeechResult,
-    responses=job_answers(EXAMPLE_SPEECH),
-    summary="Make a picture talk",
-)
+@app.post("/jobs_prompt_tts", response_model=SpeechResult, responses=job_answers(EXAMPLE_SPEECH))
 async def jobs_prompt_tts(body: JobPromptTTS, request: Request, key: IdempotencyKey = None) -> Response:
-    """A film in which the picture says a text."""
+    """Make a picture talk: a film in which the picture says a text."""
     return await answer_job(request, body, key, speech_job)
 
 
-@app.post("/debug/head", responses=HEAD_ERRORS, summary="Look at a remote file")
+@app.post("/debug/head", responses=ERRORS)
 async def debug_head(body: HeadRequest) -> HeadResult:
-    """Status, content type and size of a file on the public internet."""
+    """Look at a remote file: status, content type and size of a file on the public internet."""
     return await head(body.url)
 
 
