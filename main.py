@@ -82,9 +82,7 @@ class RequestLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic
 
 logger = RequestLogger(logging.getLogger("talking_pet"), {})
 
-# ----------------------------------------------------------------------------------------------------------------
-# Limits and timings
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Limits and timings ----------------------------------------------------------------------------------------
 
 MAX_REQUEST_BYTES = 64 * 1024
 MAX_SPEECH_BYTES = 9_500_000
@@ -126,9 +124,7 @@ PICTURE_TIMEOUT_S = 3.0
 MAX_REDIRECTS = 5
 SHUTDOWN_WAIT_S = 25.0  # for the answers of jobs that uvicorn has just cancelled; Render kills after 30 s
 
-# ----------------------------------------------------------------------------------------------------------------
-# Settings
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Settings --------------------------------------------------------------------------------------------------
 
 # ElevenLabs' OpenAPI document, parameter output_format (copy of 2026-08-22).
 TtsOutputFormat = Literal[
@@ -239,9 +235,7 @@ def get_settings() -> Settings:
         raise SystemExit(str(exc)) from None
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Models: what a request holds, what an answer holds
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Models: what a request holds, what an answer holds --------------------------------------------------------
 
 Provider = Literal["elevenlabs", "replicate", "supabase"]
 Category = Literal["configuration", "validation", "provider", "resource", "internal"]
@@ -401,9 +395,7 @@ class StageEvent(BaseModel):
     percent: int | None = Field(default=None, description="of the video, where the model's log tells")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Errors
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Errors ----------------------------------------------------------------------------------------------------
 
 
 class Kind(NamedTuple):
@@ -497,9 +489,7 @@ def as_service_error(exc: BaseException) -> ServiceError:
     return Unforeseen("Something unforeseen went wrong inside the service; its log has the request id.")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Jobs: what a request has done so far
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Jobs: what a request has done so far ----------------------------------------------------------------------
 
 # Whose failure it is when a stage does not end in time.
 STAGE_PROVIDERS: dict[Stage, Provider] = {"speech": "elevenlabs", "video": "replicate"}
@@ -593,9 +583,7 @@ class Job:
         return {name: value for name, value in told.items() if value or name not in ("partial", "errors")}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Waiting: nothing is cancelled by halves
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Waiting: nothing is cancelled by halves -------------------------------------------------------------------
 
 Result = TypeVar("Result")
 
@@ -651,9 +639,7 @@ async def call_apart(work: Awaitable[Result]) -> Result:
     return task.result()
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Network: one pool of connections, and a guard where they are made
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Network: one pool of connections, and a guard where they are made -----------------------------------------
 
 # Addresses that ipaddress.is_global lets pass in one Python version or another, or that lead elsewhere inside.
 BLOCKED_NETWORKS = [
@@ -833,9 +819,7 @@ async def shared() -> AsyncIterator[Shared]:
         yield Shared(http, asyncio.Semaphore(min(os.cpu_count() or 1, MAX_FFMPEG)))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# HTTP calls: what is repeated, and what never
-# ----------------------------------------------------------------------------------------------------------------
+# ---- HTTP calls: what is repeated, and what never --------------------------------------------------------------
 
 PROVIDER_NAMES: dict[Provider, str] = {
     "elevenlabs": "ElevenLabs",
@@ -1091,9 +1075,7 @@ def nonsense(provider: Provider, what: str) -> ServiceError:
     return ProviderFailed(f"{PROVIDER_NAMES[provider]} answered without {what}.", provider)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# ElevenLabs: text -> speech
-# ----------------------------------------------------------------------------------------------------------------
+# ---- ElevenLabs: text -> speech --------------------------------------------------------------------------------
 
 
 class SpeechFile(NamedTuple):
@@ -1177,9 +1159,7 @@ def playable(speech: bytes, output_format: str) -> bytes:
     return speech
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Supabase Storage, and downloads
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Supabase Storage, and downloads ---------------------------------------------------------------------------
 
 FOR_EVER = "max-age=31536000"  # stored and served as written
 
@@ -1354,9 +1334,7 @@ async def check_picture(url: str) -> None:
         raise unfit("image_url", "is the address of a web page, not of a picture")
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The job's file: what a job with an Idempotency-Key leaves in the bucket, to go on with later
-# ----------------------------------------------------------------------------------------------------------------
+# ---- The job's file: what a job with an Idempotency-Key leaves in the bucket, to go on with later --------------
 
 PROCESS_ID = uuid.uuid4().hex
 OTHER_BODY = "belongs to a request with another body; a new job needs a new one"
@@ -1475,9 +1453,7 @@ async def with_key(job: Job, file: JobFile, work: Callable[[], Awaitable[BaseMod
     return result
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Video models: a request fitted to what the model's own schema takes
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Video models: a request fitted to what the model's own schema takes ---------------------------------------
 
 DEFAULT_MODEL = "minimax/hailuo-02"
 
@@ -1755,9 +1731,7 @@ def lines(size: Any) -> int:
     return int(plain[1]) if plain else 0
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Replicate: picture -> film
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Replicate: picture -> film --------------------------------------------------------------------------------
 
 FINAL_STATUSES = ("succeeded", "failed", "canceled", "aborted")
 
@@ -2050,9 +2024,7 @@ async def cancel_prediction(prediction_id: str) -> None:
         logger.warning("prediction_id=%s not cancelled: %s", prediction_id, exc)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# ffmpeg: film + speech -> talking film
-# ----------------------------------------------------------------------------------------------------------------
+# ---- ffmpeg: film + speech -> talking film ---------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -2172,9 +2144,7 @@ def check_film(video: Path) -> None:
         raise ResourceFailed("The film that the model made breaks off.", "replicate", retryable=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Application
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Application -----------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager
@@ -2359,9 +2329,7 @@ app.add_middleware(
 app.add_middleware(RequestContext)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Running a job: its deadline, a client that leaves, its two forms of answer
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Running a job: its deadline, a client that leaves, its two forms of answer --------------------------------
 
 Body = TypeVar("Body", bound=JobPromptOnly)
 Work = Callable[[Body, Job], Awaitable[BaseModel]]
@@ -2501,9 +2469,7 @@ async def next_part(events: Events) -> bytes | None:
     return format_sse_event(event="stage", data_str=event.model_dump_json(exclude_none=True)) if event else None
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# The two jobs: a step whose result an earlier request has left is skipped
-# ----------------------------------------------------------------------------------------------------------------
+# ---- The two jobs: a step whose result an earlier request has left is skipped ----------------------------------
 
 
 async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
@@ -2593,9 +2559,7 @@ async def talking_film(video_url: str, model: VideoModel, fit: Fit, job: Job, fo
     return final
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Routes
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Routes ----------------------------------------------------------------------------------------------------
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request cannot succeed as it stands", "model": ErrorBody},
