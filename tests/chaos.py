@@ -1,0 +1,163 @@
+"""Kills the service at random moments, sends the same requests again, and counts what was bought and delivered.
+
+python -m tests.chaos --kills 200                 one process of the service
+python -m tests.chaos --kills 200 --services 2    two on one bucket, asked in turn
+
+Each job has a key, a prompt and a text of its own. While one runs, the process is killed (SIGKILL), ended without time
+(SIGTERM) or the connection is cut, and the same request is sent again until there is a film. The providers are the
+sandbox; its creates answer late, so that many kills fall between a prediction and the note of its id, and some of their
+answers are lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from tests.jobs import caller, short_film, speech_job
+from tests.sandbox import Sandbox, Service
+
+# Waits shorter than in life, in the same proportions: a film of 0.6 s, and patience for half a minute's worth of trouble.
+PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "PATIENCE_SECONDS": "4"}
+VIDEO_SECONDS, CREATE_SECONDS = 0.6, 0.25
+JOB_SECONDS = 1.6  # what an undisturbed job takes here; a kill comes at any moment of it
+DISTURBANCES = ("SIGKILL", "SIGTERM", "cut")
+GIVE_UP_S = 60.0  # a job that has no film after that is lost
+
+
+@dataclass
+class Chaos:
+    """The sandbox, the processes of the service, and what has happened to them."""
+
+    sandbox: Sandbox
+    services: list[Service]
+    random: random.Random
+    kills: Counter[str] = field(default_factory=Counter)
+    requests: int = 0
+    delivered: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+
+    def start(self, number: int) -> None:
+        """Start a process anew in place of one that has ended."""
+        environment = {**self.sandbox.environment(), **PACE}
+        self.services[number] = Service(environment, graceful_s=0).start()
+
+    async def disturb(self, number: int, request: asyncio.Task[Any]) -> None:
+        """After a random while, end a process or cut the connection; nothing is done if there is an answer already."""
+        await asyncio.wait({request}, timeout=self.random.uniform(0, JOB_SECONDS))
+        if request.done():
+            return
+        kind = self.random.choice(DISTURBANCES)
+        self.kills[kind] += 1
+        if kind == "cut":
+            request.cancel()
+            return
+        await asyncio.to_thread(self.services[number].close, getattr(signal, kind))
+        await asyncio.to_thread(self.start, number)
+
+    async def job(self, name: str, kills: int) -> None:
+        """One job from its first request to its film; it is disturbed until so many kills have been made."""
+        body = speech_job(self.sandbox, prompt=f"The cat tells of {name}", text=f"I am {name}")
+        deadline = time.monotonic() + GIVE_UP_S
+        while time.monotonic() < deadline:
+            number = self.requests % len(self.services)
+            self.requests += 1
+            request = asyncio.create_task(ask(self.services[number].url, body, name))
+            if self.kills.total() < kills:
+                await self.disturb(number, request)
+            answer = (await asyncio.gather(request, return_exceptions=True))[0]
+            if isinstance(answer, dict) and "final_url" in answer:
+                await self.deliver(name, answer["final_url"])
+                return
+            if isinstance(answer, dict) and not answer["retryable"]:
+                print(f"{name}: {json.dumps(answer)}", file=sys.stderr)
+                break
+            await asyncio.sleep(0.05)
+        self.lost.append(name)
+
+    async def deliver(self, name: str, url: str) -> None:
+        """Fetch the film as the front end would."""
+        async with caller(self.sandbox.url) as client:
+            film = await client.get(url)
+        (self.delivered if film.status_code == 200 and len(film.content) > 1_000 else self.lost).append(name)
+
+    def films(self) -> Counter[str]:
+        """How many predictions were made for each job."""
+        return Counter(prediction.input["prompt"] for prediction in self.sandbox.predictions.values())
+
+
+async def ask(url: str, body: dict[str, Any], key: str) -> dict[str, Any]:
+    """The answer to one request. Raises httpx.HTTPError if the connection breaks."""
+    async with caller(url) as client:
+        response = await client.post("/jobs_prompt_tts", json=body, headers={"Idempotency-Key": key})
+        answer: dict[str, Any] = response.json()
+        return answer
+
+
+async def run(chaos: Chaos, kills: int) -> None:
+    """Jobs one after the other until so many kills have been made."""
+    number = 0
+    while chaos.kills.total() < kills:
+        number += 1
+        if chaos.random.random() < 0.2:  # made, but nobody hears of it
+            chaos.sandbox.fault("create", "lost")
+        chaos.sandbox.fault("create", "slow", seconds=CREATE_SECONDS)
+        await chaos.job(f"job {number}".replace(" ", "-"), kills)
+
+
+def report(chaos: Chaos, seconds: float) -> bool:
+    """Print the counts; True if every job was delivered and no film was bought twice."""
+    films = chaos.films()
+    jobs = len(chaos.delivered) + len(chaos.lost)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(chaos.kills.items()))
+    print(f"jobs             {jobs}")
+    print(f"kills            {chaos.kills.total()}  ({kinds})")
+    print(f"requests         {chaos.requests}")
+    print(f"films bought     {films.total()}")
+    print(f"films delivered  {len(chaos.delivered)}")
+    print(f"speeches bought  {len(chaos.sandbox.calls('speech'))}")
+    print(f"seconds          {seconds:.0f}")
+    twice = [prompt for prompt, count in films.items() if count > 1]
+    for name in (*chaos.lost, *twice):
+        print(f"not as it should be: {name}", file=sys.stderr)
+    return not chaos.lost and not twice and films.total() == jobs
+
+
+def main() -> int:
+    """Run the command; the exit code is 0 if every job was delivered with one film bought."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=200, help="how often something is killed (default: 200)")
+    parser.add_argument("--services", type=int, default=1, help="processes of the service (default: 1)")
+    parser.add_argument("--seed", type=int, default=None, help="of the random moments (default: another each time)")
+    options = parser.parse_args()
+    seed = options.seed if options.seed is not None else random.randrange(10_000)
+    print(f"seed             {seed}", flush=True)
+    with Sandbox(video_seconds=VIDEO_SECONDS, speech_seconds=1.0) as sandbox:
+        sandbox.film(short_film())
+        chaos = Chaos(sandbox, [None] * options.services, random.Random(seed))  # type: ignore[list-item]  # started below
+        try:
+            for number in range(options.services):
+                chaos.start(number)
+            started = time.monotonic()
+            asyncio.run(run(chaos, options.kills))
+            return 0 if report(chaos, time.monotonic() - started) else 1
+        finally:
+            for service in filter(None, chaos.services):
+                service.close(signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except httpx.HTTPError as exc:
+        sys.exit(f"{type(exc).__name__}: {exc}")
