@@ -3,7 +3,8 @@
 `python -m tests.sandbox` runs a job on it; the tests use `Sandbox` and `Service` as fixtures.
 """
 
+from .ports import PortTaken
 from .providers import Sandbox
 from .service import Service
 
-__all__ = ["Sandbox", "Service"]
+__all__ = ["PortTaken", "Sandbox", "Service"]

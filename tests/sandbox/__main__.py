@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from .service import Service, ServiceError
 INTRODUCTION = """\
 The sandbox plays ElevenLabs, Replicate and Supabase on this machine: no key, no cost, nothing leaves it.
 Not imitated: a real voice (espeak-ng's if installed, else one tone a letter), a mouth that moves (the picture nods
-and tilts), prices and plans, webhooks, files that expire.
+and tilts), prices and plans, webhooks, files that expire by themselves.
 """
 TEXT = "Hello! I am Rex. I can talk now, and I have a lot to say!"
 PROMPT = "The dog looks into the camera and talks"
 FILM_FILE = Path("talking-pet.mp4")
 VIDEO_SECONDS = 2.5
 JOB_TIMEOUT_S = 660.0
+FOLLOW_S = 0.1  # between two looks at the service's log
 ERASE_TO_END = "\x1b[K" if sys.stdout.isatty() else ""  # of the line; empty where nobody watches
 
 
@@ -41,14 +42,47 @@ def main() -> int:
     options = parse_options()
     print(INTRODUCTION)
     with Sandbox(options.port, video_seconds=VIDEO_SECONDS, tones=False) as sandbox:
-        with Service(sandbox.environment(), options.service_port) as service:
+        with Service(sandbox.environment(), options.service_port) as service, ExitStack() as beside:
             sandbox.service_url = service.url
             print(f"providers  {sandbox.url}")
             print(f"service    {service.url}  (uvicorn main:app, unchanged)")
+            if options.verbose:
+                beside.enter_context(log_shown(service))
+            else:
+                print(f"its log    {service.log_file.name}  (as long as this runs; --verbose prints it)")
             succeeded = run_job(service, job_of(sandbox, options))
             if not options.once:
                 stay_up(sandbox, service)
             return 0 if succeeded else 1
+
+
+@contextmanager
+def log_shown(service: Service) -> Iterator[None]:
+    """Print what the service logs, line by line as it comes."""
+    ended = threading.Event()
+    thread = threading.Thread(target=print_log, args=(Path(service.log_file.name), ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def print_log(file: Path, ended: threading.Event) -> None:
+    """Print the lines of a file that grows, until told that it has ended."""
+    with file.open(encoding="utf-8", errors="replace") as log:
+        line = ""
+        while True:
+            was_last = ended.is_set()
+            line += log.readline()
+            if line.endswith("\n"):
+                print(f"  log  {line.rstrip()}{ERASE_TO_END}", flush=True)
+                line = ""
+            elif was_last:
+                return
+            else:
+                ended.wait(FOLLOW_S)
 
 
 def stay_up(sandbox: Sandbox, service: Service) -> None:
@@ -65,9 +99,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--text", default=TEXT, help="what the pet says")
     parser.add_argument("--image", help="a picture: a file or a URL")
     parser.add_argument("--model", help="a Replicate model, as owner/name")
-    parser.add_argument("--port", type=int, default=0, help="of the providers and the page (default: a free one)")
-    parser.add_argument("--service-port", type=int, default=0, help="of the service (default: a free one)")
+    parser.add_argument("--verbose", action="store_true", help="print the service's log as it comes")
+    parser.add_argument("--port", type=port, default=0, help="of the providers and the page (default: a free one)")
+    parser.add_argument("--service-port", type=port, default=0, help="of the service (default: a free one)")
     return parser.parse_args()
+
+
+def port(text: str) -> int:
+    """A port's number. ValueError if there is no such port, which is told as an invalid one."""
+    if not 0 <= int(text) <= 65_535:
+        raise ValueError(text)
+    return int(text)
 
 
 def job_of(sandbox: Sandbox, options: argparse.Namespace) -> dict[str, Any]:

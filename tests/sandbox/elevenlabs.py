@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import uuid
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -21,12 +22,22 @@ from .behaviour import Behaviour, Workshop
 from .wire import Handler, Refusal
 
 KEY = "sk_sandbox0123456789abcdef0123456789abcdef01234567"
-VOICES_HZ = {  # 20 letters and digits, as real ids have; the last one is the example in ElevenLabs' documents
-    "SandboxVoiceRex00001": 262.0,
-    "SandboxVoiceLuna0002": 392.0,
-    "JBFqnCBsd6RMkjVDRZzb": 196.0,
-}
+
+
+class Voice(NamedTuple):
+    """A voice: its name, and the pitch that it has here."""
+
+    name: str
+    hertz: float
+
+
 LIBRARY_VOICE = "SandboxVoiceLibrary3"  # a paid plan is needed to use such a voice over the API
+VOICES = {  # 20 letters and digits, as real ids have; George's is the example in ElevenLabs' documents
+    "SandboxVoiceRex00001": Voice("Rex", 262.0),
+    "SandboxVoiceLuna0002": Voice("Luna", 392.0),
+    "JBFqnCBsd6RMkjVDRZzb": Voice("George", 196.0),
+    LIBRARY_VOICE: Voice("Bella, of the voice library", 330.0),
+}
 MODELS_MAX_CHARS = {
     "eleven_v3": 5_000,
     "eleven_multilingual_v2": 10_000,
@@ -49,10 +60,15 @@ TYPES = {
 
 
 class ElevenLabs:
-    """The speech provider: `plan` (on the behaviour) says what the account may use."""
+    """The speech provider: `plan` (on the behaviour) says what the account may use; `made` counts what it paid for."""
 
     def __init__(self, behaviour: Behaviour, workshop: Workshop) -> None:
         self.behaviour, self.workshop = behaviour, workshop
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing spoken yet."""
+        self.made: Counter[str] = Counter()
 
     def routes(self, on: Callable[[str, Handler], Any]) -> list[Route]:
         """The one call that is imitated."""
@@ -70,6 +86,7 @@ class ElevenLabs:
             ("speech", text, voice_hz, output_format, seconds, tones),
             lambda: media.speech(text, output_format, voice_hz, seconds, tones),
         )
+        self.made[text] += 1
         # The published document knows no other media type than this one, whatever the format.
         return Response(sound, headers=answer_headers(text), media_type="audio/mpeg")
 
@@ -78,14 +95,14 @@ class ElevenLabs:
         if not re.fullmatch(r"[A-Za-z0-9_-]{2,}", voice_id):
             message = f"An invalid ID has been received: '{voice_id}'. Make sure to provide a correct one."
             raise Refusal(JSONResponse({"detail": {"status": "invalid_uid", "message": message}}, 400))
-        if voice_id == LIBRARY_VOICE:
-            if self.behaviour.plan == "free":
-                message = "Free users cannot use library voices via the API. Please upgrade your subscription to use this voice."
-                raise refusal(402, "paid_plan_required", message, status="payment_required")
-            return 330.0
-        if voice_id not in VOICES_HZ:
+        if voice_id not in VOICES:
             raise refusal(404, "voice_not_found", f"A voice with voice_id '{voice_id}' was not found.")
-        return VOICES_HZ[voice_id]
+        if voice_id == LIBRARY_VOICE and self.behaviour.plan == "free":
+            message = (
+                "Free users cannot use library voices via the API. Please upgrade your subscription to use this voice."
+            )
+            raise refusal(402, "paid_plan_required", message, status="payment_required")
+        return VOICES[voice_id].hertz
 
     def check_format(self, output_format: str) -> str:
         """The format if it exists and the plan includes it."""

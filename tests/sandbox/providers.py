@@ -4,17 +4,21 @@ with Sandbox() as sandbox:
     sandbox.environment()                      # the variables that point the service here
     sandbox.fault("read", "status", status=503)
     sandbox.calls("create")                    # what came in
+    sandbox.speeches, sandbox.predictions      # what was bought
+
+Any number of service processes may use one sandbox at once, one after the other, and be killed at any moment.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import mimetypes
-import socket
 import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +27,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from . import elevenlabs, replicate, supabase
+from . import elevenlabs, ports, replicate, supabase
 from .behaviour import Behaviour, Workshop
 from .replicate import OUTCOMES, Limit, Prediction
 from .supabase import Bucket, StoredObject
-from .wire import Blob, Endpoint, Handler, Recorded, Wire
+from .wire import Endpoint, Handler, Recorded, Wire, file_response
 
 HERE = Path(__file__).parent
 PET_FILE = HERE / "pet.jpg"
 PAGE_FILE = HERE / "page.html"
+CLIENT_FILE = HERE / "client.js"
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 2.0  # after that the thread is left to end with the process
 PICTURE_KINDS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp", b"GIF8": "gif"}  # by first bytes
+DEFAULT_MODEL = "minimax/hailuo-02"  # of the service
 KEEP_ALIVE_S = (
     75  # as front ends of real providers have it; uvicorn's own 5 s would meet clients that reuse a connection
 )
@@ -66,8 +72,13 @@ class Sandbox(Behaviour):
     # Running
 
     def start(self) -> Sandbox:
-        """Listen, on a free port unless one was given; returns when requests are answered."""
-        listener = self.listen()
+        """Listen, on a free port unless one was given; returns when requests are answered. PortTaken."""
+        try:
+            listener = ports.listen(self.port, "the providers", "--port")
+        except ports.PortTaken:
+            self.stop()
+            raise
+        self.port = listener.getsockname()[1]
         config = uvicorn.Config(
             self.router(),
             loop="asyncio",
@@ -88,20 +99,6 @@ class Sandbox(Behaviour):
                 raise RuntimeError("the sandbox did not start")
             time.sleep(0.005)
         return self
-
-    def listen(self) -> socket.socket:
-        """The socket for the server, with TCP named: only then does asyncio switch delays off."""
-        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", self.port))
-        except OSError:
-            listener.close()
-            self.stop()
-            raise
-        listener.listen(2048)
-        self.port = listener.getsockname()[1]
-        return listener
 
     def stop(self) -> None:
         """Stop at once, whatever is under way."""
@@ -125,6 +122,7 @@ class Sandbox(Behaviour):
 
         own = [
             Route("/", on("page", self.page), methods=["GET"]),
+            Route("/client.js", on("page", self.client), methods=["GET"]),
             Route("/pet.jpg", on("picture", self.picture), methods=["GET"]),
             Route("/pictures/{name}", on("picture", self.added_picture), methods=["GET"]),
             Route("/pictures", on("page", self.add_picture), methods=["POST"]),
@@ -148,7 +146,7 @@ class Sandbox(Behaviour):
     @property
     def voice_id(self) -> str:
         """A voice that exists."""
-        return next(iter(elevenlabs.VOICES_HZ))
+        return next(iter(elevenlabs.VOICES))
 
     def environment(self) -> dict[str, str]:
         """The settings that point the service here."""
@@ -179,6 +177,15 @@ class Sandbox(Behaviour):
         """Every prediction by its id, in order of creation."""
         return self.replicate.predictions
 
+    def created(self, **values: Any) -> list[Prediction]:
+        """The predictions whose input has all these values, in order of creation."""
+        return [one for one in list(self.predictions.values()) if values.items() <= one.input.items()]
+
+    @property
+    def speeches(self) -> Counter[str]:
+        """How often each text was spoken, and paid for, since the last reset."""
+        return self.elevenlabs.made
+
     @property
     def objects(self) -> dict[str, StoredObject]:
         """Every uploaded object by `bucket/path`."""
@@ -205,6 +212,10 @@ class Sandbox(Behaviour):
         """The file that the next predictions give: these bytes, one of FILM_KINDS, or None for a film of the picture."""
         self.replicate.film = FILM_KINDS[film] if isinstance(film, str) else film
 
+    def expire(self, prediction_id: str) -> None:
+        """Remove what an ended prediction holds, as Replicate does an hour after its end. ValueError if it runs yet."""
+        self.predictions[prediction_id].expire()
+
     def limits(self, creates_per_minute: int | None = 600, reads_per_minute: int | None = 3000) -> None:
         """Turn Replicate's rate limits on; reads share theirs with every call but create."""
         self.replicate.creates, self.replicate.others = Limit(creates_per_minute), Limit(reads_per_minute)
@@ -214,6 +225,7 @@ class Sandbox(Behaviour):
         self.behave_as(self.initial)
         self.pictures.clear()
         self.wire.clear()
+        self.elevenlabs.clear()
         self.replicate.clear()
         self.supabase.clear()
 
@@ -225,15 +237,35 @@ class Sandbox(Behaviour):
             return Response("no page here", 404)
         page = PAGE_FILE.read_text(encoding="utf-8")
         known = {"SERVICE_URL": self.service_url, "IMAGE_URL": self.image_url, "VOICE_ID": self.voice_id}
-        for name, value in known.items():
+        lists = {"MODELS": self.known_models(), "VOICES": self.known_voices()}
+        for name, value in {**known, **{name: script_json(value) for name, value in lists.items()}}.items():
             page = page.replace("{{" + name + "}}", value)
         return Response(page, media_type="text/html", headers={"cache-control": "no-cache"})
+
+    def known_models(self) -> list[dict[str, Any]]:
+        """The models that film a picture, the service's default first, with what a person wants to know of each."""
+        models = sorted(self.replicate.models.values(), key=lambda model: model.name != DEFAULT_MODEL)
+        return [
+            {"name": model.name, "speaks": model.speaks, "official": model.official, "version": model.version}
+            for model in models
+        ]
+
+    def known_voices(self) -> list[dict[str, Any]]:
+        """The voices that exist."""
+        return [{"id": identity, "name": voice.name} for identity, voice in elevenlabs.VOICES.items()]
+
+    async def client(self, request: Request) -> Response:
+        """The client script, for pages of any origin."""
+        if not CLIENT_FILE.exists():
+            return await self.unknown(request)
+        headers = {"cache-control": "no-cache", "access-control-allow-origin": "*"}
+        return Response(CLIENT_FILE.read_bytes(), media_type="text/javascript", headers=headers)
 
     async def picture(self, request: Request) -> Response:
         """The pet."""
         media_type = mimetypes.guess_type(self.picture_file.name)[0] or "application/octet-stream"
         headers = {"content-type": media_type, "access-control-allow-origin": "*"}
-        return Blob(self.picture_file.read_bytes(), headers=headers)
+        return file_response(request, self.picture_file.read_bytes(), headers)
 
     async def add_picture(self, request: Request) -> Response:
         """Keep a picture that the page brings, and say its address: a front end's own storage would do the same."""
@@ -251,7 +283,8 @@ class Sandbox(Behaviour):
         if name not in self.pictures:
             return await self.unknown(request)
         kind = name.rpartition(".")[2].replace("jpg", "jpeg")
-        return Blob(self.pictures[name], headers={"content-type": f"image/{kind}", "access-control-allow-origin": "*"})
+        headers = {"content-type": f"image/{kind}", "access-control-allow-origin": "*"}
+        return file_response(request, self.pictures[name], headers)
 
     async def unknown(self, request: Request) -> Response:
         """A path that no provider has."""
@@ -265,6 +298,11 @@ THREAD_NAME = "sandbox"
 def not_from_this_thread(record: logging.LogRecord) -> bool:
     """Keep what uvicorn says of the sandbox's own server, cut connections above all, out of the service's log."""
     return record.threadName != THREAD_NAME
+
+
+def script_json(value: Any) -> str:
+    """A value as JSON that may stand in a script of a page."""
+    return json.dumps(value).replace("<", "\\u003c")
 
 
 def default_body(call: str, status: int) -> Any:

@@ -1,8 +1,10 @@
 """Replicate's predictions, as a stand-in.
 
-Shapes: api.replicate.com/openapi.json, replicate.com/docs (create-a-prediction, prediction-lifecycle, rate-limits), and
-recorded replies. Our own guesses: the answer to a malformed Cancel-After, the text of a failed prediction, and what
-cancelling an ended prediction answers. Not imitated: webhooks, `Prefer: wait`, streaming, removal after an hour.
+Shapes: api.replicate.com/openapi.json, replicate.com/docs (create-a-prediction, predictions.list, models.versions.get,
+prediction-lifecycle, data-retention, rate-limits), and recorded replies. Our own guesses: the answers to a malformed
+Cancel-After, `created_after` or `cursor`, the text of a failed prediction, and what cancelling an ended prediction
+answers. Not imitated: webhooks, `Prefer: wait`, streaming, the list's `created_before` and `source`; what Replicate
+removes after an hour is removed here when `Prediction.expire` says so.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from hashlib import sha256
 from typing import Any
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -27,20 +30,21 @@ from starlette.routing import Route
 from . import media
 from .behaviour import Behaviour, Workshop
 from .schemas import Invalid, Model, invalid_input, load_models
-from .wire import Blob, Handler, Refusal, asked_range
+from .wire import Handler, Refusal, file_response
 
 TOKEN = "r8_Sandbox0123456789abcdef0123456789abcdef"
 ENDED = ("succeeded", "failed", "canceled", "aborted")
 OUTCOMES = (*ENDED, "never", "queued")  # never: processes for ever; queued: never starts
 BODY_FIELDS = ("input", "stream", "webhook", "webhook_events_filter")
 CANCEL_AFTER_S = (5, 24 * 3600)
+PAGE_SIZE = 100  # predictions a page of the list
 SHORT_SIDE_PIXELS, FPS = 720, 24
 DEFAULT_SECONDS = 6.0
 
 
 @dataclass
 class Prediction:
-    """One prediction and how far it has come."""
+    """One prediction and how far it has come; `input` stays readable here after it has expired."""
 
     id: str
     model: Model
@@ -57,6 +61,7 @@ class Prediction:
     created_at: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
     ended_as: str | None = None
     ended_after_s: float = 0.0
+    is_removed: bool = False
 
     @property
     def age_s(self) -> float:
@@ -93,6 +98,12 @@ class Prediction:
         if self.ended_as is None:
             self.ended_as, self.error, self.ended_after_s = status, error, self.age_s
 
+    def expire(self) -> None:
+        """Lose input, output, log and film, as an hour after the end. ValueError if it has not ended."""
+        if self.status not in ENDED:
+            raise ValueError(f"prediction {self.id} has not ended: {self.status}")
+        self.is_removed, self.film = True, b""
+
     async def read(self) -> None:
         """Count a read, and end if it is time to."""
         if self.status in ENDED:
@@ -111,10 +122,10 @@ class Prediction:
             "id": self.id,
             "model": self.model.name,
             "version": "hidden" if self.model.official else self.model.version,
-            "input": self.input,
-            "logs": self.logs() if self.is_started else "",
-            "output": self.output(base_url) if status == "succeeded" else None,
-            "data_removed": False,
+            "input": {} if self.is_removed else self.input,
+            "logs": None if self.is_removed else self.logs() if self.is_started else "",
+            "output": self.output(base_url) if status == "succeeded" and not self.is_removed else None,
+            "data_removed": self.is_removed,
             "error": self.error,
             "source": "api",
             "status": status,
@@ -171,7 +182,7 @@ class Replicate:
     def __init__(self, behaviour: Behaviour, workshop: Workshop, base_url: Callable[[], str]) -> None:
         self.behaviour, self.workshop, self.base_url = behaviour, workshop, base_url
         self.models = load_models()
-        self.by_version = {model.version: model for model in self.models.values()}
+        self.by_version = {version.version: version for model in self.models.values() for version in model.versions}
         self.clear()
 
     def clear(self) -> None:
@@ -185,8 +196,10 @@ class Replicate:
         """The calls that are imitated."""
         return [
             Route("/v1/models/{owner}/{name}", on("model", self.model), methods=["GET"]),
+            Route("/v1/models/{owner}/{name}/versions/{id}", on("model", self.version), methods=["GET"]),
             Route("/v1/models/{owner}/{name}/predictions", on("create", self.create_official), methods=["POST"]),
             Route("/v1/predictions", on("create", self.create_version), methods=["POST"]),
+            Route("/v1/predictions", on("list", self.listing), methods=["GET"]),
             Route("/v1/predictions/{id}", on("read", self.read), methods=["GET"]),
             Route("/v1/predictions/{id}/cancel", on("cancel", self.cancel), methods=["POST"]),
             Route("/delivery/{id}/output.mp4", on("output", self.output), methods=["GET"]),
@@ -198,9 +211,16 @@ class Replicate:
         model = self.known_model(request)
         owner, _, name = model.name.partition("/")
         about = {"url": f"https://replicate.com/{model.name}", "owner": owner, "name": name, "visibility": "public"}
-        version = {"id": model.version, "created_at": "2026-03-29T09:00:00.000Z", "cog_version": "0.16.9"}
-        latest = {**version, "openapi_schema": model.document()}
-        return JSONResponse({**about, "is_official": model.official, "run_count": 1, "latest_version": latest})
+        more = {"is_official": model.official, "run_count": 1, "latest_version": version_json(model)}
+        return JSONResponse({**about, **more})
+
+    async def version(self, request: Request) -> Response:
+        """`GET /v1/models/{owner}/{name}/versions/{id}`: what this version takes."""
+        self.admit(request, self.others)
+        version = self.by_version.get(request.path_params["id"])
+        if version is None or version.name != self.known_model(request).name:
+            raise not_found()
+        return JSONResponse(version_json(version))
 
     async def create_official(self, request: Request) -> Response:
         """`POST /v1/models/{owner}/{name}/predictions`: official models only."""
@@ -256,6 +276,20 @@ class Replicate:
         await prediction.read()
         return JSONResponse(prediction.json(self.base_url()))
 
+    async def listing(self, request: Request) -> Response:
+        """`GET /v1/predictions`: the account's, newest first, a page at a time; it counts as no read of any of them."""
+        self.admit(request, self.others)
+        asked = request.query_params
+        after = read_moment(asked["created_after"]) if "created_after" in asked else None
+        known = sorted(self.predictions.values(), key=lambda one: one.created_at)[::-1]
+        wanted = [one for one in known if after is None or one.created_at >= after]
+        rest = wanted[read_cursor(asked["cursor"], wanted) :] if "cursor" in asked else wanted
+        page, url, following = rest[:PAGE_SIZE], self.base_url(), None
+        if len(rest) > PAGE_SIZE:
+            kept = {"created_after": asked["created_after"]} if after else {}
+            following = f"{url}/v1/predictions?{urlencode({'cursor': cursor_after(page[-1]), **kept})}"
+        return JSONResponse({"next": following, "previous": None, "results": [one.json(url) for one in page]})
+
     async def cancel(self, request: Request) -> Response:
         """`POST /v1/predictions/{id}/cancel`."""
         self.admit(request, self.others)
@@ -267,18 +301,10 @@ class Replicate:
     async def output(self, request: Request) -> Response:
         """The film itself, on what is `replicate.delivery` in the real world: open to all, with ranges."""
         prediction = self.predictions.get(request.path_params["id"])
-        if prediction is None or prediction.status != "succeeded":
+        if prediction is None or prediction.status != "succeeded" or prediction.is_removed:
             return Response("Not Found", 404)
-        film = prediction.film
-        asked = asked_range(request.headers.get("range"), len(film)) if film else (0, 0)
-        headers = {"content-type": "video/mp4", "accept-ranges": "bytes", "access-control-allow-origin": "*"}
-        if asked is None:
-            return Response(b"", 416, headers | {"content-range": f"bytes */{len(film)}"})
-        start, end = asked
-        if end - start == len(film):
-            return Blob(film, 200, headers)
-        part = {"content-range": f"bytes {start}-{end - 1}/{len(film)}"}
-        return Blob(memoryview(film)[start:end], 206, headers | part)
+        headers = {"content-type": "video/mp4", "access-control-allow-origin": "*"}
+        return file_response(request, prediction.film, headers)
 
     def admit(self, request: Request, limit: Limit) -> None:
         """Refuse a missing or invalid token, then what is over the rate limit."""
@@ -360,6 +386,30 @@ def read_cancel_after(header: str | None) -> int | None:
     return seconds
 
 
+def read_moment(text: str) -> datetime:
+    """A moment in ISO 8601, without a zone: in UTC; a plus that was not percent-encoded has become a blank, and is refused."""
+    parts = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:T(\d\d:\d\d(?::\d\d)?)(?:\.(\d{1,6}))?)?(Z|[+-]\d\d:\d\d)?", text)
+    try:
+        day, clock, fraction, zone = parts.groups("") if parts else ("", "", "", "")
+        moment = datetime.fromisoformat(f"{day}T{clock or '00:00'}{zone.replace('Z', '') or '+00:00'}")
+    except ValueError:
+        raise problem(400, f"created_after: {text!r} is not a date-time in ISO 8601", "Bad request") from None
+    return moment + timedelta(microseconds=int(fraction.ljust(6, "0")))
+
+
+def cursor_after(last: Prediction) -> str:
+    """What stands for the place behind this prediction in the list."""
+    return base64.urlsafe_b64encode(f"p={last.id}".encode()).decode()
+
+
+def read_cursor(cursor: str, listed: list[Prediction]) -> int:
+    """Where the page begins that this cursor names, or a 404."""
+    places = {cursor_after(one): place for place, one in enumerate(listed, start=1)}
+    if cursor not in places:
+        raise problem(404, "Invalid cursor")
+    return places[cursor]
+
+
 def problem(status: int, detail: str, title: str | None = None, **more: Any) -> Refusal:
     """Replicate's error shape."""
     body = {"detail": detail, "status": status, **({"title": title} if title else {}), **more}
@@ -380,6 +430,12 @@ def default_body(status: int) -> Any:
         429: "Request was throttled. Your rate limit resets in ~1s.",
     }
     return {"detail": details.get(status, "Internal server error"), "status": status}
+
+
+def version_json(model: Model) -> dict[str, Any]:
+    """A version of a model as Replicate shows it."""
+    about = {"id": model.version, "created_at": model.created_at, "cog_version": "0.16.9"}
+    return {**about, "openapi_schema": model.document()}
 
 
 # What a film is to be

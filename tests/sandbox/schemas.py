@@ -1,14 +1,15 @@
 """Replicate's models as data: their input schemas as served, and the check of an input against them.
 
-`models.json` holds per model: official or not, version, shape of the output, required fields and properties. The refusals
-carry the names and texts of gojsonschema, which Replicate's own answers show. Stricter than is known of the real one:
-a field that the schema does not have is refused.
+`models.json` holds per model: official or not, version, shape of the output, required fields and properties, and under
+`older` earlier versions that differ in these (made up: Replicate's old schemas are not on record). The refusals carry
+the names and texts of gojsonschema, which Replicate's own answers show. Stricter than is known of the real one: a field
+that the schema does not have is refused.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -34,7 +35,7 @@ class Invalid(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """One model as Replicate knows it."""
+    """One version of a model as Replicate knows it: the latest one, unless taken from `older`."""
 
     name: str
     official: bool
@@ -42,6 +43,18 @@ class Model:
     output: str
     required: list[str]
     properties: dict[str, dict[str, Any]]
+    created_at: str = "2026-03-29T09:00:00.000Z"
+    older: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def versions(self) -> list[Model]:
+        """This version and the older ones, each with a schema of its own."""
+        return [self, *(replace(self, **fields, older=[]) for fields in self.older)]
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it takes speech and makes the mouth follow."""
+        return "audio" in self.properties
 
     def default(self, values: dict[str, Any], *names: str) -> Any:
         """The value of the first of these fields that the model has: as sent, else the schema's default."""

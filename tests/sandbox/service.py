@@ -5,13 +5,14 @@ from __future__ import annotations
 import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from .ports import PortTaken, listen
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 30.0
@@ -60,8 +61,12 @@ class Service:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Service:
-        """Start the process; returns when /health answers. ServiceError if the port is taken."""
-        self.port = free_port(self.port)
+        """Start the process; returns when /health answers. ServiceError if it ends first, PortTaken."""
+        try:
+            self.port = free_port(self.port)
+        except PortTaken:
+            self.log_file.close()
+            raise
         command = [sys.executable, "-m", "uvicorn", "main:app", "--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--timeout-graceful-shutdown", str(self.graceful_s)]
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
@@ -125,6 +130,11 @@ class Service:
             self.process.kill()
             return self.process.wait()
 
+    def restart(self, signal_number: int = signal.SIGKILL) -> Service:
+        """End the process in this way, and start it again on the same port; the log goes on."""
+        self.stop(signal_number)
+        return self.start()
+
     def close(self, signal_number: int = signal.SIGTERM) -> None:
         """Stop, and remove the log."""
         self.stop(signal_number)
@@ -138,9 +148,6 @@ class Service:
 
 
 def free_port(port: int = 0) -> int:
-    """A port that nobody listens on now: this one if it is given. ServiceError if it is taken."""
-    try:
-        with socket.create_server(("127.0.0.1", port)) as listener:
-            return int(listener.getsockname()[1])
-    except OSError as exc:
-        raise ServiceError(f"port {port} is in use; choose another one for the service") from exc
+    """A port that nobody listens on now: this one if it is given. PortTaken if somebody does."""
+    with listen(port, "the service", "--service-port") as listener:
+        return int(listener.getsockname()[1])

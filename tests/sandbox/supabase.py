@@ -1,8 +1,10 @@
 """Supabase Storage behind its gateway, as a stand-in.
 
 Shapes: recorded from supabase/storage 1.70.6 behind the published self-hosted gateway rules (2026-11-22). Nearly every
-refusal is an HTTP 400 whose JSON body holds the real status as a string. Not imitated: multipart uploads, listing,
-deleting and signing of objects, row-level security beyond "the anonymous key may not write".
+refusal is an HTTP 400 whose JSON body holds the real status as a string. Our own guess, after the server's source: the
+`authenticated` route refuses whoever brings no key, also for a public bucket. Not imitated: multipart uploads, listing,
+deleting and signing of objects, `/object/info`, row-level security beyond "the anonymous key may not write", and the
+hosted platform's cache, which may serve a replaced object's old bytes on its public URL for a minute.
 """
 
 from __future__ import annotations
@@ -136,6 +138,12 @@ class Spool:
             self.path.unlink(missing_ok=True)
 
 
+class Json(JSONResponse):
+    """JSON as this server labels it."""
+
+    media_type = "application/json; charset=utf-8"
+
+
 class Supabase:
     """The storage: `buckets` may be changed by a test, `objects` holds what was uploaded."""
 
@@ -168,8 +176,10 @@ class Supabase:
         base = "/storage/v1"
         return [
             Route(base + "/object/public/{bucket}/{path:path}", on("public", self.public), methods=["GET"]),
+            Route(base + "/object/authenticated/{bucket}/{path:path}", on("storage", self.keyed), methods=["GET"]),
+            Route(base + "/object/info/{path:path}", on("storage", self.info), methods=["GET"]),
             Route(base + "/object/{bucket}/{path:path}", on("upload", self.upload), methods=["POST", "PUT"]),
-            Route(base + "/object/{bucket}/{path:path}", on("storage", self.authenticated), methods=["GET"]),
+            Route(base + "/object/{bucket}/{path:path}", on("storage", self.unlabelled), methods=["GET"]),
             Route(base + "/bucket/{bucket}", on("storage", self.bucket), methods=["GET"]),
             Route(base + "/{path:path}", on("storage", self.unknown)),
         ]
@@ -179,7 +189,7 @@ class Supabase:
         name, path = request.path_params["bucket"], request.path_params["path"]
         role = role_of(request.headers)
         bucket = self.buckets.get(name)
-        check_path(path)
+        check_path(name, path)
         if bucket is None:
             raise refusal(*NO_BUCKET)
         content_type = check_mime(request.headers.get("content-type"), bucket)
@@ -190,9 +200,16 @@ class Supabase:
         check_permission(role, old, upsert=request.method == "PUT" or request.headers.get("x-upsert") == "true")
         spool = await self.receive(request, limit)
         cache_control = request.headers.get("cache-control", "no-cache")
-        stored = stored_object(spool, content_type, cache_control, old)
-        self.objects[f"{name}/{path}"] = stored
-        return JSONResponse({"Key": f"{name}/{path}", "Id": stored.id}, headers=CORS)
+        stored = self.put(f"{name}/{path}", spool, content_type, cache_control)
+        return Json({"Key": f"{name}/{path}", "Id": stored.id}, headers=CORS)
+
+    def put(self, key: str, spool: Spool, content_type: str, cache_control: str) -> StoredObject:
+        """Let a body that is in take its place: of several uploads at once to one new path the last to finish wins."""
+        old = self.objects.get(key)
+        stored = self.objects[key] = stored_object(spool, content_type, cache_control, old)
+        if old is not None and isinstance(old.data, Path):
+            old.data.unlink(missing_ok=True)  # who is reading it reads on
+        return stored
 
     async def receive(self, request: Request, limit: int) -> Spool:
         """The body; one that is cut off, or over the limit, leaves nothing behind."""
@@ -215,14 +232,23 @@ class Supabase:
             raise refusal(*NO_BUCKET)
         return self.serve(request, f"{name}/{path}")
 
-    async def authenticated(self, request: Request) -> Response:
-        """`GET /object/{bucket}/{path}` with a key; a public bucket needs none."""
-        name, path = request.path_params["bucket"], request.path_params["path"]
-        if name == "authenticated":
-            name, _, path = path.partition("/")
-        bucket = self.buckets.get(name)
+    async def keyed(self, request: Request) -> Response:
+        """`GET` and `HEAD /object/authenticated/{bucket}/{path}`: with a key only."""
+        return self.serve_to(role_of(request.headers), request)
+
+    async def unlabelled(self, request: Request) -> Response:
+        """`GET` and `HEAD /object/{bucket}/{path}`: a public bucket needs no key."""
         known = "authorization" in request.headers or "apikey" in request.headers
-        role = role_of(request.headers) if known else None
+        return self.serve_to(role_of(request.headers) if known else None, request)
+
+    async def info(self, request: Request) -> Response:
+        """`GET /object/info/...`."""
+        raise refusal("400", "Sandbox", "the sandbox does not imitate object info", "InvalidRequest")
+
+    def serve_to(self, role: str | None, request: Request) -> Response:
+        """The object as far as this role may read it; a private bucket looks like one that does not exist."""
+        name, path = request.path_params["bucket"], request.path_params["path"]
+        bucket = self.buckets.get(name)
         if bucket is None or (role is None and not bucket.public):
             raise refusal(*NO_BUCKET)
         if role != "service_role" and not bucket.public:
@@ -255,18 +281,18 @@ class Supabase:
         bucket, created = self.buckets[name], "2026-11-22T13:29:15.964Z"
         limits = {"file_size_limit": bucket.file_size_limit, "allowed_mime_types": bucket.allowed_mime_types}
         about = {"id": name, "name": name, "owner": "", "public": bucket.public, **limits}
-        return JSONResponse({**about, "created_at": created, "updated_at": created}, headers=CORS)
+        return Json({**about, "created_at": created, "updated_at": created}, headers=CORS)
 
     async def unknown(self, request: Request) -> Response:
         """The gateway's answer to a preflight, the server's to any other route."""
         if request.method == "OPTIONS":
-            return Response(b"", headers=CORS | preflight_headers(request), media_type="text/plain")
+            return Response(b"", headers=CORS | preflight_headers(request))
         path = request.url.path.removeprefix("/storage/v1")
         message = f"Route {request.method}:{path} not found"
         if path.startswith(("/object", "/bucket")):
             body = {"statusCode": "404", "error": "Not Found", "message": message, "code": "InvalidRequest"}
-            return JSONResponse(body, 404, CORS)
-        return JSONResponse({"message": message, "error": "Not Found", "statusCode": 404}, 404, CORS)
+            return JSONResponse(body, 404, CORS)  # this one without a charset
+        return Json({"message": message, "error": "Not Found", "statusCode": 404}, 404, CORS)
 
 
 # Checks
@@ -297,10 +323,11 @@ def role_in_token(token: str) -> str:
     return role
 
 
-def check_path(path: str) -> None:
-    """Refuse a name that the storage cannot hold."""
+def check_path(bucket: str, path: str) -> None:
+    """Refuse a name that the storage cannot hold; of a dot it tells with the object's inner key."""
     if ".." in path.split("/") or "." in path.split("/"):
-        raise refusal("400", "InvalidKey", f"Invalid key: stub/stub/{path} contains dot path segment", "InvalidKey")
+        inner = f"stub/stub/{bucket}/{path}/{uuid.uuid4()}"
+        raise refusal("400", "InvalidKey", f"Invalid key: {inner} contains dot path segment", "InvalidKey")
     if not ALLOWED_KEY.fullmatch(path):
         raise refusal("400", "InvalidKey", f"Invalid key: {path}", "InvalidKey")
     if any(len(part.encode()) > 255 for part in path.split("/")):
@@ -330,7 +357,7 @@ def check_permission(role: str, old: StoredObject | None, upsert: bool) -> None:
 def refusal(status: str, error: str, message: str, code: str, http_status: int = 400) -> Refusal:
     """The server's error envelope: the truth is in the body."""
     body = {"statusCode": status, "error": error, "message": message, "code": code}
-    return Refusal(JSONResponse(body, http_status, CORS))
+    return Refusal(Json(body, http_status, CORS))
 
 
 # Objects
@@ -380,7 +407,10 @@ def not_modified(stored: StoredObject, request: Request) -> bool:
 
 def preflight_headers(request: Request) -> dict[str, str]:
     """What the gateway allows a browser."""
-    headers = {"access-control-allow-methods": "GET,HEAD,PUT,PATCH,POST,DELETE,OPTIONS,TRACE,CONNECT"}
+    headers = {
+        "content-type": "text/plain",
+        "access-control-allow-methods": "GET,HEAD,PUT,PATCH,POST,DELETE,OPTIONS,TRACE,CONNECT",
+    }
     asked = request.headers.get("access-control-request-headers")
     return headers | ({"access-control-allow-headers": asked} if asked else {})
 

@@ -23,6 +23,7 @@ CALLS = (
     "model",
     "create",
     "read",
+    "list",
     "cancel",
     "upload",
     "public",
@@ -244,6 +245,17 @@ async def spoil_by_losing(exchange: Exchange, details: Mapping[str, Any]) -> Non
     await exchange.cut()
 
 
+async def spoil_from_behind(exchange: Exchange, details: Mapping[str, Any]) -> None:
+    """The call is carried out, but what stands in front of the provider answers: an HTML 502 unless told otherwise."""
+
+    async def send(message: Message) -> None:
+        return None
+
+    await exchange.answer(send)
+    spoil = spoil_with_status if "body" in details else spoil_with_html
+    await spoil(exchange, {"status": 502, **details})
+
+
 async def spoil_halfway(exchange: Exchange, details: Mapping[str, Any]) -> None:
     """The connection closes in the middle: of an upload's body, else of the answer's."""
     if exchange.call == "upload":
@@ -309,6 +321,7 @@ FAULTS: dict[str, Callable[[Exchange, Mapping[str, Any]], Awaitable[None]]] = {
     "empty": spoil_with_emptiness,
     "cut": spoil_by_cutting,
     "lost": spoil_by_losing,
+    "behind": spoil_from_behind,
     "halfway": spoil_halfway,
     "slow": spoil_with_slowness,
     "drip": spoil_by_dripping,
@@ -368,6 +381,19 @@ class Blob(Response):
         """The data in pieces of at most 256 KiB."""
         for start in range(0, len(self.data), CHUNK_BYTES):
             yield bytes(self.data[start : start + CHUNK_BYTES])
+
+
+def file_response(request: Request, data: bytes, headers: Mapping[str, str]) -> Response:
+    """A file as plain web servers serve it: whole, or the part that a GET's Range names."""
+    headers = {**headers, "accept-ranges": "bytes"}
+    asked = asked_range(request.headers.get("range") if request.method == "GET" and data else None, len(data))
+    if asked is None:
+        return Response(b"", 416, headers | {"content-range": f"bytes */{len(data)}"})
+    start, end = asked
+    if end - start == len(data):
+        return Blob(data, 200, headers)
+    part = {"content-range": f"bytes {start}-{end - 1}/{len(data)}"}
+    return Blob(memoryview(data)[start:end], 206, headers | part)
 
 
 def asked_range(header: str | None, size: int) -> tuple[int, int] | None:
