@@ -2384,8 +2384,15 @@ async def start_job(request: Request, body: Body, key: str | None, work: "Work[B
             return running
         job.file, resources.keyed[file.path] = file, job
         job.task = asyncio.create_task(run_job(job, with_key(job, file, lambda: work(body, job))))
-        job.task.add_done_callback(lambda _: resources.keyed.pop(file.path))
+        job.task.add_done_callback(partial(forget, resources, file.path))
     return job
+
+
+def forget(resources: Shared, path: str, task: "asyncio.Task[BaseModel]") -> None:
+    """Of a job with a key that has ended only its file tells; whoever still waits has the task."""
+    del resources.keyed[path]
+    if not task.cancelled():
+        task.exception()  # seen, though everybody may have left
 
 
 async def run_job(job: Job, work: Awaitable[BaseModel]) -> BaseModel:
