@@ -1,6 +1,7 @@
 """A small network for tests, with real sockets: servers on loopback, and names and addresses that lead to them.
 
 A test module takes the fixtures it needs: `serve, inside, internet = network.serve, network.inside, network.internet`.
+`pets` is where most files lie, at URL.
 """
 
 import socket
@@ -8,7 +9,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import lru_cache
 from typing import Any
 
 import anyio
@@ -19,6 +19,8 @@ import main
 
 PATIENCE_S = 5.0
 PUBLIC = "93.184.216.34"  # leads to a server of the test where `internet` says so
+PATH = "/film.mp4"
+URL = f"http://pets.example{PATH}"
 
 # What a server sends: bytes as they are, or a function that talks over the open connection.
 Answer = bytes | Callable[[socket.socket], None]
@@ -154,10 +156,6 @@ class Internet:
         return await self._real_connect("127.0.0.1", port)
 
 
-# Reading all certificates takes longer than most tests.
-ssl_context = lru_cache(httpx.create_ssl_context)
-
-
 @pytest.fixture
 def serve() -> Iterator[Callable[[Answers], Server]]:
     """Starts a server with answers; it is closed after the test."""
@@ -187,9 +185,21 @@ def internet(inside: Server, monkeypatch: pytest.MonkeyPatch) -> Internet:
 
 
 @pytest.fixture
-async def client(anyio_backend: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the running service, within this process."""
-    monkeypatch.setattr(httpx, "create_ssl_context", ssl_context)
+async def client(anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the running service, within this process; its connections end with the test."""
     transport = httpx.ASGITransport(main.app)
     async with main.lifespan(main.app), httpx.AsyncClient(transport=transport, base_url="http://service") as client:
         yield client
+
+
+@pytest.fixture
+def pets(serve: Callable[[Answers], Server], internet: Internet, client: httpx.AsyncClient) -> Server:
+    """A server with a film that is reached under a public name and address; the service runs."""
+    server = serve({PATH: reply(200, b"film", content_type="video/mp4")})
+    internet.add("pets.example", server)
+    return server
+
+
+async def head(client: httpx.AsyncClient, url: str = URL) -> httpx.Response:
+    """Ask the service to look at a URL."""
+    return await client.post("/debug/head", json={"url": url})
