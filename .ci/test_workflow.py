@@ -36,7 +36,7 @@ def test_the_workflow_is_sound(folder: Path) -> None:
 def test_a_broken_workflow_is_noticed(folder: Path) -> None:
     """Without its runner it would never run."""
     broken = folder / "broken.yml"
-    broken.write_text(re.sub(r"runs-on: .*\n", "", WORKFLOW.read_text(encoding="utf-8")), encoding="utf-8")
+    broken.write_text(re.sub(r" *runs-on: .*\n", "", WORKFLOW.read_text(encoding="utf-8")), encoding="utf-8")
     code, faults = lint(folder, broken)
     assert code == 1
     assert '"runs-on" section is missing' in faults
