@@ -16,6 +16,7 @@ import httpx
 import imageio_ffmpeg
 import pytest
 
+from tests import lanes
 from tests.inprocess import running_application, use_settings
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.service import ROOT, SETTINGS
@@ -27,17 +28,23 @@ StartService = Callable[..., Service]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--live`: also run the tests that call the real providers."""
     parser.addoption("--live", action="store_true", help="also run the tests marked live: real providers, real money")
+    parser.addoption("--lanes", type=int, default=2, help="processes that share the test files, 1 or 2 (default: 2)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors; the marks in use are declared."""
+    """Warnings are errors; the marks in use are declared; the files are shared by two processes."""
+    config.pluginmanager.register(lanes.Lanes(config))
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("markers", "live: calls the real providers with the keys in the environment (--live)")
     config.addinivalue_line("markers", "beside(*arguments): judges a Python command that runs beside the other tests")
 
 
+SLOW = ("sandbox", "test_end_to_end", "test_same_request", "test_leaving", "test_faults", "test_ffmpeg", "test_soak")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the live tests unless they are asked for; what is judged of a command beside the tests comes last."""
+    """Quick files first, so that a fault shows at once; last what is judged of a command beside the tests."""
+    items.sort(key=lambda item: any(name in str(item.path) for name in SLOW))
     items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
     if config.getoption("--live"):
         return
@@ -166,7 +173,7 @@ def commands(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     started: dict[str, Command] = {}
     environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
     for item in request.session.items:
-        if mark := item.get_closest_marker("beside"):
+        if (mark := item.get_closest_marker("beside")) and lanes.CLAIMS not in os.environ:
             line, folder = [sys.executable, *mark.args], tmp_path_factory.mktemp("beside")
             process = subprocess.Popen(
                 line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interrupts
