@@ -1,13 +1,12 @@
 """The try-it page in a real browser: sandbox, service and page on three origins, as in real life."""
 
 import json
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Request, Route, expect
 
 from tests.sandbox import Sandbox, Service
 
@@ -29,10 +28,26 @@ def make_film(page: Page, **fields: str) -> None:
     page.click("#start")
 
 
-def failure(page: Page, **fields: str) -> str:
-    """Run a job that fails; what the page then says."""
+def failure(page: Page, *, key: bool = True, **fields: str) -> str:
+    """Run a job that fails; what the page then says. Without a key it fails at once also where it could be repeated."""
+    page.set_checked("#keep", key)
     make_film(page, **fields)
     return page.locator(FAILURES_SHOWN).inner_text(timeout=JOB_MS)
+
+
+def films_bought(sandbox: Sandbox) -> int:
+    """Predictions made."""
+    return len(sandbox.predictions)
+
+
+def slow_film(sandbox: Sandbox, seconds: float = 1.5) -> None:
+    """Let the next films take long enough for something to happen meanwhile."""
+    sandbox.video_seconds = seconds
+
+
+def filming(page: Page) -> None:
+    """Wait until the film is being made."""
+    expect(page.locator("#stages li[data-state=started]")).to_contain_text("Film the picture", timeout=JOB_MS)
 
 
 def overflow(page: Page) -> int:
@@ -142,27 +157,167 @@ def test_a_file_that_is_no_picture_is_refused_in_words(page: Page, tmp_path: Pat
     assert page.input_value("#image_url") == before
 
 
-def test_cancel_stops_the_job_at_the_provider(page: Page, sandbox: Sandbox) -> None:
-    """The prediction is cancelled, the page says so and is ready for the next job."""
-    sandbox.outcome("never")
+def test_models_and_voices_are_chosen_from_lists_or_typed(page: Page, sandbox: Sandbox) -> None:
+    """What the sandbox has is offered; a name that it does not offer can be typed, and goes out as it is."""
+    offered = "id => [...document.getElementById(id).options].map(option => option.value)"
+    assert set(page.evaluate(offered, "models")) == set(sandbox.replicate.models)
+    assert sandbox.voice_id in page.evaluate(offered, "voices")
+    page.fill("#model", "wan-video/wan-2.5-i2v")
+    expect(page.locator("#model-hint")).to_contain_text("speaks")
+    with page.expect_request("**/jobs_prompt_tts") as sent:
+        said = failure(page, model="typed/by-hand")
+    assert json.loads(sent.value.post_data or "")["model"] == "typed/by-hand"
+    assert "Model: " in said
+
+
+# ---- One film, whatever happens on the way
+
+
+def test_a_reload_goes_on_with_the_job(page: Page, sandbox: Sandbox) -> None:
+    """The new page sends the same job with the same key, shows the steps so far, and one film is bought."""
+    slow_film(sandbox)
+    with page.expect_request("**/jobs_prompt_tts") as first:
+        make_film(page, text="Before and after.", seconds="10")
+    filming(page)
+    with page.expect_request("**/jobs_prompt_tts") as second:
+        page.reload()
+    filming(page)
+    expect(page.locator("#stages li[data-state=done]")).to_have_count(2)
+    assert page.input_value("#text") == "Before and after."
+    wait_for(page, "done")
+    assert (first.value.post_data, sent_key(first.value)) == (second.value.post_data, sent_key(second.value))
+    assert (len(sandbox.calls("speech")), films_bought(sandbox)) == (1, 1)
+    page.reload()
+    wait_for(page, "rest")
+
+
+def sent_key(request: Request) -> str:
+    """The key of a job, which must have one."""
+    return request.headers["idempotency-key"]
+
+
+@pytest.mark.parametrize("answered", [True, False], ids=["a proxy's error page", "no connection"])
+def test_a_lost_connection_is_made_again(page: Page, sandbox: Sandbox, answered: bool) -> None:
+    """The page says why and when it asks again, and then has the film."""
+
+    def spoil(route: Route) -> None:
+        route.fulfill(status=502, body="<h1>Bad gateway</h1>") if answered else route.abort("connectionfailed")
+
+    page.route("**/jobs_prompt_tts", spoil, times=1)
     make_film(page)
-    expect(page.locator("#stages li[data-state=started]")).to_contain_text("Film the picture")
+    expect(page.locator("#status")).to_contain_text("Asking again in 1 s")
+    expect(page.locator("#aside")).to_contain_text("502" if answered else "The connection failed")
+    wait_for(page, "done")
+    assert films_bought(sandbox) == 1
+
+
+def test_a_service_that_dies_and_comes_back_goes_on(page: Page, sandbox: Sandbox, start_service: StartService) -> None:
+    """Killed while the film is made: the page asks until a new process answers, and the steps of before stay done."""
+    service = start_service()
+    slow_film(sandbox)
+    make_film(page, service=service.url)
+    filming(page)
+    service.stop(signal.SIGKILL)
+    expect(page.locator("#status")).to_contain_text("Asking again")
+    service.start()
+    wait_for(page, "done")
+    expect(page.locator("#stages li[data-state=done]")).to_have_count(6)
+    assert (len(sandbox.calls("speech")), films_bought(sandbox)) == (1, 1)
+
+
+def test_a_copied_tab_waits_for_the_same_film(page: Page, sandbox: Sandbox) -> None:
+    """A browser copies what a tab keeps; both tabs show the one film."""
+    slow_film(sandbox)
+    make_film(page)
+    filming(page)
+    with page.expect_popup() as opened:  # unlike a link, this copies the tab's session
+        page.evaluate("open(location.href)")
+    for tab in (page, opened.value):
+        wait_for(tab, "done")
+    assert page.input_value("#final_url") == opened.value.input_value("#final_url")
+    assert films_bought(sandbox) == 1
+
+
+def test_to_stop_waiting_stops_nothing_else(page: Page, sandbox: Sandbox) -> None:
+    """The page says before and after that the job goes on and is paid for; the button then gets the film."""
+    slow_film(sandbox)
+    make_film(page)
+    filming(page)
+    expect(page.locator("#cancel")).to_have_text("Stop waiting")
+    expect(page.locator("#aside")).to_contain_text("it is paid for")
+    page.click("#cancel")
+    expect(page.locator("#status")).to_have_text("Not waiting any more")
+    expect(page.locator("#failure")).to_contain_text("Paid for: the speech")
+    page.reload()
+    expect(page.locator("#start")).to_have_text("Go on with this film")
+    page.click("#start")
+    wait_for(page, "done")
+    assert films_bought(sandbox) == 1
+    assert [prediction.status for prediction in sandbox.predictions.values()] == ["succeeded"]
+
+
+def test_another_job_gets_another_key(page: Page, sandbox: Sandbox) -> None:
+    """A changed form is a new film, and so is the same form once its film is there."""
+    slow_film(sandbox)
+    make_film(page)
+    filming(page)
+    page.click("#cancel")
+    page.fill("#text", "Something else.")
+    expect(page.locator("#start")).to_have_text("Make the film")
+    make_film(page)
+    wait_for(page, "done")
+    with page.expect_request("**/jobs_prompt_tts"):
+        make_film(page)
+    wait_for(page, "done")
+    assert films_bought(sandbox) == 3
+
+
+def test_after_a_refusal_the_same_form_is_a_new_try(page: Page, sandbox: Sandbox) -> None:
+    """The old key would give the old refusal; the old error is gone as soon as the new job starts."""
+    sandbox.outcome("failed", error="flagged")
+    failure(page)
+    expect(page.locator("#start")).to_have_text("Make the film")
+    slow_film(sandbox, 0.5)
+    make_film(page)
+    filming(page)
+    expect(page.locator("#failure")).to_be_hidden()
+    wait_for(page, "done")
+    assert films_bought(sandbox) == 2
+
+
+def test_without_a_key_cancel_stops_the_job_at_the_provider(page: Page, sandbox: Sandbox) -> None:
+    """The prediction is cancelled, the page says what was paid for and is ready for the next job."""
+    sandbox.outcome("never")
+    page.uncheck("#keep")
+    with page.expect_request("**/jobs_prompt_tts") as sent:
+        make_film(page)
+    filming(page)
+    expect(page.locator("#aside")).to_contain_text("ends the job")
     page.click("#cancel")
     expect(page.locator("#status")).to_have_text("Cancelled")
+    expect(page.locator("#failure")).to_contain_text("Paid for: the speech and the part of the film")
     expect(page.locator("#start")).to_be_enabled()
     page.wait_for_timeout(1000)
     assert [prediction.status for prediction in sandbox.predictions.values()] == ["canceled"]
+    assert "idempotency-key" not in sent.value.headers
+
+
+def test_who_leaves_a_job_without_a_key_is_asked_and_told(page: Page, sandbox: Sandbox) -> None:
+    """Leaving cancels: the browser asks first; the next page says what was paid for, once."""
+    asked: list[str] = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+    sandbox.outcome("never")
+    page.uncheck("#keep")
+    make_film(page)
+    filming(page)
+    page.reload()
+    expect(page.locator("#failure")).to_contain_text("Paid for: the speech")
+    assert asked == ["beforeunload"]
+    page.reload()
+    expect(page.locator("#failure")).to_be_hidden()
 
 
 # ---- Errors, read from another origin
-
-
-@pytest.fixture
-def vanishing_folder() -> Iterator[Path]:
-    """A temporary folder for a service, which the test takes away."""
-    folder = Path(tempfile.mkdtemp())
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_a_configuration_error_names_the_variable(page: Page, start_service: StartService) -> None:
@@ -179,10 +334,22 @@ def test_a_validation_error_marks_the_field(page: Page, sandbox: Sandbox) -> Non
     assert "Voice: " in said
     assert "Seconds: " in said
     assert [field.get_attribute("id") for field in page.locator("[aria-invalid]").all()] == ["voice_id", "seconds"]
+    expect(page.locator("#seconds-fault")).to_be_visible()
+    page.locator("#failure a", has_text="Voice").click()
+    expect(page.locator("#voice_id")).to_be_focused()
     assert sandbox.calls("speech") == []
     make_film(page, voice_id=sandbox.voice_id, seconds="")
     wait_for(page, "done")
     assert page.locator("[aria-invalid]").count() == 0
+
+
+def test_a_field_that_a_provider_refuses_is_marked(page: Page, sandbox: Sandbox) -> None:
+    """A voice that only ElevenLabs knows to be missing; the mark goes as soon as the field is changed."""
+    said = failure(page, voice_id="NobodysVoice00000001")
+    assert "Voice: " in said
+    expect(page.locator("#voice_id-fault")).to_contain_text("was not found")
+    page.fill("#voice_id", sandbox.voice_id)
+    assert page.locator("[aria-invalid], .hint.bad:visible").count() == 0
 
 
 def test_a_provider_error_says_whose_and_keeps_the_speech(page: Page, sandbox: Sandbox) -> None:
@@ -197,11 +364,14 @@ def test_a_provider_error_says_whose_and_keeps_the_speech(page: Page, sandbox: S
 
 
 def test_a_provider_that_is_down_is_told_from_a_refusal(page: Page, sandbox: Sandbox) -> None:
-    """What to do is another thing: wait, not change the input."""
-    sandbox.fault("speech", "status", times=None, status=401)
-    said = failure(page)
+    """What to do is another thing: wait, or have the account looked at; not change the input."""
+    sandbox.fault("speech", "status", times=None, status=503)
+    said = failure(page, key=False)
     assert "ElevenLabs did not do its part" in said
     assert "Try again in a few minutes" in said
+    sandbox.reset()
+    sandbox.fault("speech", "status", times=None, status=401)
+    assert "Trying again will not help" in failure(page)
 
 
 def test_a_resource_error_keeps_what_was_made(page: Page, sandbox: Sandbox) -> None:
@@ -212,29 +382,28 @@ def test_a_resource_error_keeps_what_was_made(page: Page, sandbox: Sandbox) -> N
     assert page.locator("#links li").count() == 2
 
 
-def test_an_internal_error_gives_the_request_number(
-    page: Page, start_service: StartService, vanishing_folder: Path
-) -> None:
-    """The machine's temporary folder disappears under the running service: no inside detail, but a number to quote."""
-    service = start_service(TMPDIR=str(vanishing_folder))
+def test_an_internal_error_gives_the_request_number(page: Page, sandbox: Sandbox, start_service: StartService) -> None:
+    """A service that ends under a job without a key: a number to quote, which its log has too."""
+    service = start_service(graceful_s=1)
+    sandbox.outcome("never")
+    page.uncheck("#keep")
     make_film(page, service=service.url)
-    wait_for(page, "done")
-    shutil.rmtree(vanishing_folder)
-    said = failure(page)
-    assert "The service made a mistake" in said
-    assert str(vanishing_folder) not in said
+    filming(page)
+    service.stop()
+    said = page.locator(FAILURES_SHOWN).inner_text(timeout=JOB_MS)
+    assert "The service could not finish the job" in said
     assert page.locator("#failure code").inner_text() in service.log
 
 
 def test_a_service_that_does_not_answer_is_said_so(page: Page) -> None:
     """The one case without a category."""
-    assert "There is no proper answer" in failure(page, service="http://127.0.0.1:9")
+    assert "There is no proper answer" in failure(page, key=False, service="http://127.0.0.1:9")
 
 
 def test_a_proxys_error_page_is_said_so(page: Page, service: Service) -> None:
     """An answer that is not the service's is told with its status."""
     page.route("**/jobs_prompt_tts", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"))
-    assert "status 502" in failure(page)
+    assert "status 502" in failure(page, key=False)
 
 
 def test_a_stream_that_breaks_off_is_said_so(page: Page) -> None:
@@ -243,7 +412,9 @@ def test_a_stream_that_breaks_off_is_said_so(page: Page) -> None:
     page.route(
         "**/jobs_prompt_tts", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=half)
     )
-    assert "ended early" in failure(page)
+    said = failure(page, key=False)
+    assert "ended before the film was there" in said
+    assert "Paid for: the speech, if it was made in time." in said
 
 
 def test_another_origin_may_send_and_read_the_request_id(page: Page, service: Service, sandbox: Sandbox) -> None:
@@ -265,18 +436,26 @@ ASK = """async ([service, image_url]) => {
 
 
 def test_the_page_fits_a_phone(open_page: OpenPage, sandbox: Sandbox) -> None:
-    """At 360 px nothing sticks out: at rest, working, done and failed."""
+    """At 360 px nothing sticks out: at rest, working, after a reload, done, failed in a field and left."""
     page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     sandbox.reads_to_finish, sandbox.video_seconds = 8, 1.0
     widths = {"rest": overflow(page)}
     make_film(page)
     page.wait_for_selector("progress", timeout=JOB_MS)
     widths["working"] = overflow(page)
+    page.reload()
+    page.wait_for_selector("progress", timeout=JOB_MS)
+    widths["reloaded"] = overflow(page)
     wait_for(page, "done")
     widths["done"] = overflow(page)
     sandbox.outcome("failed", error="x" * 250)
     failure(page)
     widths["failed"] = overflow(page)
+    failure(page, voice_id="NobodysVoice00000001")
+    widths["failed in a field"] = overflow(page)
+    make_film(page, voice_id=sandbox.voice_id)
+    page.click("#cancel")
+    widths["left"] = overflow(page)
     assert widths == dict.fromkeys(widths, 0)
 
 
@@ -328,44 +507,3 @@ def test_calm_for_those_who_ask_for_it(open_page: OpenPage) -> None:
     wait_for(page, "done")
     page.wait_for_timeout(300)
     assert page.evaluate("document.getElementById('film').paused")
-
-
-# ---- The reader of event streams, which others copy
-
-STREAM = (
-    ": a comment\r\n\r\n"
-    "event: stage\r\ndata: {\"stage\":\r\ndata:  \"über 🐶\"}\r\n\r\n"
-    "data:no space\nid: 7\nretry: 10\nunknown: x\n\n"
-    "event: nothing\n\n"
-    "data\rdata: old\r\r"
-    "event: cut off\ndata: never told\n"
-)  # fmt: skip
-EVENTS = [
-    {"event": "stage", "data": '{"stage":\n "über 🐶"}'},
-    {"event": "message", "data": "no space"},
-    {"event": "message", "data": "\nold"},
-]
-READ = """async ([text, size]) => {
-    const bytes = new TextEncoder().encode(text), events = [];
-    const body = new ReadableStream({ start(controller) {
-        for (let i = 0; i < bytes.length; i += size) controller.enqueue(bytes.slice(i, i + size));
-        controller.close();
-    } });
-    for await (const event of serverSentEvents(body)) events.push(event);
-    return events;
-}"""
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64, 1000])
-def test_events_are_read_whatever_the_chunks(page: Page, size: int) -> None:
-    """Line ends of all three kinds, comments, data of several lines, characters of several bytes: cut anywhere."""
-    assert page.evaluate(READ, [STREAM, size]) == EVENTS
-
-
-def test_an_event_is_told_before_the_next_chunk_comes(page: Page) -> None:
-    """A complete event does not wait for what follows it."""
-    first = """async () => {
-        const body = new ReadableStream({ start(c) { c.enqueue(new TextEncoder().encode("data: now\\r\\n\\r\\n")); } });
-        for await (const event of serverSentEvents(body)) return event.data;
-    }"""
-    assert page.evaluate(first) == "now"

@@ -1,4 +1,4 @@
-"""A client made from the contract: types from /openapi.json, compiled under --strict, run on the sandbox."""
+"""Two clients under --strict: the one to copy, and one made from the contract alone; both run on the sandbox."""
 
 import shutil
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 from tests.sandbox import Sandbox, Service
 
 SOURCES = Path(__file__).parent / "typescript"
+CLIENT = Path(__file__).parent.parent / "tests" / "sandbox" / "client.js"
 
 
 def run(folder: Path, *command: str) -> str:
@@ -21,22 +22,32 @@ def run(folder: Path, *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(running_service: Service, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the client, its npm packages and types fresh from the running service."""
+    """Both clients, compiled: with their npm packages and types fresh from the running service."""
     folder = tmp_path_factory.mktemp("typescript")
-    for source in ("package.json", "tsconfig.json", "client.ts"):
-        shutil.copy(SOURCES / source, folder)
+    for source in (*SOURCES.iterdir(), CLIENT):
+        shutil.copy(source, folder)
     run(folder, "npm", "install", "--no-package-lock", "--no-audit", "--no-fund")
     with urllib.request.urlopen(f"{running_service.url}/openapi.json", timeout=10) as answer:
         (folder / "openapi.json").write_bytes(answer.read())
     run(folder, "npm", "run", "types")
+    run(folder, "npm", "run", "build")
     return folder
 
 
-def test_the_client_compiles_and_runs_a_job(folder: Path, service: Service, sandbox: Sandbox) -> None:
+def test_a_client_made_from_the_contract_runs_a_job(folder: Path, service: Service, sandbox: Sandbox) -> None:
     """It prints the three addresses, and the refusals of two jobs that the compiler had refused as well."""
-    run(folder, "npm", "run", "build")
-    printed = run(folder, "node", "client.js", service.url, sandbox.image_url, sandbox.voice_id)
+    printed = run(folder, "node", "built/contract.js", service.url, sandbox.image_url, sandbox.voice_id)
     *urls, wrong_fit, voiceless = (line for line in printed.splitlines() if line.startswith(("http", "validation")))
     assert len(urls) == 3
     assert urls[2].removeprefix(f"{sandbox.url}/storage/v1/object/public/") in sandbox.objects
     assert ("fit" in wrong_fit, "voice_id" in voiceless) == (True, True)
+
+
+def test_the_client_to_copy_has_the_types_of_the_contract(folder: Path, service: Service, sandbox: Sandbox) -> None:
+    """It makes both kinds of film, and what the compiler refuses is refused by the service too."""
+    printed = run(folder, "node", "built/film.js", service.url, sandbox.image_url, sandbox.voice_id)
+    urls = [line for line in printed.splitlines() if line.startswith("http")]
+    assert len(urls) == 4
+    assert urls[2].removeprefix(f"{sandbox.url}/storage/v1/object/public/") in sandbox.objects
+    assert "missing: undefined" in printed
+    assert printed.splitlines()[-1] == "validation false body.duration nothing paid"

@@ -1,5 +1,5 @@
 // A client made from the contract: nothing in here repeats what /openapi.json says, the compiler holds it to that.
-// usage: node client.js SERVICE_URL IMAGE_URL VOICE_ID
+// usage: node built/contract.js SERVICE_URL IMAGE_URL VOICE_ID
 import createClient from "openapi-fetch";
 import type { components, paths } from "./api.js";
 

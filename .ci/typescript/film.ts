@@ -1,0 +1,55 @@
+// The client to copy, as a TypeScript project uses it: its types say what /openapi.json says, and refuse what the service refuses.
+// usage: node built/film.js SERVICE_URL IMAGE_URL VOICE_ID
+import type { components } from "./api.js";
+import { FilmError, makeFilm } from "./client.js";
+import type { Category, Film, Options, Problem, PromptJob, SpeechJob, StageEvent } from "./client.js";
+
+type Schemas = components["schemas"];
+type Same<A, B> = [A, B, keyof A, keyof B] extends [B, A, keyof B, keyof A] ? true : never;
+// A field or a value that only one side knows does not compile.
+const agreed: [
+  Same<PromptJob, Schemas["JobPromptOnly"]>,
+  Same<SpeechJob, Schemas["JobPromptTTS"]>,
+  Same<Required<Film>, Schemas["SpeechResult"]>,
+  Same<StageEvent, Schemas["StageEvent"]>,
+  Same<Exclude<Category, "network">, Schemas["ErrorBody"]["category"]>,
+  Schemas["ErrorEvent"] extends Problem ? true : never,
+] = [true, true, true, true, true, true];
+
+const [service = "", image_url = "", voice_id = ""] = process.argv.slice(2);
+const job: PromptJob = { image_url, prompt: "The pet looks up and talks" };
+const speechJob: SpeechJob = { ...job, text: "Typed and sound.", voice_id, fit: "video" };
+const options: Options = { service, key: crypto.randomUUID(), onStage: ({ stage, state }) => console.log(stage, state) };
+
+async function makeBoth(): Promise<void> {
+  const film = await makeFilm(speechJob, options);
+  const urls: string[] = [film.audio_url, film.video_url, film.final_url];
+  const silent = await makeFilm(job, { service });
+  // @ts-expect-error  a silent film may have no final_url
+  const missing: string = silent.final_url;
+  console.log([...urls, silent.video_url, `missing: ${missing}`].join("\n"));
+}
+
+async function seeRefusal(): Promise<void> {
+  try {
+    // @ts-expect-error  a length by another name
+    await makeFilm({ image_url, prompt: "x", duration: 10 }, { service });
+  } catch (error) {
+    if (!(error instanceof FilmError)) throw error;
+    console.log(error.category, error.retryable, error.errors[0]?.loc.join("."), error.partial.audio_url ?? "nothing paid");
+  }
+}
+
+/** Never called: what must not compile. */
+export function refused(): void {
+  // @ts-expect-error  a text, but no voice
+  void makeFilm({ image_url, prompt: "x", text: "y" }, { service });
+  // @ts-expect-error  no such fit
+  void makeFilm({ image_url, prompt: "x", text: "y", voice_id, fit: "longest" }, { service });
+  // @ts-expect-error  where to?
+  void makeFilm(job, { key: "k" });
+}
+
+console.log(`${agreed.length} types agree with the contract`);
+await makeBoth();
+await seeRefusal();
