@@ -58,6 +58,11 @@ def answer(status: int, body: bytes | str = b"", **headers: str) -> main.Answer:
     return main.Answer(status, httpx.Headers(named), body.encode() if isinstance(body, str) else body)
 
 
+def rows(table: list[tuple[Any, ...]]) -> list[Any]:
+    """A table of cases for parametrize, each named by its first cell."""
+    return [pytest.param(*row, id=name) for name, *row in table]
+
+
 def log_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the service has logged, each line without the request id that it begins with."""
     lines = [record.getMessage() for record in caplog.records if record.name == "talking_pet"]
