@@ -239,6 +239,8 @@ async def run_all(cases: list[Case], lanes: list[Lane]) -> dict[Case, Seen]:
         queue = waiting[lane.deadline_s]
         await anyio.to_thread.run_sync(lane.service.start)
         async with caller(lane.service.url) as client:
+            lane.sandbox.film(film)
+            await client.post("/jobs_prompt_tts", json=speech_job(lane.sandbox))  # what is made once has been made
             while queue:
                 case = queue.pop()
                 seen[case] = await lane.run(client, case, film)
