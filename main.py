@@ -36,9 +36,9 @@ import time
 import traceback
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -62,25 +62,15 @@ from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import AfterValidator, BaseModel, Field, SecretStr, StringConstraints, ValidationError, model_validator
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 current_request_id: ContextVar[str] = ContextVar("request_id", default="-")
-
-
-class RequestLogger(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic since Python 3.11
-    """Begins each line with the id of the request it belongs to."""
-
-    def process(self, msg: str, kwargs: Any) -> tuple[str, Any]:
-        """The line with its id."""
-        return f"request_id={current_request_id.get()} {msg}", kwargs
-
-
-logger = RequestLogger(logging.getLogger("talking_pet"), {})
+logger = logging.getLogger("talking_pet")
 
 # ---- Limits and timings ----------------------------------------------------------------------------------------
 
@@ -91,6 +81,12 @@ MAX_ANSWER_BYTES = 2_000_000  # of a provider's JSON answer; the largest model s
 MAX_PREDICTION_BYTES = 8_000_000  # of one with its whole log, or of a hundred in a list
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
 CHUNK_BYTES = 64 * 1024  # read from disk, or from a child, at a time
+
+# Of what strangers write: models' schemas, outputs and films.
+MAX_SCHEMA_PARTS = 4  # of one property: an enum stands behind one, what may be null behind two
+MAX_SCHEMA_FIELDS = 300  # well-known models have up to fifteen
+MAX_OUTPUT_TEXTS = 1_000  # a film's URL is among the first few
+MAX_BOXES = 10_000  # of an MP4 at its top level; a film in fragments has some hundreds
 
 # Seconds of silence on a connection, not of a whole call.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
@@ -203,9 +199,8 @@ class Settings(BaseModel, frozen=True):
         return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
-VIDEO_JOB_SETTINGS = ("replicate_api_token",)
 STORAGE_SETTINGS = ("supabase_url", "supabase_service_role")
-SPEECH_JOB_SETTINGS = ("eleven_api_key", *VIDEO_JOB_SETTINGS, *STORAGE_SETTINGS)
+SPEECH_JOB_SETTINGS = ("eleven_api_key", "replicate_api_token", *STORAGE_SETTINGS)
 
 
 def read_settings(environment: Mapping[str, str | None]) -> Settings:
@@ -214,11 +209,9 @@ def read_settings(environment: Mapping[str, str | None]) -> Settings:
     try:
         return Settings.model_validate({name: text for name, text in texts.items() if text})
     except ValidationError as exc:
-        first = exc.errors()[0]
-        name = str(first["loc"][0])
-        is_secret = Settings.model_fields[name].annotation == Key | None
-        shown = "(not shown)" if is_secret else repr(texts[name])
-        raise ValueError(f"{name.upper()}={shown}: {first['msg'].removeprefix('Value error, ')}") from None
+        name, message = str(exc.errors()[0]["loc"][0]), exc.errors()[0]["msg"].removeprefix("Value error, ")
+        shown = "(not shown)" if Settings.model_fields[name].annotation == Key | None else repr(texts[name])
+        raise ValueError(f"{name.upper()}={shown}: {message}") from None
 
 
 def patience_s(share: float) -> float:
@@ -242,18 +235,11 @@ Category = Literal["configuration", "validation", "provider", "resource", "inter
 Stage = Literal["speech", "audio_upload", "video", "download", "mux", "final_upload"]
 Fit = Literal["shortest", "video", "speech"]
 
-EXAMPLE_PICTURE = (
-    f"{get_settings().supabase_url or 'https://your-project.supabase.co'}"
-    f"/storage/v1/object/public/{get_settings().supabase_bucket}/pet.jpg"
-)
+EXAMPLE_STORAGE = get_settings().supabase_url or "https://your-project.supabase.co"
+EXAMPLE_PICTURE = f"{EXAMPLE_STORAGE}/storage/v1/object/public/{get_settings().supabase_bucket}/pet.jpg"
 
-
-HttpUrl = Annotated[
-    str,
-    StringConstraints(strict=True, max_length=4096),
-    AfterValidator(check_http_url),
-    Field(json_schema_extra={"format": "uri"}),
-]
+UrlText = Annotated[str, StringConstraints(strict=True, max_length=4096)]
+HttpUrl = Annotated[UrlText, AfterValidator(check_http_url), Field(json_schema_extra={"format": "uri"})]
 MODEL_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*(:[A-Za-z0-9]+)?$"
 VOICE_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 SIZE_PATTERN = r"^[A-Za-z0-9]{1,16}$"
@@ -265,6 +251,9 @@ PATTERNS_IN_WORDS = {
     KEY_PATTERN: "should be 1 to 255 visible ASCII characters, such as a UUID",
 }
 NonBlank = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
+Size = Annotated[str, StringConstraints(strict=True, pattern=SIZE_PATTERN)]
+VoiceId = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, pattern=VOICE_PATTERN)]
+ModelName = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, max_length=200, pattern=MODEL_PATTERN)]
 # What other services call our fields: with the default in its place, a film of the wrong length would be bought.
 OTHER_NAMES = {"duration": "seconds", "length": "seconds", "image": "image_url", "voice": "voice_id"}
 JOB_FIELDS = ("image_url", "prompt", "seconds", "resolution", "model", "text", "voice_id", "fit")
@@ -275,17 +264,10 @@ class JobPromptOnly(BaseModel):
 
     image_url: HttpUrl = Field(description="Public address of the picture", examples=[EXAMPLE_PICTURE])
     prompt: NonBlank = Field(description="What should happen", examples=["The dog looks up and talks"])
-    seconds: int = Field(
-        default=6, strict=True, ge=1, le=600, description="Length of the film; the default model: 6 or 10"
-    )
-    resolution: Annotated[str, StringConstraints(strict=True, pattern=SIZE_PATTERN)] = Field(
-        default="768p", description="Size of the film; the default model: 512p, 768p, or 1080p with 6 seconds"
-    )
-    model: (
-        Annotated[str, StringConstraints(strict=True, strip_whitespace=True, max_length=200, pattern=MODEL_PATTERN)]
-        | None
-    ) = Field(
-        default=None,
+    seconds: int = Field(6, strict=True, ge=1, le=600, description="Length of the film; the default model: 6 or 10")
+    resolution: Size = Field("768p", description="Film size; the default model: 512p, 768p, or 1080p with 6 seconds")
+    model: ModelName | None = Field(
+        None,
         description="Replicate model, owner/name or owner/name:version; null: minimax/hailuo-02",
         examples=["minimax/hailuo-02"],
     )
@@ -295,28 +277,20 @@ class JobPromptOnly(BaseModel):
     def refuse_misnamed(cls, body: Any) -> Any:
         """Refuse a field that is nearly one of ours; all others are ignored, those of the other job as well."""
         for name in body if isinstance(body, dict) else ():
-            if (meant := meant_field(name)) in cls.model_fields and meant not in body:
-                raise unfit(name, f"should be called {meant}")
+            for near in get_close_matches(name.lower(), [*JOB_FIELDS, *OTHER_NAMES], n=1, cutoff=0.8):
+                meant = OTHER_NAMES.get(near, near)
+                if name not in JOB_FIELDS and meant in cls.model_fields and meant not in body:
+                    raise unfit(name, f"should be called {meant}")
         return body
-
-
-def meant_field(name: str) -> str | None:
-    """The field of ours that an unknown one is nearly, or that others call so; None if there is none."""
-    if name in JOB_FIELDS:
-        return None
-    near = get_close_matches(name.lower(), [*JOB_FIELDS, *OTHER_NAMES], n=1, cutoff=0.8)
-    return OTHER_NAMES.get(near[0], near[0]) if near else None
 
 
 class JobPromptTTS(JobPromptOnly):
     """A picture to bring to life, and what it says."""
 
     text: NonBlank = Field(description="What the pet says, at most TTS_MAX_CHARS characters", examples=["Feed me!"])
-    voice_id: Annotated[str, StringConstraints(strict=True, strip_whitespace=True, pattern=VOICE_PATTERN)] = Field(
-        description="ElevenLabs voice", examples=["JBFqnCBsd6RMkjVDRZzb"]
-    )
+    voice_id: VoiceId = Field(description="ElevenLabs voice", examples=["JBFqnCBsd6RMkjVDRZzb"])
     fit: Fit = Field(
-        default="shortest",
+        "shortest",
         description="What ends the clip. shortest: film or speech; video: the film, then silence if it is longer than "
         "the speech; speech: the speech, the film repeats until then",
     )
@@ -355,9 +329,7 @@ class Partial(BaseModel):
 
     audio_url: str | None = None
     video_url: str | None = None
-    prediction_id: str | None = Field(
-        default=None, description="The film's id at Replicate, which keeps it for an hour"
-    )
+    prediction_id: str | None = Field(default=None, description="The film's id at Replicate, which keeps it an hour")
 
 
 class InputError(BaseModel):
@@ -397,34 +369,25 @@ class StageEvent(BaseModel):
 
 # ---- Errors ----------------------------------------------------------------------------------------------------
 
-
-class Kind(NamedTuple):
-    """What all errors of a class have in common; a single one can be retryable, or not, by itself."""
-
-    http_status: int
-    category: Category
-    retryable: bool
+Kind = tuple[int, Category, bool]  # HTTP status, category, and whether such an error is retryable if it does not say
 
 
 class ServiceError(Exception):
     """A failure that is told to the client, as it says; `answer` is the provider's own, where there was one."""
 
-    kind = Kind(500, "internal", retryable=True)
+    kind: Kind = (500, "internal", True)
 
     def __init_subclass__(cls, kind: Kind | None = None) -> None:
         cls.kind = kind or cls.kind
 
     def __init__(
-        self,
-        detail: str,
-        provider: Provider | None = None,
-        retryable: bool | None = None,
-        answer: "Answer | None" = None,
+        self, detail: str, provider: Provider | None = None, retryable: bool | None = None, answer: Any = None
     ) -> None:
         super().__init__(detail)
-        self.http_status, self.category, self.retryable = self.kind
-        self.retryable = self.retryable if retryable is None else retryable
-        self.detail, self.provider, self.answer = redact(detail), provider, answer
+        self.http_status, self.category, is_retryable = self.kind
+        self.retryable = is_retryable if retryable is None else retryable
+        self.detail, self.provider = redact(detail), provider
+        self.answer: Answer | None = answer
         self.errors: list[InputError] = []
 
     def at(self, name: str, message: str, place: str = "body") -> "ServiceError":
@@ -433,11 +396,11 @@ class ServiceError(Exception):
         return self
 
 
-class SettingMissing(ServiceError, kind=Kind(500, "configuration", retryable=False)):
+class SettingMissing(ServiceError, kind=(500, "configuration", False)):
     """A variable is unset that this request needs."""
 
 
-class InvalidInput(ServiceError, kind=Kind(400, "validation", retryable=False)):
+class InvalidInput(ServiceError, kind=(400, "validation", False)):
     """The request can never succeed as it stands."""
 
 
@@ -449,19 +412,19 @@ class AddressNotPublic(UrlBlocked):
     """The URL leads to a machine's own address, or to one of a network inside."""
 
 
-class ProviderRefused(ServiceError, kind=Kind(400, "provider", retryable=False)):
+class ProviderRefused(ServiceError, kind=(400, "provider", False)):
     """ElevenLabs or Replicate do not want this content, or a film could not be made."""
 
 
-class ProviderFailed(ServiceError, kind=Kind(500, "provider", retryable=True)):
+class ProviderFailed(ServiceError, kind=(500, "provider", True)):
     """ElevenLabs or Replicate refuse the service itself, fail, or do not answer."""
 
 
-class SpeechTooLarge(ServiceError, kind=Kind(400, "resource", retryable=False)):
+class SpeechTooLarge(ServiceError, kind=(400, "resource", False)):
     """The speech is larger than the service carries."""
 
 
-class ResourceFailed(ServiceError, kind=Kind(500, "resource", retryable=True)):
+class ResourceFailed(ServiceError, kind=(500, "resource", True)):
     """Storage, a download, the service's own machine, or media that ffmpeg cannot use."""
 
 
@@ -481,11 +444,20 @@ def redact(text: str) -> str:
     return text
 
 
+def complete_line(record: logging.LogRecord) -> bool:
+    """Begin a line of the log with the id of the request it belongs to, and keep the keys out of it."""
+    record.msg, record.args = redact(f"request_id={current_request_id.get()} {record.getMessage()}"), ()
+    return True
+
+
+logger.filters = [complete_line]
+
+
 def as_service_error(exc: BaseException) -> ServiceError:
     """The error to tell; the traceback of an unforeseen one goes to the log."""
     if isinstance(exc, ServiceError):
         return exc
-    logger.error("unforeseen error\n%s", redact("".join(traceback.format_exception(exc))))
+    logger.error("unforeseen error\n%s", "".join(traceback.format_exception(exc)))
     return Unforeseen("Something unforeseen went wrong inside the service; its log has the request id.")
 
 
@@ -512,7 +484,7 @@ class Job:
     task: "asyncio.Task[BaseModel] | None" = None
     is_left: bool = False
     # Of a job with an Idempotency-Key:
-    file: "JobFile | None" = None
+    note: "Note | None" = None  # what its file in the bucket holds, or is about to
     lost: tuple[float, float] | None = None  # clock times between which a prediction may appear that nobody has noted
     is_replayed: bool = False
     lives_on: bool = False  # the process ends, and the prediction is left for the next request
@@ -565,22 +537,15 @@ class Job:
             return ProviderFailed(f"{limit}; it had to wait for the model's schema.", "replicate")
         provider = STAGE_PROVIDERS.get(self.current)
         error = ProviderFailed if provider in ("elevenlabs", "replicate") else ResourceFailed
-        is_final = self.file is not None and self.current == "video"  # a cancelled film stays so under its key
+        is_final = self.note is not None and self.current == "video"  # a cancelled film stays so under its key
         return error(f"{limit} and was ended in the stage {self.current}.", provider, retryable=not is_final)
-
-    def server_timing(self) -> str:
-        """The Server-Timing header: milliseconds of each stage."""
-        return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in self.timings.items())
 
     def error_json(self, error: ServiceError) -> dict[str, Any]:
         """The body of an error (see ErrorBody): `partial` and `errors` only if there is something to say."""
-        told = {
-            **{name: getattr(error, name) for name in ("detail", "category", "provider", "retryable")},
-            "request_id": self.request_id,
-            "partial": self.partial.model_dump(exclude_none=True),
-            "errors": [fault.model_dump() for fault in error.errors],
-        }
-        return {name: value for name, value in told.items() if value or name not in ("partial", "errors")}
+        told = {name: getattr(error, name) for name in ("detail", "category", "provider", "retryable")}
+        partial, errors = self.partial.model_dump(exclude_none=True), [fault.model_dump() for fault in error.errors]
+        more = {"partial": partial, "errors": errors}
+        return {**told, "request_id": self.request_id, **{name: value for name, value in more.items() if value}}
 
 
 # ---- Waiting: nothing is cancelled by halves -------------------------------------------------------------------
@@ -589,10 +554,8 @@ Result = TypeVar("Result")
 
 
 async def within(limit_s: float | None, work: Awaitable[Result]) -> Result:
-    """The result of `work`. Raises asyncio.TimeoutError if there is none after `limit_s` seconds (None: no limit).
-
-    Unlike asyncio.wait_for before Python 3.12 it never swallows a cancellation that comes in the tick `work` ends.
-    """
+    """The result of `work`. Raises asyncio.TimeoutError if there is none after `limit_s` seconds (None: no limit)."""
+    # asyncio.wait_for before Python 3.12 can swallow a cancellation that comes in the tick `work` ends.
     task = asyncio.ensure_future(work)
     try:
         await asyncio.wait({task}, timeout=limit_s)
@@ -619,10 +582,8 @@ async def to_its_end(work: Awaitable[Any]) -> None:
 
 
 async def call_apart(work: Awaitable[Result]) -> Result:
-    """The result of an HTTP call, which hears of a cancellation through anyio: httpcore's shields hold against no other.
-
-    Else its pool could lose the cancellation, or keep a connection that nobody uses.
-    """
+    """The result of an HTTP call, which hears of a cancellation through anyio: httpcore's shields heed no other."""
+    # Else its pool could lose the cancellation, or keep a connection that nobody uses.
     scope = anyio.CancelScope()
 
     async def scoped() -> Result:
@@ -641,22 +602,12 @@ async def call_apart(work: Awaitable[Result]) -> Result:
 
 # ---- Network: one pool of connections, and a guard where they are made -----------------------------------------
 
-# Addresses that ipaddress.is_global lets pass in one Python version or another, or that lead elsewhere inside.
-BLOCKED_NETWORKS = [
-    ipaddress.ip_network(network)
-    for network in (
-        "100.64.0.0/10",  # carrier-grade NAT
-        "192.0.0.0/24",  # IETF protocol assignments
-        "192.88.99.0/24",  # 6to4 relays
-        "198.18.0.0/15",  # benchmarks
-        "224.0.0.0/4",  # multicast
-        "240.0.0.0/4",  # reserved, broadcast
-        "2001::/23",  # Teredo and other protocol assignments
-        "2001:db8::/32",  # documentation
-        "2002::/16",  # 6to4: an IPv4 address inside
-        "3fff::/20",  # documentation
-    )
-]
+# Addresses that ipaddress.is_global lets pass in one Python version or another, or that lead elsewhere inside:
+# carrier-grade NAT, IETF protocols, 6to4 relays, benchmarks, multicast, reserved and broadcast; Teredo and other
+# protocols, documentation, 6to4 (an IPv4 address inside), documentation.
+BLOCKED_V4 = "100.64.0.0/10 192.0.0.0/24 192.88.99.0/24 198.18.0.0/15 224.0.0.0/4 240.0.0.0/4"
+BLOCKED_V6 = "2001::/23 2001:db8::/32 2002::/16 3fff::/20"
+BLOCKED_NETWORKS = [ipaddress.ip_network(network) for network in f"{BLOCKED_V4} {BLOCKED_V6}".split()]
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # leaves out mapped, compatible and NAT64 forms of IPv4 as well
 
 
@@ -693,14 +644,11 @@ def check_public_url(url: httpx.URL) -> None:
 
 def is_trusted(url: httpx.URL) -> bool:
     """True for the owner's own addresses: both APIs and the storage, private or not."""
-    settings = get_settings()
-    if settings.allow_private_urls:
-        return True
-    bases = [settings.eleven_base_url, settings.replicate_base_url]
-    if settings.supabase_url:
-        bases.append(f"{settings.supabase_url}/storage/v1/object")
+    own = get_settings()
+    bases = (own.eleven_base_url, own.replicate_base_url, f"{own.supabase_url}/storage/v1/object")
     is_below = any(str(url).startswith(f"{base}/") for base in bases)
-    return is_below and ".." not in unquote(str(url))  # an encoded one could lead out of there
+    # One that is encoded could lead out of there.
+    return own.allow_private_urls or (is_below and ".." not in unquote(str(url)))
 
 
 class PublicNetwork(httpcore.AnyIOBackend):
@@ -712,22 +660,16 @@ class PublicNetwork(httpcore.AnyIOBackend):
         self.look_ups = ThreadPoolExecutor(16, "look-up")
 
     async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
+        self, host: str, port: int, timeout: float | None = None, *args: Any, **options: Any
     ) -> httpcore.AsyncNetworkStream:
         """A connection to the first address that takes it. Raises UrlBlocked if any address is not public."""
-        addresses = await self._look_up(host, port, timeout)
+        *others, last = addresses = await self._look_up(host, port, timeout)
         if not all(map(is_public, addresses)):
             raise AddressNotPublic("The URL leads to an address that is not public.")
-        *others, last = addresses
         for address in others:
             with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                return await super().connect_tcp(address, port, timeout, local_address, socket_options)
-        return await super().connect_tcp(last, port, timeout, local_address, socket_options)
+                return await super().connect_tcp(address, port, timeout, *args, **options)
+        return await super().connect_tcp(last, port, timeout, *args, **options)
 
     async def _look_up(self, host: str, port: int, timeout: float | None) -> list[str]:
         ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
@@ -748,14 +690,27 @@ ASKED_FOR = "talking_pet_asked_for"  # by anyone, through /debug/head or as a pi
 FRESH = "talking_pet_fresh"  # it must not be sent twice, so not on a connection that is just being closed
 
 
+@lru_cache(maxsize=1)
+def tls_context() -> ssl.SSLContext:
+    """The certificates to trust, SSL_CERT_FILE and SSL_CERT_DIR heeded: read once, since that takes some 15 ms."""
+    return httpx.create_ssl_context(trust_env=True)
+
+
 class Network(httpx.AsyncBaseTransport):
     """Pools: two for the owner's own addresses; two for all others, which the guard watches."""
 
     def __init__(self) -> None:
-        self.trusted = pool_transport(httpcore.AnyIOBackend())
-        self.fresh = pool_transport(httpcore.AnyIOBackend(), idle=0)
-        self.public = pool_transport(PublicNetwork())
-        self.asked_for = pool_transport(PublicNetwork())
+        self.trusted, self.fresh = self.pool(httpcore.AnyIOBackend()), self.pool(httpcore.AnyIOBackend(), idle=0)
+        self.public, self.asked_for = self.pool(PublicNetwork()), self.pool(PublicNetwork())
+
+    def pool(self, backend: httpcore.AsyncNetworkBackend, idle: int = 10) -> httpx.AsyncHTTPTransport:
+        """A transport without proxies whose connections `backend` makes; httpx itself has no argument for that."""
+        # No bound on connections: each waiting job may need one, and Replicate's rates are what limits. Ten idle ones
+        # are enough for 40 reads a second; httpcore looks at each of them twice a request.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=idle, keepalive_expiry=15.0)
+        transport = httpx.AsyncHTTPTransport(verify=tls_context(), trust_env=False, limits=limits)
+        transport._pool._network_backend = backend
+        return transport
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Send one request; each redirect comes here again. Raises UrlBlocked."""
@@ -770,24 +725,6 @@ class Network(httpx.AsyncBaseTransport):
         """Close every connection."""
         for pool in (self.trusted, self.fresh, self.public, self.asked_for):
             await pool.aclose()
-
-
-@lru_cache(maxsize=1)
-def tls_context() -> ssl.SSLContext:
-    """The certificates to trust, SSL_CERT_FILE and SSL_CERT_DIR heeded: read once, since that takes some 15 ms."""
-    return httpx.create_ssl_context(trust_env=True)
-
-
-def pool_transport(backend: httpcore.AsyncNetworkBackend, idle: int = 10) -> httpx.AsyncHTTPTransport:
-    """A transport without proxies whose connections `backend` makes; httpx itself has no argument for that.
-
-    Ten idle connections are enough for 40 reads a second; httpcore looks at each of them twice a request.
-    """
-    # No bound on connections: each waiting job may need one, and Replicate's rates are what limits.
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=idle, keepalive_expiry=15.0)
-    transport = httpx.AsyncHTTPTransport(verify=tls_context(), trust_env=False, limits=limits)
-    transport._pool._network_backend = backend
-    return transport
 
 
 @dataclass
@@ -821,12 +758,7 @@ async def shared() -> AsyncIterator[Shared]:
 
 # ---- HTTP calls: what is repeated, and what never --------------------------------------------------------------
 
-PROVIDER_NAMES: dict[Provider, str] = {
-    "elevenlabs": "ElevenLabs",
-    "replicate": "Replicate",
-    "supabase": "Supabase Storage",
-}
-
+PROVIDER_NAMES = {"elevenlabs": "ElevenLabs", "replicate": "Replicate", "supabase": "Supabase Storage"}
 SERVER_ERRORS = frozenset(range(500, 600))  # Supabase has a 544
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -858,14 +790,15 @@ class Answer(NamedTuple):
         return told_under(self.json(), name)
 
 
+Outcome = Answer | httpx.RequestError
+Perform = Callable[[httpx.AsyncClient, httpx.Request, int], Awaitable[Answer]]  # one attempt; its body up to a limit
+
+
 class Tries(NamedTuple):
     """How long an outcome is tried again: so often in all, and for so long since the first failure."""
 
     attempts: float = math.inf
     patience: float = math.inf  # share of PATIENCE_SECONDS
-
-
-Outcome = Answer | httpx.RequestError
 
 
 @dataclass(frozen=True)
@@ -900,11 +833,7 @@ class Retry:
         return min(first_s * 2.0 ** min(attempts - 1, 10), MAX_BACKOFF_S) * random.uniform(0.75, 1)
 
 
-def each(statuses: Iterable[int], tries: Tries) -> dict[int, Tries]:
-    """The same for each of several statuses."""
-    return dict.fromkeys(statuses, tries)
-
-
+each = dict[int, Tries].fromkeys
 # Before the film is bought a job can still be given up; after that, what is paid for is waited for.
 THREE, FOUR = Tries(attempts=3), Tries(attempts=4)
 HALF_MINUTE, MINUTE, TWO_MINUTES, ALWAYS = Tries(patience=QUARTER), Tries(patience=HALF), Tries(patience=WHOLE), Tries()
@@ -930,10 +859,8 @@ def meant_status(answer: Answer) -> int:
 
 
 def asked_wait_s(answer: Answer, now: float) -> float | None:
-    """Seconds the provider asks us to wait, at clock time `now`; None if it does not say, or nonsense.
-
-    Replicate writes `retry_after` or "resets in ~30s" into the body; others send Retry-After, seconds or a date.
-    """
+    """Seconds the provider asks us to wait, at clock time `now`; None if it does not say, or nonsense."""
+    # Replicate writes `retry_after` or "resets in ~30s" into the body; others send Retry-After, seconds or a date.
     told = answer.get("retry_after") or answer.headers.get("retry-after") or ""
     if not told and (resets := re.search(r"resets in ~(\d+)s", str(answer.get("detail")))):
         told = resets[1]
@@ -973,16 +900,10 @@ def told_in(value: Any, depth: int = 5) -> str:
     return ""
 
 
-Perform = Callable[[httpx.AsyncClient, httpx.Request, int], Awaitable[Answer]]
-
-
 async def exchange(client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
     """One request, and its answer's body up to `limit` bytes."""
-    response = await client.send(request, stream=True)
-    try:
+    async with aclosing(await client.send(request, stream=True)) as response:
         return await read_answer(response, limit)
-    finally:
-        await response.aclose()
 
 
 async def read_answer(response: httpx.Response, limit: int) -> Answer:
@@ -996,14 +917,9 @@ async def read_answer(response: httpx.Response, limit: int) -> Answer:
 
 
 async def send(
-    method: str,
-    url: str,
-    retry: Retry,
-    limit: int = MAX_ANSWER_BYTES,
-    perform: Perform = exchange,
-    **options: Any,
+    method: str, url: str, retry: Retry, limit: int = MAX_ANSWER_BYTES, perform: Perform = exchange, **options: Any
 ) -> Answer:
-    """Send a request, again as far as `retry` allows, and return the last answer, whatever its status.
+    """The last answer, whatever its status, to a request that is sent again as far as `retry` allows.
 
     `options` are those of httpx's build_request. Raises httpx.RequestError if the last attempt had no answer.
     """
@@ -1021,8 +937,8 @@ async def send(
             attempts[tries] += 1
             failing_since = min(failing_since, time.monotonic())
             asked_s = asked_wait_s(outcome, time.time()) if isinstance(outcome, Answer) else None
-            delay_s = retry.delay_s(tries, attempts[tries], time.monotonic() - failing_since, asked_s)
-            if delay_s is None:
+            failing_s = time.monotonic() - failing_since
+            if (delay_s := retry.delay_s(tries, attempts[tries], failing_s, asked_s)) is None:
                 break
             failed = f"{method} {request.url.host} attempt={attempts.total()} failed ({summary(outcome)})"
             logger.warning("%s, next in %.1f s", failed, delay_s)
@@ -1052,11 +968,9 @@ def summary(outcome: Outcome) -> str:
     """What came of an attempt, in a few words."""
     if isinstance(outcome, httpx.RequestError):
         return redact(f"{type(outcome).__name__} {outcome}".strip().rstrip("."))
-    words = f"{outcome.status}: {provider_message(outcome)}"
-    asked_s = asked_wait_s(outcome, time.time())
-    if asked_s is not None and asked_s > patience_s(QUARTER):
-        words += f" (it asks to wait {asked_s:.0f} s, longer than a job can)"
-    return redact(words)
+    asked_s = asked_wait_s(outcome, time.time()) or 0
+    too_long = f" (it asks to wait {asked_s:.0f} s, longer than a job can)" if asked_s > patience_s(QUARTER) else ""
+    return f"{outcome.status}: {provider_message(outcome)}{too_long}"
 
 
 def refusal(provider: Provider, answer: Answer, is_about_content: bool = True) -> ServiceError:
@@ -1087,9 +1001,8 @@ class SpeechFile(NamedTuple):
     starts: tuple[bytes, ...]  # what its first bytes are: the provider's Content-Type is not to be trusted
 
 
-MP3 = SpeechFile(
-    "mp3", "audio/mpeg", "mp3", (b"ID3", *(b"\xff" + bytes([sync]) for sync in b"\xfa\xfb\xf2\xf3\xe2\xe3"))
-)
+MP3_FRAMES = (b"\xff" + bytes([sync]) for sync in b"\xfa\xfb\xf2\xf3\xe2\xe3")
+MP3 = SpeechFile("mp3", "audio/mpeg", "mp3", (b"ID3", *MP3_FRAMES))
 WAV = SpeechFile("wav", "audio/wav", "wav", (b"RIFF",))
 OGG = SpeechFile("ogg", "audio/ogg", "ogg", (b"OggS",))
 SPEECH_FILES = {"mp3": MP3, "wav": WAV, "opus": OGG, "pcm": WAV, "ulaw": WAV, "alaw": WAV}
@@ -1116,37 +1029,27 @@ def with_wav_header(samples: bytes, codec: str, rate: int) -> bytes:
 
 
 async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
-    """The text, spoken: a file that plays, in TTS_OUTPUT_FORMAT (raw samples get a WAV header).
-
-    Raises ProviderRefused, ProviderFailed, SpeechTooLarge (over 9.5 MB), SettingMissing.
-    """
+    """The text, spoken: a file that plays. Raises ProviderRefused, ProviderFailed, SpeechTooLarge, SettingMissing."""
     settings = get_settings()
+    url = f"{settings.eleven_base_url}/v1/text-to-speech/{voice_id}"
+    options: dict[str, Any] = {
+        "params": {"output_format": settings.tts_output_format},  # in the body it would be ignored
+        "headers": {"xi-api-key": settings.required("eleven_api_key")},
+        "json": {"text": text, "model_id": "eleven_multilingual_v2"},
+        "extensions": {FRESH: True},
+    }
     try:
         answer = await call(
-            "elevenlabs",
-            "POST",
-            f"{settings.eleven_base_url}/v1/text-to-speech/{voice_id}",
-            SPEECH_RETRY,
-            limit=MAX_SPEECH_BYTES,
-            params={"output_format": settings.tts_output_format},  # in the body it would be ignored
-            headers={"xi-api-key": settings.required("eleven_api_key")},
-            json={"text": text, "model_id": "eleven_multilingual_v2"},
-            timeout=SPEECH_TIMEOUT,
-            extensions={FRESH: True},
+            "elevenlabs", "POST", url, SPEECH_RETRY, limit=MAX_SPEECH_BYTES, timeout=SPEECH_TIMEOUT, **options
         )
-    except (ProviderRefused, ProviderFailed) as exc:
-        name_fault(exc)
+    except (ProviderRefused, ProviderFailed) as exc:  # its codes name the field: voice_not_found, text_too_long ...
+        told = told_under(exc.answer.json(), "detail") if exc.answer else None
+        code = str(told_under(told, "code") or told_under(told, "status") or told)
+        is_voice, is_text = re.search("voice|invalid_uid", code), re.search("text|character_limit", code)
+        if is_voice or is_text:
+            exc.at("voice_id" if is_voice else "text", shortened(told_in(told)))
         raise
     return playable(answer.body, settings.tts_output_format)
-
-
-def name_fault(error: ServiceError) -> None:
-    """Say which field of ours ElevenLabs refuses: its codes name it, such as voice_not_found or text_too_long."""
-    told = told_under(error.answer.json(), "detail") if error.answer else None
-    code = str(told_under(told, "code") or told_under(told, "status") or told)
-    for name, codes in (("voice_id", "voice|invalid_uid"), ("text", "text|character_limit")):
-        if re.search(codes, code) and not error.errors:
-            error.at(name, shortened(told_in(told)))
 
 
 def playable(speech: bytes, output_format: str) -> bytes:
@@ -1167,10 +1070,7 @@ FOR_EVER = "max-age=31536000"  # stored and served as written
 async def supabase_upload(
     path: str, content: bytes | Path, content_type: str, retry: Retry = STORE_RETRY, cache: str = FOR_EVER
 ) -> str:
-    """Store a file under `path` in the bucket and return its public URL; a file on disk is streamed from there.
-
-    Raises ResourceFailed, SettingMissing.
-    """
+    """Store a file, from disk if it is there, and return its public URL. Raises ResourceFailed, SettingMissing."""
     size = os.path.getsize(content) if isinstance(content, Path) else len(content)  # noqa: ASYNC240
     if size == 0:
         raise ResourceFailed("There is nothing to store: the file is empty.", "supabase", retryable=False)
@@ -1214,10 +1114,7 @@ class FileBody:
 
 
 async def download(url: str, target: Path, retry: Retry = PAID_FETCH_RETRY) -> None:
-    """Stream a file to disk, from the first byte again if it breaks off.
-
-    Raises ResourceFailed: over 100 MB, refused, unreachable, or at an address that must not be fetched.
-    """
+    """Stream a file of up to 100 MB to disk, from the first byte again if it breaks off. Raises ResourceFailed."""
     try:
         host = httpx.URL(check_http_url(url)).host
     except ValueError as exc:
@@ -1237,37 +1134,28 @@ async def save(target: Path, client: httpx.AsyncClient, request: httpx.Request, 
     async with follow_redirects(client, request) as response:
         if response.status_code != 200:
             return await read_answer(response, limit)
-        await write_body(response, target)
+        check_size(told_size(response) or 0)
+        with target.open("wb") as file:
+            async for chunk in response.aiter_raw():
+                check_size(file.tell() + len(chunk))
+                await asyncio.to_thread(file.write, chunk)
         return Answer(200, response.headers, b"")
 
 
 @asynccontextmanager
 async def follow_redirects(client: httpx.AsyncClient, request: httpx.Request) -> AsyncIterator[httpx.Response]:
     """The answer at the end of at most five redirects, unread; httpx itself would read each redirect's body whole."""
-    following: httpx.Request | None = request
     for _ in range(MAX_REDIRECTS + 1):
-        assert following is not None
         try:
-            response = await client.send(following, stream=True)
+            response = await client.send(request, stream=True)
         except (httpx.InvalidURL, UnicodeError) as exc:
             raise httpx.RemoteProtocolError("a redirect to nonsense") from exc
-        try:
-            following = response.next_request
-            if following is None:
+        async with aclosing(response):
+            if response.next_request is None:
                 yield response
                 return
-        finally:
-            await response.aclose()
+            request = response.next_request
     raise UrlBlocked(f"The URL redirects more than {MAX_REDIRECTS} times.")
-
-
-async def write_body(response: httpx.Response, target: Path) -> None:
-    """Write a body to disk, piece by piece. Raises ResourceFailed over 100 MB, at once if its length is told."""
-    check_size(told_size(response) or 0)
-    with target.open("wb") as file:
-        async for chunk in response.aiter_raw():
-            check_size(file.tell() + len(chunk))
-            await asyncio.to_thread(file.write, chunk)
 
 
 def check_size(size: int, what: str = "A file to download") -> None:
@@ -1283,50 +1171,37 @@ def told_size(response: httpx.Response) -> int | None:
 
 
 async def head(url: str) -> HeadResult:
-    """Status, type and whole size of a remote file; a server that refuses HEAD is asked for the first byte.
-
-    Raises UrlBlocked; ResourceFailed if there is no answer within ten seconds.
-    """
+    """Status, type and whole size of a remote file. Raises UrlBlocked; ResourceFailed if it takes over ten seconds."""
     try:
         return await within(HEAD_TIMEOUT_S, call_apart(_head(url)))
-    except httpx.RequestError as exc:
-        raise ResourceFailed(f"The URL did not answer: {summary(exc)}.") from exc
-    except asyncio.TimeoutError as exc:
-        raise ResourceFailed(f"The URL did not answer within {HEAD_TIMEOUT_S:g} s.") from exc
+    except (httpx.RequestError, asyncio.TimeoutError) as exc:
+        why = f": {summary(exc)}" if isinstance(exc, httpx.RequestError) else f" within {HEAD_TIMEOUT_S:g} s"
+        raise ResourceFailed(f"The URL did not answer{why}.") from exc
 
 
 async def _head(url: str) -> HeadResult:
     async with shared() as resources:
+        # A server that refuses HEAD is asked for the first byte.
         for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
             request = resources.http.build_request(method, url, headers=headers, extensions={ASKED_FOR: True})
             async with follow_redirects(resources.http, request) as response:
-                result = head_result(response)
-            if result.status < 400:
+                status, size, told = response.status_code, told_size(response), response.headers
+            if status < 400:
                 break
-    return result
-
-
-def head_result(response: httpx.Response) -> HeadResult:
-    """The three things that are passed on of an answer; a part of a file tells the size of the whole, if it can."""
-    size = told_size(response)
-    if response.status_code == 206:
-        whole = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", response.headers.get("content-range", ""))
+    if status == 206:  # a part tells the size of the whole, if it can
+        whole = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", told.get("content-range", ""))
         size = int(whole[1]) if whole else None
-    content_type = response.headers.get("content-type", "")[:200] or None
-    return HeadResult(status=response.status_code, content_type=content_type, bytes=size)
+    return HeadResult(status=status, content_type=told.get("content-type", "")[:200] or None, bytes=size)
 
 
 async def check_picture(url: str) -> None:
-    """Refuse a picture that certainly is none, before anything is bought. Raises InvalidInput.
-
-    Any other trouble passes: Replicate, which fetches it itself, may see more of the net.
-    """
+    """Refuse a picture that certainly is none, before anything is bought. Raises InvalidInput."""
     try:
         seen = await within(PICTURE_TIMEOUT_S, call_apart(_head(url)))
     except AddressNotPublic as exc:
         raise unfit("image_url", f"{exc.detail.rstrip('.')}; the picture must be on the internet") from exc
-    except Exception as exc:  # noqa: BLE001  only what is certain refuses
-        logger.info("the picture could not be looked at: %s", redact(repr(exc)))
+    except Exception as exc:  # noqa: BLE001  Replicate, which fetches it itself, may see more of the net
+        logger.info("the picture could not be looked at: %r", exc)
         return
     if seen.status in (404, 410):
         raise unfit("image_url", f"there is no picture at this address, it answers {seen.status}")
@@ -1343,6 +1218,7 @@ OTHER_BODY = "belongs to a request with another body; a new job needs a new one"
 class Note(BaseModel):
     """What the file holds: enough to go on, and nothing of what was asked for."""
 
+    path: str = Field(default="", exclude=True)  # of the file itself, `jobs/<hmac>.json` in the bucket
     body: str  # keyed digest
     started: float  # clock time; a prediction without an id here was made since then
     written: float
@@ -1351,22 +1227,13 @@ class Note(BaseModel):
     answer: SpeechResult | VideoResult | None = None
 
 
-@dataclass
-class JobFile:
-    """The file of one job, `jobs/<hmac>.json` in the bucket."""
-
-    path: str
-    note: Note
-
-
-def job_file(key: str, route: str, body: BaseModel) -> JobFile:
-    """The file for a key: its name cannot be guessed, though the bucket is public. Raises SettingMissing."""
+def new_note(key: str, route: str, body: BaseModel) -> Note:
+    """The note for a key: its file's name cannot be guessed, though the bucket is public. Raises SettingMissing."""
     for name in STORAGE_SETTINGS:
         get_settings().required(name)
     sent = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
-    now = time.time()
-    note = Note(body=keyed_digest(sent), started=now, written=now, writer=PROCESS_ID)
-    return JobFile(f"jobs/{keyed_digest(key)}.json", note)
+    path, now = f"jobs/{keyed_digest(key)}.json", time.time()
+    return Note(path=path, body=keyed_digest(sent), started=now, written=now, writer=PROCESS_ID)
 
 
 def keyed_digest(text: str) -> str:
@@ -1374,9 +1241,9 @@ def keyed_digest(text: str) -> str:
     return hmac.new(get_settings().required("supabase_service_role").encode(), text.encode(), "sha256").hexdigest()
 
 
-async def read_note(file: JobFile) -> Note | None:
+async def read_note(path: str) -> Note | None:
     """What the file in the bucket holds; None if there is none. Raises ResourceFailed."""
-    url = storage_url(file.path, "authenticated/")
+    url = storage_url(path, "authenticated/")
     try:
         answer = await call("supabase", "GET", url, STORE_RETRY, headers=storage_keys())
     except ResourceFailed as exc:
@@ -1384,37 +1251,30 @@ async def read_note(file: JobFile) -> Note | None:
             return None
         raise
     try:
-        return Note.model_validate_json(answer.body)
+        return Note.model_validate_json(answer.body).model_copy(update={"path": path})
     except ValidationError as exc:
-        message = f"The file {file.path} in the bucket is not one of this service's; remove it."
+        message = f"The file {path} in the bucket is not one of this service's; remove it."
         raise ResourceFailed(message, "supabase", retryable=False) from exc
 
 
-async def save_job(job: Job, retry: Retry = STORE_RETRY, **changes: Any) -> None:
-    """Write down how far a job with a key is; does nothing for others. Raises ResourceFailed."""
-    if (file := job.file) is None:
+async def save_job(job: Job, retry: Retry = STORE_RETRY, is_needed: bool = True, **changes: Any) -> None:
+    """Write down how far a job with a key is. Raises ResourceFailed; if it is not `is_needed` now, that is logged."""
+    if job.note is None:
         return
-    changes = {"written": time.time(), "partial": job.partial, **changes}
-    file.note = file.note.model_copy(update=changes)
-    content = file.note.model_dump_json(exclude_none=True).encode()
-    await supabase_upload(file.path, content, "application/json", retry, cache="max-age=0")
-
-
-async def save_if_possible(job: Job, retry: Retry, **changes: Any) -> None:
-    """Write down what the job can do without for now; what fails is logged."""
+    job.note = job.note.model_copy(update={"written": time.time(), "partial": job.partial, **changes})
+    content = job.note.model_dump_json(exclude_none=True).encode()
     try:
-        await save_job(job, retry, **changes)
+        await supabase_upload(job.note.path, content, "application/json", retry, cache="max-age=0")
     except ServiceError as exc:
+        if is_needed:
+            raise
         logger.warning("the job's file was not written: %s", exc.detail)
 
 
-async def found_note(file: JobFile) -> Note | None:
-    """What the file in the bucket holds, once no other instance is at work on the job; None if there is none.
-
-    Raises InvalidInput if the key was sent with another body, ResourceFailed.
-    """
-    while note := await read_note(file):
-        if note.body != file.note.body:
+async def found_note(own: Note) -> Note | None:
+    """What the file in the bucket holds, once no other instance is at work. Raises InvalidInput (another body)."""
+    while note := await read_note(own.path):
+        if note.body != own.body:
             raise unfit("Idempotency-Key", OTHER_BODY, "header")
         is_fresh = 0 <= time.time() - note.written < patience_s(QUARTER)
         if note.answer or note.partial.prediction_id or note.writer in ("", PROCESS_ID) or not is_fresh:
@@ -1423,22 +1283,16 @@ async def found_note(file: JobFile) -> Note | None:
     return note
 
 
-def adopt(job: Job, file: JobFile, note: Note) -> None:
+def adopt(job: Job, note: Note) -> None:
     """Go on with a job from what an earlier request, or another instance, has left."""
-    file.note, job.partial = note.model_copy(update={"writer": PROCESS_ID}), note.partial
+    job.note, job.partial = note.model_copy(update={"writer": PROCESS_ID}), note.partial
     job.lost = (note.started, note.written + patience_s(TWELFTH))
 
 
-async def heed_others(job: Job) -> None:
-    """Just before a film is bought: go on with another instance's work if it has taken the job meanwhile."""
-    if job.file and (note := await found_note(job.file)) and note.writer != PROCESS_ID:
-        adopt(job, job.file, note)
-
-
-async def with_key(job: Job, file: JobFile, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
+async def with_key(job: Job, own: Note, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
     """A job with a key: answered from its file if it is done, gone on with from what there is, else begun."""
-    if note := await found_note(file):
-        adopt(job, file, note)
+    if note := await found_note(own):
+        adopt(job, note)
         if note.answer:
             job.is_replayed = True
             return note.answer
@@ -1447,9 +1301,9 @@ async def with_key(job: Job, file: JobFile, work: Callable[[], Awaitable[BaseMod
         result = await work()
     except BaseException:
         if job.partial.prediction_id is None:  # nobody is to wait for this process
-            await to_its_end(save_if_possible(job, STORE_RETRY, writer=""))
+            await to_its_end(save_job(job, is_needed=False, writer=""))
         raise
-    await save_if_possible(job, PAID_STORE_RETRY, answer=result)
+    await save_job(job, PAID_STORE_RETRY, is_needed=False, answer=result)
     return result
 
 
@@ -1494,11 +1348,8 @@ class VideoModel:
     def picture_field(self) -> str | None:
         """The field for the first picture; a deprecated one only if there is no other."""
         named = [name for name, prop in self.fields.items() if is_first_picture(name, prop)]
-        return min(named, key=self._picture_rank, default=None)
-
-    def _picture_rank(self, name: str) -> tuple[bool, bool, bool, bool]:
-        deprecated = bool(self.fields[name].get("deprecated"))
-        return deprecated, not words(name) & FIRST_WORDS, name not in self.required, name != "image"
+        named.sort(key=lambda name: (not words(name) & FIRST_WORDS, name not in self.required, name != "image"))
+        return min(named, key=lambda name: bool(self.fields[name].get("deprecated")), default=None)
 
     @property
     def prompt_field(self) -> str | None:
@@ -1508,17 +1359,13 @@ class VideoModel:
 
 
 # Its page and schema, read 2026-03-29: 10 s only up to 768p.
-HAILUO = VideoModel(
-    name=DEFAULT_MODEL,
-    version=None,
-    fields={
-        "prompt": {"type": "string"},
-        "first_frame_image": {"type": "string", "format": "uri"},
-        "duration": {"type": "integer", "enum": [6, 10]},
-        "resolution": {"type": "string", "enum": ["512p", "768p", "1080p"]},
-    },
-    required=("prompt",),
-)
+HAILUO_FIELDS: dict[str, Property] = {
+    "prompt": {"type": "string"},
+    "first_frame_image": {"type": "string", "format": "uri"},
+    "duration": {"type": "integer", "enum": [6, 10]},
+    "resolution": {"type": "string", "enum": ["512p", "768p", "1080p"]},
+}
+HAILUO = VideoModel(DEFAULT_MODEL, None, HAILUO_FIELDS, required=("prompt",))
 
 
 def words(name: str) -> set[str]:
@@ -1546,8 +1393,6 @@ KEYWORD_TYPES: dict[str, Any] = {
     **dict.fromkeys(("enum", "allOf", "anyOf", "oneOf"), list),
     **dict.fromkeys(("minimum", "maximum"), (int, float)),
 }
-MAX_SCHEMA_PARTS = 4  # of one property: an enum stands behind one, what may be null behind two
-MAX_SCHEMA_FIELDS = 300  # well-known models have up to fifteen
 
 
 def resolved(schema: Any, schemas: Any, depth: int = 4) -> Property:
@@ -1588,30 +1433,17 @@ def fit_input(model: VideoModel, job: JobPromptOnly, audio_url: str | None = Non
     """
     if model.picture_field is None:
         raise unfit("model", f"{model.name} takes no picture; choose an image-to-video model")
-    values: dict[str, Any] = {model.picture_field: job.image_url}
-    if model.prompt_field:
-        values[model.prompt_field] = job.prompt
-    if model.speech_field and audio_url:
-        values[model.speech_field] = audio_url
-    values |= length_input(model, job)
-    values |= size_input(model, job)
-    values |= {name: model.fields[name]["default"] for name in unfilled(model, values) if has_default(model, name)}
-    if missing := unfilled(model, values):
+    ours = {model.picture_field: job.image_url, model.prompt_field: job.prompt, model.speech_field: audio_url}
+    values: dict[str, Any] = {name: value for name, value in ours.items() if name and value}
+    values |= {**length_input(model, job), **size_input(model, job)}
+    defaults = {name: model.fields.get(name, {}).get("default") for name in model.required if name not in values}
+    values |= {name: value for name, value in defaults.items() if value is not None}
+    if missing := [name for name in model.required if name not in values]:
         who = "only /jobs_prompt_tts has" if missing == [model.speech_field] else "this service has nothing for"
         raise unfit("model", f"{model.name} needs {', '.join(missing)}, which {who}")
     if model is HAILUO and values["duration"] == 10 and values["resolution"] == "1080p":
         raise unfit("resolution", "with 10 seconds it can be 512p or 768p")
     return values
-
-
-def unfilled(model: VideoModel, values: dict[str, Any]) -> list[str]:
-    """The required fields that have no value yet."""
-    return [name for name in model.required if name not in values]
-
-
-def has_default(model: VideoModel, name: str) -> bool:
-    """True if the model itself says what to put into a field."""
-    return model.fields.get(name, {}).get("default") is not None
 
 
 def name_faults(model: VideoModel, error: ServiceError) -> None:
@@ -1637,12 +1469,17 @@ def length_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
         options = {number: value for value in prop.get("enum") or () if (number := as_number(value)) is not None}
         if not options and prop.get("type") not in ("integer", "number"):
             continue
-        rate = frames_per_second(model) if counts_frames(name, prop, options) else 1.0
+        about, smallest = words(str(prop.get("description", ""))), min(options, default=prop.get("minimum") or 0)
+        # By its name, its description, or numbers too large for seconds.
+        are_frames = name in FRAMES_NAMES or smallest > 60 or ("seconds" not in about and about & {"frame", "frames"})
+        rate = frames_per_second(model) if are_frames else 1.0
         wanted = job.seconds * rate
         number = min(options, key=lambda n: (abs(n - wanted), n)) if options else clamped(wanted, prop)
         # A count of frames is seldom a whole number of seconds: the nearest will do.
         if "seconds" in job.model_fields_set and abs(number - wanted) > (rate / 2 if rate > 1 else 0):
-            raise unfit("seconds", f"{model.name} takes {allowed_seconds(prop, options, rate)}")
+            named = sorted({round(n / rate, 0 if rate > 1 else 3) for n in options})
+            allowed = " or ".join(f"{seconds:g}" for seconds in named) or bounds(prop, rate)
+            raise unfit("seconds", f"{model.name} takes {allowed}")
         return {name: options.get(number, number if prop.get("type") == "number" else round(number))}
     return {}
 
@@ -1653,19 +1490,11 @@ def as_number(value: Any) -> float | None:
     return float(told[1]) if told else None
 
 
-def counts_frames(name: str, prop: Property, options: Mapping[float, Any]) -> bool:
-    """True if a field for the length counts frames: by its name, its description, or numbers too large for seconds."""
-    about = words(str(prop.get("description", "")))
-    smallest = min(options, default=prop.get("minimum") or 0)
-    return name in FRAMES_NAMES or bool(about & {"frame", "frames"} and "seconds" not in about) or smallest > 60
-
-
 def frames_per_second(model: VideoModel) -> float:
     """The rate at which the model plays its frames, as its own setting defaults."""
     for name in FPS_NAMES:
         prop = model.fields.get(name, {})
-        told = as_number(prop.get("default") or next(iter(prop.get("enum") or ()), None))
-        if told:
+        if told := as_number(prop.get("default") or next(iter(prop.get("enum") or ()), None)):
             return told
     return DEFAULT_FPS
 
@@ -1675,43 +1504,22 @@ def clamped(number: float, prop: Property) -> float:
     return float(max(prop.get("minimum", -math.inf), min(number, prop.get("maximum", math.inf))))
 
 
-def allowed_seconds(prop: Property, options: Mapping[float, Any], rate: float) -> str:
-    """The lengths a model makes, for people."""
-    if options:
-        return " or ".join(f"{number:g}" for number in sorted({round(n / rate, 0 if rate > 1 else 3) for n in options}))
-    return bounds(prop, rate)
-
-
 def size_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
-    """The field for the film's size; empty if the model has none."""
-    is_sent = "resolution" in job.model_fields_set
+    """The field for the film's size: one the model lists, or within its bounds; empty if the model has none."""
+    is_sent, wanted = "resolution" in job.model_fields_set, lines(job.resolution)
     for name in SIZE_NAMES:
         prop = model.fields.get(name, {})
-        options = [value for value in prop.get("enum") or () if lines(value)]
-        if options:
-            return {name: chosen_size(model, job.resolution, options, is_sent)}
+        if options := [value for value in prop.get("enum") or () if lines(value)]:
+            same = [value for value in options if str(value).casefold() == job.resolution.casefold()]
+            nearest = min(options, key=lambda value: (abs(lines(value) - wanted), lines(value)))
+            if is_sent and not same and lines(nearest) != wanted:
+                raise unfit("resolution", f"{model.name} takes {' or '.join(map(str, options))}")
+            return {name: same[0] if same else nearest}
         if "resolution" in name and "enum" not in prop and prop.get("type") in ("string", "integer"):
-            return {name: free_size(model, job.resolution, prop)} if is_sent else {}
+            if is_sent and prop["type"] == "integer" and (wanted == 0 or clamped(wanted, prop) != wanted):
+                raise unfit("resolution", f"{model.name} takes {bounds(prop)}")
+            return {name: job.resolution if prop["type"] == "string" else wanted} if is_sent else {}
     return {}
-
-
-def chosen_size(model: VideoModel, resolution: str, options: list[Any], is_sent: bool) -> Any:
-    """The option that is meant by `resolution`; the nearest one if the client did not ask for it."""
-    wanted = lines(resolution) or 0
-    same = [value for value in options if str(value).casefold() == resolution.casefold()]
-    same += [value for value in options if lines(value) == wanted]
-    if same or not is_sent:
-        return same[0] if same else min(options, key=lambda value: (abs(lines(value) - wanted), lines(value)))
-    raise unfit("resolution", f"{model.name} takes {' or '.join(map(str, options))}")
-
-
-def free_size(model: VideoModel, resolution: str, prop: Property) -> str | int:
-    """A size for a model that lists none: as it was sent, or as a number of lines within the model's bounds."""
-    if prop["type"] == "string":
-        return resolution
-    if clamped(lines(resolution), prop) == lines(resolution) != 0:
-        return lines(resolution)
-    raise unfit("resolution", f"{model.name} takes {bounds(prop)}")
 
 
 def bounds(prop: Property, rate: float = 1.0) -> str:
@@ -1761,17 +1569,13 @@ class Prediction(BaseModel):
         return None
 
 
-MAX_OUTPUT_TEXTS = 1_000  # a film's URL is among the first few
-
-
 def texts_in(value: Any, depth: int = 5) -> Iterator[str]:
     """Every text in a JSON value, in its order."""
     if isinstance(value, str):
         yield value
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if depth:
-        for part in parts:
-            yield from texts_in(part, depth - 1)
+    for part in parts if depth else ():
+        yield from texts_in(part, depth - 1)
 
 
 def poll_delay_s(waited_s: float, polls: int) -> float:
@@ -1796,10 +1600,9 @@ def prediction_in(value: Any) -> Prediction | None:
 
 
 async def find_model(name: str | None) -> VideoModel:
-    """The model by its name, `owner/name` or `owner/name:version`; the default model needs no look-up.
+    """The model by its name, `owner/name` or `owner/name:version`, kept for ten minutes; None: the default model.
 
-    Kept for ten minutes; jobs that ask for one model at the same time share one look-up.
-    Raises ProviderRefused (no such model), ProviderFailed.
+    Jobs that ask for one model at the same time share one look-up. Raises ProviderRefused (unknown), ProviderFailed.
     """
     if name is None or name == DEFAULT_MODEL:
         return HAILUO
@@ -1837,10 +1640,7 @@ async def hailuo_video_from_prompt(body: JobPromptOnly, job: Job | None = None) 
 async def replicate_video_from_prompt(
     body: JobPromptOnly, audio_url: str | None = None, job: Job | None = None, model: VideoModel | None = None
 ) -> str:
-    """The URL of a film made by `body.model`, with `audio_url` if it takes speech. Raises as run_prediction does.
-
-    `model` is what find_model told of it already; None: look it up. `job` hears of the prediction; None: nobody does.
-    """
+    """The URL of a film made by `body.model`, with `audio_url` if it takes speech. Raises as run_prediction does."""
     model = model or await find_model(body.model)
     return await run_prediction(model, fit_input(model, body, audio_url), job or Job("-"))
 
@@ -1848,19 +1648,18 @@ async def replicate_video_from_prompt(
 async def run_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> str:
     """Make one prediction, or go on with the job's, wait for its end and return the film's URL, which lives an hour.
 
-    A cancelled caller cancels the prediction, unless the job lives on.
     Raises ProviderRefused (failed, canceled, aborted, film gone), ProviderFailed, SettingMissing.
     """
     try:
-        if (known := job.partial.prediction_id) is None:
-            prediction = await create_prediction(model, values, job)
-        else:
+        if known := job.partial.prediction_id:
             note_prediction(job, known)
             prediction = await read_prediction(Prediction(id=known, status="starting"))
+        else:
+            prediction = await create_prediction(model, values, job)
         prediction = await wait_for_prediction(prediction, job)
-    except asyncio.CancelledError:
+    except asyncio.CancelledError:  # so is the prediction, unless the job lives on
         if made := job.partial.prediction_id:
-            await to_its_end(save_if_possible(job, STORE_RETRY) if job.lives_on else cancel_prediction(made))
+            await to_its_end(save_job(job, is_needed=False) if job.lives_on else cancel_prediction(made))
         raise
     return film_of(prediction)
 
@@ -1870,14 +1669,13 @@ def film_of(prediction: Prediction) -> str:
     if prediction.status != "succeeded":
         told = shortened(told_in(prediction.error)) or "no reason given"
         raise ProviderRefused(f"No film was made, the prediction ended as {prediction.status}: {told}", "replicate")
-    if prediction.video_url is None and prediction.data_removed:
-        raise ProviderRefused(
-            "The film is gone: Replicate keeps it for an hour. A new job makes a new one.", "replicate"
-        )
-    if (video_url := prediction.video_url) is None:
-        message = "Replicate answered without a film, although the prediction succeeded."
-        raise ProviderFailed(message, "replicate", retryable=False)
-    return video_url
+    if video_url := prediction.video_url:
+        return video_url
+    if prediction.data_removed:
+        message = "The film is gone: Replicate keeps it for an hour. A new job makes a new one."
+        raise ProviderRefused(message, "replicate")
+    message = "Replicate answered without a film, although the prediction succeeded."
+    raise ProviderFailed(message, "replicate", retryable=False)
 
 
 async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Prediction:
@@ -1885,15 +1683,12 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
     prediction = await find_lost(model, values, *job.lost) if job.lost else None
     prediction = prediction or await buy_prediction(model, values, job)
     note_prediction(job, prediction.id)
-    await to_its_end(save_if_possible(job, PAID_STORE_RETRY))
+    await to_its_end(save_job(job, PAID_STORE_RETRY, is_needed=False))
     return prediction
 
 
 async def buy_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Prediction:
-    """Buy a prediction: once, whatever happens. One whose create had no answer is looked for instead.
-
-    Raises as run_prediction does.
-    """
+    """Buy a prediction, once, whatever happens: one whose create had no answer is looked for instead."""
     started = time.time()
     try:
         answer = await post_prediction(model, values, job)
@@ -1904,19 +1699,13 @@ async def buy_prediction(model: VideoModel, values: dict[str, Any], job: Job) ->
         name_faults(model, exc)
         raise
     except ProviderFailed as exc:
-        if not may_be_done(exc):
+        is_refused = exc.answer and exc.answer.status < 500 and exc.answer.status != 408
+        if is_refused or isinstance(exc.__cause__, NOT_SENT):
             raise
         logger.warning("a prediction is looked for whose create failed: %s", exc.detail)
         if prediction := await find_lost(model, values, started, time.time() + patience_s(TWELFTH)):
             return prediction
         raise
-
-
-def may_be_done(failure: ServiceError) -> bool:
-    """True if what failed so may have been carried out all the same."""
-    if failure.answer is not None:
-        return failure.answer.status >= 500 or failure.answer.status == 408
-    return not isinstance(failure.__cause__, NOT_SENT)
 
 
 async def post_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Answer:
@@ -1925,15 +1714,10 @@ async def post_prediction(model: VideoModel, values: dict[str, Any], job: Job) -
     body = {"input": values, **({"version": model.version} if model.version else {})}
     shortest, longest = CANCEL_AFTER_S
     cancel_after_s = max(shortest, min(round(get_settings().job_timeout_seconds), longest))
+    options: dict[str, Any] = {"headers": {"Cancel-After": f"{cancel_after_s}s"}, "extensions": {FRESH: True}}
+    perform = partial(create_exchange, job)
     return await call_replicate(
-        "POST",
-        path,
-        CREATE_RETRY,
-        perform=partial(create_exchange, job),
-        json=body,
-        headers={"Cancel-After": f"{cancel_after_s}s"},
-        timeout=CREATE_TIMEOUT,
-        extensions={FRESH: True},
+        "POST", path, CREATE_RETRY, perform=perform, json=body, timeout=CREATE_TIMEOUT, **options
     )
 
 
@@ -1956,10 +1740,7 @@ def note_prediction(job: Job, prediction_id: str) -> None:
 
 
 async def find_lost(model: VideoModel, values: dict[str, Any], since: float, until: float) -> Prediction | None:
-    """A prediction with exactly this input, made since clock time `since`, that no job of this process holds.
-
-    Looked for once at least, and again until `until`. Raises ProviderFailed if Replicate cannot be asked.
-    """
+    """A prediction of this input made since clock time `since` that no job holds; looked for once, and till `until`."""
     async with shared() as resources:
         while True:
             async for told in predictions_since(since):
@@ -2003,10 +1784,9 @@ async def wait_for_prediction(prediction: Prediction, job: Job) -> Prediction:
         resources.polls += 1
         try:
             while prediction.status not in FINAL_STATUSES:
+                delay_s = poll_delay_s(time.monotonic() - started, resources.polls)
                 # Jobs that began together drift apart, so that their reads do not come in bursts.
-                await asyncio.sleep(
-                    poll_delay_s(time.monotonic() - started, resources.polls) * random.uniform(0.9, 1.1)
-                )
+                await asyncio.sleep(delay_s * random.uniform(0.9, 1.1))
                 prediction = await read_prediction(prediction)
                 job.progress(prediction)
         finally:
@@ -2058,15 +1838,8 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
     ]
 
 
-MAX_BOXES = 10_000  # of an MP4 at its top level; a film in fragments has some hundreds
-FIRST_BOXES = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip")  # QuickTime's may begin without ftyp
-
-
 async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "shortest") -> None:
-    """Put speech (in TTS_OUTPUT_FORMAT) and film together; the video stream is copied bit by bit.
-
-    No more at once than there are cores. Raises ResourceFailed if ffmpeg cannot use them, takes over a minute or 100 MB.
-    """
+    """Put speech (in TTS_OUTPUT_FORMAT) and film together. Raises ResourceFailed, also over a minute or 100 MB."""
     await asyncio.to_thread(check_film, video)
     arguments = mux_arguments(video, speech, speech_file().demuxer, fit, final)
     async with shared() as resources, resources.ffmpeg_slots:
@@ -2076,14 +1849,11 @@ async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "sh
 
 async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
     """Run ffmpeg to its end; it is killed and reaped however this call ends. Raises ResourceFailed."""
+    nothing, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
+    # It needs no key, and Ctrl-C in a terminal is for the service, which lets jobs finish.
+    apart: dict[str, Any] = {"env": {}, "start_new_session": True}
     process = await asyncio.create_subprocess_exec(
-        await asyncio.to_thread(ffmpeg_path),
-        *arguments,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        env={},  # it needs no key
-        start_new_session=True,  # Ctrl-C in a terminal is for the service, which lets jobs finish
+        await asyncio.to_thread(ffmpeg_path), *arguments, stdin=nothing, stdout=nothing, stderr=pipe, **apart
     )
     try:
         told = await within(timeout_s, last_words(process))
@@ -2097,14 +1867,14 @@ async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
     if process.returncode != 0:
         logger.warning("ffmpeg ended with %s: %s", process.returncode, told)
         if os.strerror(errno.ENOSPC) in told:
-            raise disk_trouble(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            raise disk_trouble(os.strerror(errno.ENOSPC))
         message = "Film and speech could not be put together; ffmpeg cannot use one of them."
         raise ResourceFailed(message, retryable=False)
 
 
-def disk_trouble(exc: OSError) -> ResourceFailed:
+def disk_trouble(told: str | None) -> ResourceFailed:
     """The error for a full disk, a folder that is read-only, or a machine without room for one more child."""
-    return ResourceFailed(f"The service's own machine failed the job: {exc.strerror}.")
+    return ResourceFailed(f"The service's own machine failed the job: {told}.")
 
 
 @contextmanager
@@ -2114,7 +1884,7 @@ def job_folder() -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="talking-pet-") as folder:
             yield Path(folder)
     except OSError as exc:
-        raise disk_trouble(exc) from exc
+        raise disk_trouble(exc.strerror) from exc
 
 
 async def last_words(process: asyncio.subprocess.Process) -> str:
@@ -2129,6 +1899,7 @@ async def last_words(process: asyncio.subprocess.Process) -> str:
 
 def check_film(video: Path) -> None:
     """Refuse a file that is no MP4, or breaks off; ffmpeg would make a shorter film of it. Raises ResourceFailed."""
+    first_boxes = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip")  # QuickTime's may begin without ftyp
     size, offset = video.stat().st_size, 0
     with video.open("rb") as file:
         for _ in range(MAX_BOXES):
@@ -2136,7 +1907,7 @@ def check_film(video: Path) -> None:
                 break
             file.seek(offset)
             length, name, long_length = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
-            if offset == 0 and name not in FIRST_BOXES:
+            if offset == 0 and name not in first_boxes:
                 raise ResourceFailed("What the model made is not an MP4 film.", "replicate", retryable=False)
             # ISO/IEC 14496-12: 0 is a box to the file's end, 1 one whose length follows.
             offset = size if length == 0 else offset + max(8, long_length if length == 1 else length)
@@ -2151,9 +1922,10 @@ def check_film(video: Path) -> None:
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Hold what the jobs share for the life of the process; at its end, wait for the answers of cancelled jobs."""
     global _running
-    set_up_log()
-    settings = get_settings()
-    if missing := [name.upper() for name in SPEECH_JOB_SETTINGS if getattr(settings, name) is None]:
+    logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():  # whoever runs the service may have set up logging already
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    if missing := [name.upper() for name in SPEECH_JOB_SETTINGS if getattr(get_settings(), name) is None]:
         logger.warning("not set: %s; requests that need them are answered 500", ", ".join(missing))
     await asyncio.to_thread(ffmpeg_path)  # fails here rather than after a film was paid for
     async with shared() as _running:
@@ -2165,10 +1937,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def end_jobs(resources: Shared) -> None:
-    """Let jobs with a key that nobody waits for end by themselves for a while, then leave them to the next request.
-
-    uvicorn has just cancelled the requests still running: their predictions are being cancelled.
-    """
+    """Let jobs with a key that nobody waits for end by themselves for a while, then leave them to the next request."""
+    # uvicorn has just cancelled the requests still running: their predictions are being cancelled.
     keyed = [job for job in resources.keyed.values() if job.task]
     if tasks := {job.task for job in keyed if job.task}:
         await asyncio.wait(tasks, timeout=patience_s(SIXTH))
@@ -2179,35 +1949,13 @@ async def end_jobs(resources: Shared) -> None:
         await asyncio.sleep(0.05)
 
 
-def set_up_log() -> None:
-    """Write the service's lines to stderr, unless whoever runs it has set up logging already."""
-    logger.setLevel(logging.INFO)
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler()
-        handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.logger.addHandler(handler)
+def with_context(app: ASGIApp) -> ASGIApp:
+    """The outermost layer: each request gets its Job and a bound on its body, each answer X-Request-ID and timing."""
 
-
-class RedactingFormatter(logging.Formatter):
-    """Keeps keys out of the log, tracebacks included."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line, without keys."""
-        return redact(super().format(record))
-
-
-class RequestContext:
-    """Gives each request its Job, and each answer X-Request-ID and Server-Timing."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The outermost layer, so that nothing is answered without an id."""
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        told = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+            return await app(scope, receive, send)
+        told = Headers(scope=scope).get("x-request-id", "")
         request_id = told if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", told) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["job"] = Job(request_id)
@@ -2217,53 +1965,58 @@ class RequestContext:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
-                if timing := state["job"].server_timing():
-                    headers["Server-Timing"] = timing
+                if timings := state["job"].timings.items():
+                    headers["Server-Timing"] = ", ".join(f"{name};dur={s * 1000:.1f}" for name, s in timings)
             await send(message)
 
         async with shared() as resources:
             resources.requests += 1
             try:
-                await self.app(scope, receive, send_with_headers)
+                await app(scope, bounded(receive, Headers(scope=scope)), send_with_headers)
             finally:
                 resources.requests -= 1
 
+    return answer
 
-class ErrorAnswers:
-    """Answers what nothing below has answered, inside CORS: bodies over the limit, and the unforeseen."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+def bounded(receive: Receive, headers: Headers) -> Receive:
+    """The request's body, which raises HTTPException where it is over the limit: unread, if its length is told."""
+    told = headers.get("content-length", "")
+    size = int(told) if told.isdecimal() and int(told) > MAX_REQUEST_BYTES else 0
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything through but a 413 and exceptions."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request = Request(scope)
-        is_started = is_replaced = False
+    async def receive_bounded() -> Message:
+        nonlocal size
+        if size <= MAX_REQUEST_BYTES:
+            message = await receive()
+            size += len(message.get("body", b""))
+        if size > MAX_REQUEST_BYTES:
+            raise HTTPException(400, f"The request's body is larger than {MAX_REQUEST_BYTES // 1024} KiB")
+        return message
 
-        async def send_unless_too_large(message: Message) -> None:
-            nonlocal is_started, is_replaced
-            if message["type"] == "http.response.start" and message["status"] == 413:
-                is_replaced = True
-                error = InvalidInput(f"The request's body is larger than {MAX_REQUEST_BYTES // 1024} KiB.")
-                await error_response(request, error)(scope, receive, send)
-            if not is_replaced:
-                is_started = True
-                await send(message)
-
-        try:
-            await self.app(scope, receive, send_unless_too_large)
-        except Exception as exc:  # noqa: BLE001  the last resort: logged, and told without inside detail
-            error = as_service_error(exc)
-            if not (is_started or is_replaced):
-                await error_response(request, error)(scope, receive, send)
+    return receive_bounded
 
 
 def error_response(request: Request, error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The answer for an error."""
     return JSONResponse(request.state.job.error_json(error), error.http_status, headers)
+
+
+class Route(APIRoute):
+    """A route whose errors, unforeseen ones included, are answered inside CORS: Starlette's last handler is outside."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's own, and what it raises told as our error."""
+        handle = super().get_route_handler()
+
+        async def answer(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except (RequestValidationError, HTTPException):
+                raise
+            except Exception as exc:  # noqa: BLE001  the last resort: logged, and told without inside detail
+                return error_response(request, as_service_error(exc))
+
+        return answer
 
 
 # Pydantic's types of faults, in words without a library's.
@@ -2316,9 +2069,8 @@ app = FastAPI(
     redirect_slashes=False,  # a 307 is no answer of this service; it would name http:// behind a proxy
     exception_handlers={RequestValidationError: answer_invalid, HTTPException: answer_http_error},
 )
+app.router.route_class = Route
 # The last one added is the outermost.
-app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_REQUEST_BYTES)
-app.add_middleware(ErrorAnswers)
 app.add_middleware(
     CORSMiddleware,
     allow_origins=get_settings().allowed_origin.split(","),
@@ -2326,7 +2078,7 @@ app.add_middleware(
     allow_headers=["*"],
     expose_headers=["X-Request-ID", "Server-Timing", "Idempotency-Replayed"],
 )
-app.add_middleware(RequestContext)
+app.add_middleware(with_context)
 
 
 # ---- Running a job: its deadline, a client that leaves, its two forms of answer --------------------------------
@@ -2362,10 +2114,8 @@ def prefers_events(accept: str) -> bool:
     for name, _, rest in (part.partition(";") for part in re.sub(r"\s", "", accept.lower()).split(",")):
         told = re.search(r"(?:^|;)q=([01](?:\.\d{0,3})?)", rest)
         qualities[name] = float(told[1]) if told else 1.0
-    json_quality = next(
-        (qualities[name] for name in ("application/json", "application/*", "*/*") if name in qualities), 0
-    )
-    return qualities.get("text/event-stream", 0) >= max(json_quality, 0.001)
+    for_json = [qualities[name] for name in ("application/json", "application/*", "*/*") if name in qualities]
+    return qualities.get("text/event-stream", 0) >= max([0.001, *for_json[:1]])
 
 
 async def start_job(request: Request, body: Body, key: str | None, work: "Work[Body]") -> Job:
@@ -2374,17 +2124,17 @@ async def start_job(request: Request, body: Body, key: str | None, work: "Work[B
     if key is None:
         job.task = asyncio.create_task(run_job(job, work(body, job)))
         return job
-    file = job_file(key, request.url.path, body)
+    note = job.note = new_note(key, request.url.path, body)
     async with shared() as resources:
-        if (running := resources.keyed.get(file.path)) and running.file:
-            if running.file.note.body != file.note.body:
+        if (running := resources.keyed.get(note.path)) and running.note:
+            if running.note.body != note.body:
                 raise unfit("Idempotency-Key", OTHER_BODY, "header")
             logger.info("joins the job of request_id=%s", running.request_id)
             request.state.job = running
             return running
-        job.file, resources.keyed[file.path] = file, job
-        job.task = asyncio.create_task(run_job(job, with_key(job, file, lambda: work(body, job))))
-        job.task.add_done_callback(partial(forget, resources, file.path))
+        resources.keyed[note.path] = job
+        job.task = asyncio.create_task(run_job(job, with_key(job, note, lambda: work(body, job))))
+        job.task.add_done_callback(partial(forget, resources, note.path))
     return job
 
 
@@ -2396,16 +2146,13 @@ def forget(resources: Shared, path: str, task: "asyncio.Task[BaseModel]") -> Non
 
 
 async def run_job(job: Job, work: Awaitable[BaseModel]) -> BaseModel:
-    """The result of `work`, which is cancelled and cleaned up when the job's time is over.
-
-    Raises what `work` raises, the deadline's error, or Unforeseen (client gone, process ending).
-    """
+    """The result of `work`. Raises what it raises, the deadline's error, or Unforeseen (client left, process ends)."""
     outcome = "ok"
     try:
         return await within(get_settings().job_timeout_seconds, work)
     except asyncio.CancelledError:
         outcome = "left" if job.is_left else "shutdown"
-        again = "send the same request again" if job.file else "try again"
+        again = "send the same request again" if job.note else "try again"
         raise Unforeseen(f"The service is restarting and could not finish the job; {again}.") from None
     except Exception as exc:  # noqa: BLE001  raised again
         error = job.late() if isinstance(exc, asyncio.TimeoutError) else exc
@@ -2423,12 +2170,12 @@ async def follow(request: Request, job: Job) -> BaseModel:
     try:
         await asyncio.wait({job.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not job.task.done():
-            if job.file:
+            if job.note:
                 raise Unforeseen("The client has left.")
             job.is_left = True
             job.stop()
     except asyncio.CancelledError:
-        job.stop(lives_on=job.file is not None)
+        job.stop(lives_on=job.note is not None)
     finally:
         leaving.cancel()
     await to_its_end(job.task)
@@ -2481,13 +2228,14 @@ async def next_part(events: Events) -> bytes | None:
 
 async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
     """A silent film."""
-    model = await check_job(body, job, VIDEO_JOB_SETTINGS)
+    model = await check_job(body, job, ("replicate_api_token",))
     return VideoResult(video_url=await animate(body, model, job))
 
 
 async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
     """A talking film: the cheap step comes first, so that a bad text, voice, bucket or disk costs no film."""
-    check_text(body.text)
+    if len(body.text) > (most := get_settings().tts_max_chars):
+        raise unfit("text", f"has {len(body.text)} characters, at most {most} are spoken")
     model = await check_job(body, job, SPEECH_JOB_SETTINGS, audio_url="made in a moment")
     with job_folder() as folder:
         audio_url = await speak(body, job, folder / "speech")
@@ -2496,12 +2244,6 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
         with job.stage("final_upload"):
             final_url = await supabase_upload(f"videos/{uuid.uuid4()}.mp4", final, "video/mp4", PAID_STORE_RETRY)
     return SpeechResult(audio_url=audio_url, video_url=video_url, final_url=final_url)
-
-
-def check_text(text: str) -> None:
-    """Refuse a text that is too long. Raises InvalidInput."""
-    if len(text) > (most := get_settings().tts_max_chars):
-        raise unfit("text", f"has {len(text)} characters, at most {most} are spoken")
 
 
 async def check_job(body: JobPromptOnly, job: Job, settings: Iterable[str], audio_url: str | None = None) -> VideoModel:
@@ -2525,8 +2267,7 @@ async def speak(body: JobPromptTTS, job: Job, speech: Path) -> str:
         if audio_url is None:
             kept_as = speech_file()
             audio_path = f"audio/{uuid.uuid4()}.{kept_as.extension}"
-            audio_url = await supabase_upload(audio_path, spoken, kept_as.content_type)
-            job.partial.audio_url = audio_url
+            audio_url = job.partial.audio_url = await supabase_upload(audio_path, spoken, kept_as.content_type)
             await save_job(job)
         await fetch_speech(audio_url, speech)
     return audio_url
@@ -2547,7 +2288,8 @@ async def fetch_speech(audio_url: str, speech: Path) -> None:
 async def animate(body: JobPromptOnly, model: VideoModel, job: Job, audio_url: str | None = None) -> str:
     """Have the film made and return its URL."""
     with job.stage("video"):
-        await heed_others(job)
+        if job.note and (note := await found_note(job.note)) and note.writer != PROCESS_ID:
+            adopt(job, note)  # another instance has taken the job meanwhile
         video_url = await replicate_video_from_prompt(body, audio_url, job, model)
     job.partial.video_url = video_url
     return video_url
@@ -2573,12 +2315,13 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"description": "The service or a provider failed; `partial` holds what was made", "model": ErrorBody},
     "default": {"description": "No such route or method", "model": ErrorBody},
 }
-EXAMPLE_VIDEO = VideoResult(video_url="https://replicate.delivery/xezq/film.mp4")
-EXAMPLE_SPEECH = SpeechResult(
-    video_url=EXAMPLE_VIDEO.video_url,
-    audio_url=EXAMPLE_PICTURE.replace("pet.jpg", "audio/0b1f3a52-8d6e-4c6f-9a53-2f4f3c1f7a10.mp3"),
-    final_url=EXAMPLE_PICTURE.replace("pet.jpg", "videos/5e0f9d0c-7f0b-4a39-9c1c-7f1f1f0f2b11.mp4"),
-)
+FILM_URL = "https://replicate.delivery/xezq/film.mp4"
+SPEECH_URL = EXAMPLE_PICTURE.replace("pet.jpg", "audio/0b1f3a52-8d6e-4c6f-9a53-2f4f3c1f7a10.mp3")
+TALKING_URL = EXAMPLE_PICTURE.replace("pet.jpg", "videos/5e0f9d0c-7f0b-4a39-9c1c-7f1f1f0f2b11.mp4")
+EXAMPLE_VIDEO = VideoResult(video_url=FILM_URL)
+EXAMPLE_SPEECH = SpeechResult(audio_url=SPEECH_URL, video_url=FILM_URL, final_url=TALKING_URL)
+EVENTS_IN_WORDS = """With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing happens,
+then one `result` (the JSON body) or one `error` (the error body and `status`)."""
 
 
 def job_answers(example: BaseModel) -> dict[int | str, dict[str, Any]]:
@@ -2588,22 +2331,14 @@ def job_answers(example: BaseModel) -> dict[int | str, dict[str, Any]]:
     text = "".join(f"event: {name}\ndata: {data.model_dump_json(exclude_none=True)}\n\n" for name, data in told)
     kinds = [{"$ref": f"#/components/schemas/{kind}"} for kind in ("StageEvent", type(example).__name__, "ErrorEvent")]
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
-    item = {  # one event, described as FastAPI describes them
-        "type": "object",
-        "description": "With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing "
-        "happens, then one `result` (the JSON body) or one `error` (the error body and `status`).",
-        "required": ["event", "data"],
-        "properties": {"event": {"type": "string", "enum": ["stage", "result", "error"]}, "data": data},
-    }
-    stream = {"itemSchema": item, "example": text}
+    fields = {"event": {"type": "string", "enum": ["stage", "result", "error"]}, "data": data}
+    item = {"type": "object", "description": EVENTS_IN_WORDS, "required": [*fields], "properties": fields}
+    stream = {"itemSchema": item, "example": text}  # an event, described as FastAPI describes them
     good = {"content": {"application/json": {"example": example.model_dump()}, "text/event-stream": stream}}
     return {200: good, **ERRORS}
 
 
-KEY_IN_WORDS = (
-    "One for each job. With it the same request can be sent again, whatever happened, until there is an answer: "
-    "one film is bought, and it is delivered."
-)
+KEY_IN_WORDS = "One for each job. Send the same request with it until there is an answer: one film is bought."
 KEY_EXAMPLE = "8e03978e-40d5-43e8-bc93-6894a57f9324"
 IdempotencyKey = Annotated[
     str | None, Header(alias="Idempotency-Key", pattern=KEY_PATTERN, description=KEY_IN_WORDS, examples=[KEY_EXAMPLE])
