@@ -36,7 +36,7 @@ import time
 import traceback
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
@@ -103,6 +103,10 @@ TWELFTH = 1 / 12  # 10 s: the look for a prediction whose create had no answer
 
 POLL_SHARE = 0.025  # a wait between two reads, as a share of the time waited so far
 POLL_MAX_S = 2.0
+KEPT_DURATIONS = 30  # of the last films of a kind, which tell when the next one is due
+DURATION_SPREAD = 0.02  # how far around one of them the next one may be, as a share of it
+READ_WORTH_S = 1 / 80  # one more read is made where it finds a film this much sooner on average
+EARLY_SHARE = 0.1  # the longest wait, as a share of the shortest duration known, or of the time waited if longer
 READS_PER_MINUTE = 2_400  # of one process; Replicate allows 3,000 (docs rate-limits, read 2026-11-22)
 CANCEL_AFTER_S = (5, 86_400)  # what Replicate's Cancel-After takes (changelog 2025-10-16)
 CLOCK_SKEW_S = 5.0  # between this machine and Replicate
@@ -737,6 +741,7 @@ class Shared:
     keyed: dict[str, Job] = field(default_factory=dict)  # running jobs with a key, by the name of their file
     held: "deque[str]" = field(default_factory=lambda: deque(maxlen=10_000))  # predictions of this process's jobs
     polls: int = 0  # predictions being waited for
+    durations: dict[str, "deque[float]"] = field(default_factory=dict)  # the last films' in seconds, by their kind
     models: dict[str, tuple[float, "VideoModel"]] = field(default_factory=dict)  # with the time of the look-up
     model_locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
 
@@ -923,7 +928,7 @@ async def send(
 
     `options` are those of httpx's build_request. Raises httpx.RequestError if the last attempt had no answer.
     """
-    attempts, failing_since = Counter[Tries](), math.inf
+    attempts, since = Counter[Tries](), dict[Tries, float]()  # of each kind of failure by itself
     async with shared() as resources:
         while True:
             outcome: Outcome
@@ -935,9 +940,8 @@ async def send(
             if (tries := retry.tries(outcome)) is None:
                 break
             attempts[tries] += 1
-            failing_since = min(failing_since, time.monotonic())
+            failing_s = time.monotonic() - since.setdefault(tries, time.monotonic())
             asked_s = asked_wait_s(outcome, time.time()) if isinstance(outcome, Answer) else None
-            failing_s = time.monotonic() - failing_since
             if (delay_s := retry.delay_s(tries, attempts[tries], failing_s, asked_s)) is None:
                 break
             failed = f"{method} {request.url.host} attempt={attempts.total()} failed ({summary(outcome)})"
@@ -1044,7 +1048,7 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
         )
     except (ProviderRefused, ProviderFailed) as exc:  # its codes name the field: voice_not_found, text_too_long ...
         told = told_under(exc.answer.json(), "detail") if exc.answer else None
-        code = str(told_under(told, "code") or told_under(told, "status") or told)
+        code = str(told_under(told, "code") or told_under(told, "status") or (isinstance(told, list) and told))
         is_voice, is_text = re.search("voice|invalid_uid", code), re.search("text|character_limit", code)
         if is_voice or is_text:
             exc.at("voice_id" if is_voice else "text", shortened(told_in(told)))
@@ -1578,10 +1582,24 @@ def texts_in(value: Any, depth: int = 5) -> Iterator[str]:
         yield from texts_in(part, depth - 1)
 
 
-def poll_delay_s(waited_s: float, polls: int) -> float:
-    """Seconds until the next read of a prediction, `waited_s` after its start, with `polls` of them open."""
-    share = min(max(waited_s * POLL_SHARE, get_settings().poll_min_seconds), POLL_MAX_S)
-    return max(share, polls * 60 / READS_PER_MINUTE)
+def poll_delay_s(waited_s: float, polls: int, durations: Collection[float] = ()) -> float:
+    """Seconds until the next read of a film, with `polls` of them open; `durations`: of the last ones of its kind."""
+    delay_s = due_delay_s(waited_s, durations) if durations else min(waited_s * POLL_SHARE, POLL_MAX_S)
+    return max(delay_s, get_settings().poll_min_seconds, polls * 60 / READS_PER_MINUTE)
+
+
+def due_delay_s(waited_s: float, durations: Collection[float]) -> float:
+    """Seconds until the next read of a film of a kind that took `durations` lately: seldom at first, often when due.
+
+    Each duration stands for a Cauchy distribution, narrow with long tails for what was not seen yet. Where a film not
+    ready is ready within a second with chance h, waits of sqrt(2 * READ_WORTH_S / h) find it soonest for their number.
+    """
+    around = [(known * DURATION_SPREAD, waited_s - known) for known in durations]
+    unready = sum(math.atan2(spread, past) for spread, past in around)
+    due = sum(spread / (spread**2 + past**2) for spread, past in around)
+    # Failures come in the first seconds, and a film may be faster than all before.
+    longest_s = min(POLL_MAX_S + waited_s, EARLY_SHARE * max(waited_s, min(durations)))
+    return min(math.sqrt(2 * READ_WORTH_S * unready / due), longest_s)
 
 
 async def call_replicate(method: str, path: str, retry: Retry, **options: Any) -> Answer:
@@ -1650,13 +1668,14 @@ async def run_prediction(model: VideoModel, values: dict[str, Any], job: Job) ->
 
     Raises ProviderRefused (failed, canceled, aborted, film gone), ProviderFailed, SettingMissing.
     """
+    kind = str([model.name, *map(values.get, (*SECONDS_NAMES, *FRAMES_NAMES, *SIZE_NAMES))])
     try:
         if known := job.partial.prediction_id:
             note_prediction(job, known)
-            prediction = await read_prediction(Prediction(id=known, status="starting"))
+            prediction, kind = await read_prediction(Prediction(id=known, status="starting")), ""
         else:
             prediction = await create_prediction(model, values, job)
-        prediction = await wait_for_prediction(prediction, job)
+        prediction = await wait_for_prediction(prediction, job, kind)
     except asyncio.CancelledError:  # so is the prediction, unless the job lives on
         if made := job.partial.prediction_id:
             await to_its_end(save_job(job, is_needed=False) if job.lives_on else cancel_prediction(made))
@@ -1745,7 +1764,8 @@ async def find_lost(model: VideoModel, values: dict[str, Any], since: float, unt
         while True:
             async for told in predictions_since(since):
                 is_ours = told_under(told, "model") == model.name and told_under(told, "input") == values
-                if is_ours and (found := prediction_in(told)) and found.id not in resources.held:
+                is_version = model.version is None or str(told_under(told, "version")) in model.version
+                if is_ours and is_version and (found := prediction_in(told)) and found.id not in resources.held:
                     resources.held.append(found.id)  # before anybody else looks
                     return found
             if time.time() >= until:
@@ -1776,21 +1796,27 @@ async def read_prediction(prediction: Prediction) -> Prediction:
     return prediction_in(answer.json()) or prediction
 
 
-async def wait_for_prediction(prediction: Prediction, job: Job) -> Prediction:
-    """Read a prediction until it has ended, as often as all jobs of the process together may."""
+async def wait_for_prediction(prediction: Prediction, job: Job, kind: str = "") -> Prediction:
+    """Read a prediction until it has ended, as often as all jobs of the process together may.
+
+    How long films of its `kind` take is remembered; empty: nobody knows since when this one is made.
+    """
     started = time.monotonic()
     job.progress(prediction)
     async with shared() as resources:
+        durations = resources.durations.setdefault(kind, deque(maxlen=KEPT_DURATIONS))
         resources.polls += 1
         try:
             while prediction.status not in FINAL_STATUSES:
-                delay_s = poll_delay_s(time.monotonic() - started, resources.polls)
+                delay_s = poll_delay_s(time.monotonic() - started, resources.polls, durations)
                 # Jobs that began together drift apart, so that their reads do not come in bursts.
                 await asyncio.sleep(delay_s * random.uniform(0.9, 1.1))
                 prediction = await read_prediction(prediction)
                 job.progress(prediction)
         finally:
             resources.polls -= 1
+        if kind and prediction.status == "succeeded":
+            durations.append(time.monotonic() - started)
     return prediction
 
 
@@ -1801,7 +1827,7 @@ async def cancel_prediction(prediction_id: str) -> None:
         await within(patience_s(QUARTER), call_replicate("POST", path, CANCEL_RETRY))
         logger.info("prediction_id=%s cancelled", prediction_id)
     except (ServiceError, asyncio.TimeoutError) as exc:
-        logger.warning("prediction_id=%s not cancelled: %s", prediction_id, exc)
+        logger.warning("prediction_id=%s not cancelled: %s", prediction_id, str(exc) or "no answer in time")
 
 
 # ---- ffmpeg: film + speech -> talking film ---------------------------------------------------------------------
@@ -2083,6 +2109,13 @@ app.add_middleware(with_context)
 
 # ---- Running a job: its deadline, a client that leaves, its two forms of answer --------------------------------
 
+# A request `follow`s the task of a job, which is `run_job` around one of the two jobs. What cancels what:
+#
+#   the client leaves    follow sees it: stops the job, or, if it has a key, only itself ends
+#   the deadline         within cancels the work, run_job tells it as the job's error
+#   the process ends     uvicorn cancels the request: follow stops the job and waits for its error, to be answered
+#   another joins        it follows the same task; who follows last makes no difference
+
 Body = TypeVar("Body", bound=JobPromptOnly)
 Work = Callable[[Body, Job], Awaitable[BaseModel]]
 
@@ -2270,6 +2303,9 @@ async def speak(body: JobPromptTTS, job: Job, speech: Path) -> str:
             audio_url = job.partial.audio_url = await supabase_upload(audio_path, spoken, kept_as.content_type)
             await save_job(job)
         await fetch_speech(audio_url, speech)
+        if spoken and os.path.getsize(speech) != len(spoken):  # noqa: ASYNC240
+            message = "The speech's public address answers with something else; is SUPABASE_URL right?"
+            raise ResourceFailed(message, "supabase", retryable=False)
     return audio_url
 
 
@@ -2278,7 +2314,7 @@ async def fetch_speech(audio_url: str, speech: Path) -> None:
     try:
         await download(audio_url, speech, FETCH_RETRY)
     except ResourceFailed as exc:
-        if exc.answer is None or meant_status(exc.answer) not in range(400, 500):
+        if exc.answer is None or meant_status(exc.answer) not in (400, 401, 403, 404):
             raise
         bucket = f"SUPABASE_BUCKET={get_settings().supabase_bucket}"
         message = f"The speech was stored, but the bucket is not public: make it so, or change {bucket}. {exc.detail}"
@@ -2290,6 +2326,7 @@ async def animate(body: JobPromptOnly, model: VideoModel, job: Job, audio_url: s
     with job.stage("video"):
         if job.note and (note := await found_note(job.note)) and note.writer != PROCESS_ID:
             adopt(job, note)  # another instance has taken the job meanwhile
+            job.partial.audio_url = audio_url
         video_url = await replicate_video_from_prompt(body, audio_url, job, model)
     job.partial.video_url = video_url
     return video_url
