@@ -9,12 +9,13 @@ import pytest
 from fastapi.routing import APIRoute
 
 import main
+from tests.inprocess import answer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 RENDER = (ROOT / "render.yaml").read_text(encoding="utf-8")
-ROUTES = [route for route in main.app.routes if isinstance(route, APIRoute)]
+ROUTES = [route for route in main.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
 
 
 def table(text: str, first_header: str) -> list[list[str]]:
@@ -40,16 +41,11 @@ def test_readme_has_every_variable_with_its_default() -> None:
 
 
 def test_env_example_has_every_variable_with_its_default() -> None:
-    """A copied file changes nothing."""
-    lines = (ROOT / ".env.example").read_text(encoding="utf-8").splitlines()
-    assert dict(line.split("=", 1) for line in lines if line and not line.startswith("#")) == DEFAULTS
-
-
-def test_env_example_is_accepted() -> None:
-    """Copied as it is, it starts a service without keys."""
+    """A copied file changes nothing: it starts a service without keys."""
     lines = (ROOT / ".env.example").read_text(encoding="utf-8").splitlines()
     texts = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    assert main.read_settings(texts).missing() == [name.upper() for name in main.SPEECH_JOB_SETTINGS]
+    assert texts == DEFAULTS
+    assert main.read_settings(texts) == main.Settings()
 
 
 def render_variables() -> dict[str, str]:
@@ -58,16 +54,12 @@ def render_variables() -> dict[str, str]:
     return {key: told.removeprefix("value: ").strip('"') for key, told in pairs}
 
 
-def test_render_asks_for_the_secrets() -> None:
-    """No key stands in the repository."""
-    asked = {key for key, told in render_variables().items() if told == "sync: false"}
+def test_render_asks_for_the_secrets_and_sets_the_defaults() -> None:
+    """No key stands in the repository; what else is set is the service's own default."""
+    known = {key: told for key, told in render_variables().items() if key in DEFAULTS}
+    asked = {key for key, told in known.items() if told == "sync: false"}
     assert asked == {name.upper() for name in main.SPEECH_JOB_SETTINGS}
-
-
-def test_render_sets_the_defaults() -> None:
-    """What render.yaml sets beside the secrets is the service's own default."""
-    own = {key: told for key, told in render_variables().items() if key in DEFAULTS and told != "sync: false"}
-    assert own == {key: DEFAULTS[key] for key in own}
+    assert {key: told for key, told in known.items() if key not in asked}.items() <= DEFAULTS.items()
 
 
 def test_render_gives_jobs_time_to_end() -> None:
@@ -77,7 +69,7 @@ def test_render_gives_jobs_time_to_end() -> None:
     assert render_s
     assert uvicorn_s
     assert int(render_s[1]) == 300
-    assert int(uvicorn_s[1]) + main.SHUTDOWN_WAIT_S + main.CANCEL_TIMEOUT_S < int(render_s[1])
+    assert int(uvicorn_s[1]) + main.SHUTDOWN_WAIT_S < int(render_s[1])
 
 
 def test_render_runs_one_process_with_a_health_check() -> None:
@@ -87,21 +79,15 @@ def test_render_runs_one_process_with_a_health_check() -> None:
     assert "healthCheckPath: /health" in RENDER
 
 
-def test_readme_has_every_route() -> None:
-    """Method and path of each."""
-    told = [row[0] for row in table(README, "route")]
-    assert told == [f"{next(iter(route.methods))} {route.path}" for route in ROUTES]
-
-
-@pytest.mark.parametrize("route", ROUTES[1:3], ids=lambda route: str(route.path).strip("/"))
-def test_readme_has_every_field_of_a_job(route: APIRoute) -> None:
-    """Fields and their defaults, what the second job shares said once."""
-    assert route.body_field is not None
-    fields = route.body_field.field_info.annotation.model_fields
-    told = " ".join(row[1] for row in table(README, "route")[1:3])
-    assert [name for name in fields if name not in told] == []
-    defaults = [json.dumps(field.default) for field in fields.values() if not field.is_required()]
-    assert [default for default in defaults if f"({default})" not in told] == []
+def test_readme_has_every_route_with_its_fields() -> None:
+    """Method and path of each; of a job the fields and their defaults, what the second one shares said once."""
+    told = table(README, "route")
+    assert [row[0] for row in told] == [f"{next(iter(route.methods))} {route.path}" for route in ROUTES]
+    for job in (main.JobPromptOnly, main.JobPromptTTS):
+        fields, words = job.model_fields, f"{told[1][1]} {told[2][1]}"
+        assert [name for name in fields if name not in words] == []
+        defaults = [json.dumps(field.default) for field in fields.values() if not field.is_required()]
+        assert [default for default in defaults if f"({default})" not in words] == []
 
 
 @pytest.mark.parametrize("document", [README, ARCHITECTURE], ids=["README", "ARCHITECTURE"])
@@ -110,16 +96,22 @@ def test_every_stage_is_told(document: str) -> None:
     assert [stage for stage in get_args(main.Stage) if f"`{stage}`" not in document] == []
 
 
-def test_readme_has_every_category() -> None:
-    """Each in the table of errors."""
-    told = {row[2] for row in table(README, "what happened")}
-    assert told == set(get_args(main.Category))
+def test_readme_has_every_kind_of_error() -> None:
+    """Status, category and whether it is retryable: those of the classes, and of a provider that refuses the service."""
+    classes = [main.SettingMissing, main.InvalidInput, main.SpeechTooLarge, main.Unforeseen]
+    errors = [kind("") for kind in (*classes, main.ProviderRefused, main.ProviderFailed, main.ResourceFailed)]
+    errors += [main.refusal(name, answer(403)) for name in ("elevenlabs", "replicate", "supabase")]
+    known = {(str(error.http_status), error.category, "yes" if error.retryable else "no") for error in errors}
+    assert {tuple(row[1:]) for row in table(README, "what happened")} == known
+    assert {category for _, category, _ in known} == set(get_args(main.Category))
 
 
 def test_readme_has_every_field_of_an_error() -> None:
-    """The one body, and what `partial` can hold."""
-    fields = [*main.ErrorBody.model_fields, *main.Partial.model_fields, *main.InputError.model_fields]
-    assert [name for name in fields if name not in README.split("## Errors")[1]] == []
+    """The one body, what `partial` and `errors` can hold, and what an event has besides."""
+    fields = [*main.ErrorEvent.model_fields, *main.Partial.model_fields, *main.InputError.model_fields]
+    assert [
+        name for name in fields if f"`{name}`" not in re.sub(r'"(\w+)"', r"`\1`", README.split("## Errors")[1])
+    ] == []
 
 
 def test_readme_shows_answers_as_they_are() -> None:
@@ -128,37 +120,84 @@ def test_readme_shows_answers_as_they_are() -> None:
     assert list(json.loads(block)) == list(main.SpeechResult.model_fields)
 
 
+def test_readme_is_read_in_one_sitting() -> None:
+    """Whoever integrates the service finds what it takes in under 230 lines."""
+    assert len(README.splitlines()) < 230
+
+
 def test_architecture_has_every_section_of_the_code() -> None:
     """Its components are the banners of main.py, in their order."""
-    banners = re.findall(r"^# -{100,}\n# (\w[^\n:]+)", (ROOT / "main.py").read_text(encoding="utf-8"), re.MULTILINE)
-    told = ", ".join(row[0] for row in table(ARCHITECTURE, "section")).split(", ")
-    assert told == [name for banner in banners for name in banner.split(", and ")[0].split(", ")]
+    banners = re.findall(
+        r"^# ---- ([^\n:]+?)(?:, and|:| --)", (ROOT / "main.py").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert ", ".join(row[0] for row in table(ARCHITECTURE, "section")).split(", ") == banners
 
 
 def test_the_wait_is_told_as_it_is() -> None:
     """Limits that the documents name are the code's."""
+    longest_s, speech_s, silence_s = main.patience_s(main.QUARTER), main.SPEECH_TIMEOUT.read, main.TIMEOUT.read
     limits = {
         f"{main.MAX_REQUEST_BYTES // 1024} KiB": README,
         f"{main.MAX_DOWNLOAD_BYTES // 1_000_000} MB": README,
         f"{main.MAX_SPEECH_BYTES / 1e6:g} MB": README,
         f"{main.FFMPEG_TIMEOUT_S:g} s": ARCHITECTURE,
-        f"{main.SPEECH_TIMEOUT.read:g} s of silence": ARCHITECTURE,
-        f"{main.TIMEOUT.read:g} s of silence": ARCHITECTURE,
-        f"up to {main.MAX_RETRY_WAIT_S:g} s": ARCHITECTURE,
-        f"{main.MAX_ANSWER_BYTES // 1_000_000} MB": ARCHITECTURE,
+        f"{speech_s:g} s of silence, {main.THREE.attempts} attempts": ARCHITECTURE,
+        f"{silence_s:g} s of silence, {main.FOUR.attempts} attempts each": ARCHITECTURE,
+        f"{silence_s:g} s of silence, {LENGTHS[main.TWO_MINUTES]} of failures": ARCHITECTURE,
+        f"the picture is looked at ({main.PICTURE_TIMEOUT_S:g} s)": ARCHITECTURE,
+        f"if it is at most {longest_s:g} s; if it asks for more": ARCHITECTURE,
+        f"written in the last {longest_s:g} s": ARCHITECTURE,
+        f"such a job has {main.patience_s(main.SIXTH):g} s to end": ARCHITECTURE,
+        f"for some {main.patience_s(main.TWELFTH):g} s": ARCHITECTURE,
+        f"shares of `PATIENCE_SECONDS` ({main.patience_s(main.WHOLE):g})": ARCHITECTURE,
+        f"{main.get_settings().retry_first_seconds:g} s doubling to {main.MAX_BACKOFF_S:g} s": ARCHITECTURE,
+        f"over {main.MAX_ANSWER_BYTES // 1_000_000} MB (predictions {main.MAX_PREDICTION_BYTES // 1_000_000} MB": ARCHITECTURE,
     }
     assert [limit for limit, document in limits.items() if limit not in document] == []
 
 
-def test_the_architecture_tells_the_attempts() -> None:
-    """Of each stage that is repeated."""
-    told = {row[0]: row[2] for row in table(ARCHITECTURE, "stage")}
-    for stage, retry in [("speech", main.SPEECH_RETRY), ("audio_upload", main.UPLOAD_RETRY)]:
-        assert f"{retry.attempts} attempts" in told[stage]
-    assert f"{main.DOWNLOAD_RETRY.attempts} attempts" in told["download"]
+# The words of ARCHITECTURE for how long something is tried again.
+LENGTHS = {
+    main.Tries(attempts=3): "3 attempts",
+    main.Tries(attempts=4): "4 attempts",
+    main.Tries(patience=0.25): "half a minute",
+    main.Tries(patience=0.5): "a minute",
+    main.Tries(patience=1): "two minutes",
+    main.Tries(): "until the deadline",
+}
+POLICIES = {
+    "speech": [main.SPEECH_RETRY], "model look-up": [main.MODEL_RETRY], "create prediction": [main.CREATE_RETRY],
+    "list of predictions": [main.LIST_RETRY], "read prediction": [main.READ_RETRY], "cancel": [main.CANCEL_RETRY],
+    "upload, download, the job's file": [
+        main.STORE_RETRY, main.FETCH_RETRY, main.PAID_STORE_RETRY, main.PAID_FETCH_RETRY,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", POLICIES)
+def test_architecture_tells_what_is_repeated(call: str) -> None:
+    """Of each call the statuses, whether a broken connection is among them, and how long it goes on."""
+    [told] = [row[1] for row in table(ARCHITECTURE, "call") if row[0] == call]
+    policies = POLICIES[call]
+    statuses = {int(status) for status in re.findall(r"\b\d{3}\b(?!')", told)}
+    statuses |= set(main.SERVER_ERRORS) if "5xx" in told else set()
+    assert statuses == {status for policy in policies for status in policy.statuses}
+    assert ("any transport error" in told) == all(policy.broken for policy in policies)
+    lengths = {LENGTHS[tries] for policy in policies for tries in (*policy.statuses.values(), policy.not_sent)}
+    found = re.findall(r"\d attempts|half a minute|(?<!half )a minute|two minutes|until the deadline", told)
+    # Nobody cancels for longer than that: the wait for it all has its own end.
+    assert set(found) == ({"half a minute"} if call == "cancel" else lengths)
+
+
+def test_every_policy_is_told() -> None:
+    """None is missing in the table."""
+    assert [row[0] for row in table(ARCHITECTURE, "call")] == list(POLICIES)
+    known = {name for name, value in vars(main).items() if isinstance(value, main.Retry)}
+    assert len(known) == sum(len(policies) for policies in POLICIES.values())
 
 
 def test_no_document_names_a_path_of_some_machine() -> None:
-    """Everything is relative to the repository."""
+    """Everything is relative to the repository; what the sandbox prints may lie in /tmp."""
     for name in ("README.md", "ARCHITECTURE.md", "main.py", "render.yaml", ".env.example"):
-        assert not re.search(r"/(home|root|work|Users|tmp)/", (ROOT / name).read_text(encoding="utf-8"))
+        folders = "home|root|work|Users" if name == "README.md" else "home|root|work|Users|tmp"
+        assert not re.search(rf"/({folders})/", (ROOT / name).read_text(encoding="utf-8"))

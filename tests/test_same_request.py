@@ -1,0 +1,482 @@
+"""The same request again, over real sockets: whatever happened in between, one film is bought, and it is delivered."""
+
+from __future__ import annotations
+
+import hmac
+import itertools
+import json
+import signal
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import anyio
+import anyio.to_thread
+import httpx
+import pytest
+
+from tests.conftest import PACE, StartService
+from tests.jobs import EVENT_STREAM, STAGES, caller, prompt_job, read_events, short_film, speech_job, until
+from tests.sandbox import Sandbox, Service
+from tests.sandbox.supabase import KEYS
+
+pytestmark = pytest.mark.anyio
+
+FORMS: dict[str, dict[str, str]] = {"json": {}, "events": EVENT_STREAM}
+SILENT, TALKING = "/jobs_prompt_only", "/jobs_prompt_tts"
+BODIES = {SILENT: prompt_job, TALKING: speech_job}
+BEGUN, SPEECH, SPOKEN, CREATED, FILM, DONE = range(1, 7)  # the uploads of a talking job; SPEECH and FILM are no notes
+MEETING_S = 0.3  # time in which two requests surely meet
+
+both_routes = pytest.mark.parametrize("path", BODIES)
+both_forms = pytest.mark.parametrize("form", FORMS)
+
+
+class Told(NamedTuple):
+    """What came of a request, in either form: the result or error as it is written, and the stages before it."""
+
+    status: int
+    text: str
+    stages: list[tuple[str, str]]
+    is_replayed: bool
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The result, or the error as the JSON form has it."""
+        return {name: value for name, value in json.loads(self.text).items() if name != "status"}
+
+    @property
+    def kind(self) -> tuple[int, str | None, bool | None]:
+        """Status, category, and whether it is retryable."""
+        return self.status, self.data.get("category"), self.data.get("retryable")
+
+
+@dataclass
+class FrontEnd:
+    """Whoever sends one job again and again, to one instance of the service, with one key."""
+
+    sandbox: Sandbox
+    service: Service
+    key: str | bytes | None
+    form: str = "json"
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    async def ask(self, path: str = TALKING, form: str = "", **changes: Any) -> Told:
+        """Send the job and hear what comes of it."""
+        body, headers = BODIES[path](self.sandbox, **self.changes, **changes), list(FORMS[form or self.form].items())
+        headers += [] if self.key is None else [("Idempotency-Key", self.key), ("X-Request-ID", str(self.key)[:36])]
+        async with caller(self.service.url) as client:
+            async with client.stream("POST", path, json=body, headers=headers) as response:
+                is_replayed = response.headers.get("idempotency-replayed") == "true"
+                if response.headers["content-type"] == "application/json":
+                    return Told(response.status_code, (await response.aread()).decode(), [], is_replayed)
+                *stages, last = [event async for event in read_events(response) if event.name != "comment"]
+        changed = [(one.data["stage"], one.data["state"]) for one in stages if one.data["state"] != "progress"]
+        return Told(last.data["status"] if last.name == "error" else 200, last.text, changed, is_replayed)
+
+    async def leave(self, path: str, form: str) -> None:
+        """Send the job, and leave when its film is being made."""
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.ask, path, form)
+            assert await until(lambda: self.sandbox.predictions)
+            tasks.cancel_scope.cancel()
+
+    @property
+    def file(self) -> str:
+        """Where the job's file lies: only who has the service role key can tell."""
+        digest = hmac.new(KEYS["service"].encode(), str(self.key).encode(), "sha256").hexdigest()
+        return f"pets/jobs/{digest}.json"
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What the job's file holds."""
+        note: dict[str, Any] = json.loads(self.sandbox.objects[self.file].read())
+        return note
+
+    @property
+    def bought(self) -> tuple[int, int]:
+        """Speeches and films."""
+        return self.sandbox.speeches.total(), len(self.sandbox.predictions)
+
+    def fault(self, call: str, number: int = 1, kind: str = "status", **details: Any) -> None:
+        """Let one such call go wrong, counted from the next."""
+        for _ in range(number - 1):
+            self.sandbox.fault(call, "slow", seconds=0)
+        self.sandbox.fault(call, kind, **details)
+
+
+@pytest.fixture
+def front(sandbox: Sandbox, service: Service) -> FrontEnd:
+    """A front end with a key that no other test has; films cost little."""
+    sandbox.film(short_film())
+    return FrontEnd(sandbox, service, str(uuid.uuid4()))
+
+
+@pytest.fixture(scope="module")
+def second(running_sandbox: Sandbox) -> Iterator[Service]:
+    """A second instance of the service."""
+    with Service({**running_sandbox.environment(), **PACE}) as service:
+        yield service
+
+
+async def together(*fronts: FrontEnd) -> list[Told]:
+    """What comes of requests that are sent at the same time."""
+    told: list[Told] = []
+
+    async def one(front: FrontEnd) -> None:
+        told.append(await front.ask())
+
+    async with anyio.create_task_group() as tasks:
+        for front in fronts:
+            tasks.start_soon(one, front)
+    return told
+
+
+# Leaving, asking again, joining
+
+
+@both_forms
+@both_routes
+async def test_a_job_goes_on_when_its_client_leaves(front: FrontEnd, path: str, form: str) -> None:
+    """Nothing is cancelled; whoever asks again after its end gets the answer, told as one from before."""
+    front.sandbox.video_seconds = 0.3
+    await front.leave(path, form)
+    assert await until(lambda: f"request_id={front.key} job outcome=ok" in front.service.log)
+    asked = len(front.sandbox.requests)
+    told = await front.ask(path, form)
+    assert (told.status, told.is_replayed, told.stages) == (200, True, [])
+    assert told.data == front.note["answer"]
+    assert [call.call for call in front.sandbox.requests[asked:]] == ["storage"], "the file is read, and that is all"
+    assert (front.bought, front.sandbox.calls("cancel")) == ((path == TALKING, 1), [])
+
+
+@both_routes
+async def test_any_number_may_wait_for_one_job(front: FrontEnd, path: str) -> None:
+    """Whoever comes while it runs hears the stages so far and gets the same bytes; who leaves ends nothing."""
+    front.sandbox.video_seconds = 0.8
+    waiters: list[Told] = []
+
+    async def wait(form: str) -> None:
+        waiters.append(await front.ask(path, form))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(wait, "events")
+        assert await until(lambda: front.sandbox.calls("read"))
+        await front.leave(path, "events")
+        for form in ("json", "events", "json"):
+            tasks.start_soon(wait, form)
+    assert [(told.status, told.is_replayed, told.text) for told in waiters] == [(200, False, waiters[0].text)] * 4
+    first, late = (told.stages for told in waiters if told.stages)
+    stages = STAGES if path == TALKING else ("video",)
+    assert first == late == [(stage, state) for stage in stages for state in ("started", "done")]
+    assert front.bought == (path == TALKING, 1)
+
+
+# Going on after a failure
+
+# What makes a job fail with a 500 at each step: the call, which one of them it is, and its answer.
+FAILURES = {
+    "speech": ("speech", 1, 401), "audio_upload": ("upload", SPEECH, 403), "fetch": ("public", 1, 403),
+    "create": ("create", 1, 402), "video": ("read", 1, 410), "download": ("output", 1, 403),
+    "mux": None, "final_upload": ("upload", FILM, 403),
+}  # fmt: skip
+
+
+@both_forms
+@pytest.mark.parametrize("step", FAILURES)
+async def test_a_failed_job_is_gone_on_with(front: FrontEnd, step: str, form: str) -> None:
+    """After a 500 nothing is bought again that is kept; a speech that was not stored is spoken again."""
+    if failure := FAILURES[step]:
+        call, number, status = failure
+        front.fault(call, number, status=status)
+    else:
+        front.sandbox.film(b"\0\0\0\x08ftyp")
+    failed = await front.ask(form=form)
+    assert failed.status == 500
+    for prediction in front.sandbox.predictions.values():  # ffmpeg could not use the film, and now can
+        prediction.film = short_film()
+    known = failed.data.get("partial", {})
+    told = await front.ask(form=form)
+    assert (told.status, told.is_replayed) == (200, False), told.text
+    assert known.items() <= {**told.data, "prediction_id": next(iter(front.sandbox.predictions))}.items()
+    assert front.bought == (2 if step == "audio_upload" else 1, 1)
+    assert form == "json" or (("speech", "started") in told.stages) == ("audio_url" not in known)
+
+
+# Where jobs stand when their process ends: the call, and which one of them it is. What comes of the last two is awaited
+# whatever happens, so they are held for a while only.
+HOLDS = {
+    "begun": ("upload", BEGUN), "speech": ("speech", 1), "audio_upload": ("upload", SPEECH), "spoken": ("upload", SPOKEN),
+    "video": ("read", 1), "download": ("output", 1), "final_upload": ("upload", FILM), "done": ("upload", DONE),
+    "create": ("create", 1), "created": ("upload", CREATED),
+}  # fmt: skip
+
+
+class Ended(NamedTuple):
+    """Jobs that their process did not finish: what came of them, None if nothing, and of the same requests again."""
+
+    sandbox: Sandbox
+    first: dict[str, Told]
+    again: dict[str, Told]
+
+
+@pytest.fixture(scope="module", params=[signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
+def ended(request: pytest.FixtureRequest) -> Ended:
+    """A process that holds a job at every stage is ended without time, and the same requests go to the next one."""
+    with Sandbox() as sandbox, Service({**sandbox.environment(), **PACE}, graceful_s=0) as service:
+        sandbox.film(short_film())
+        forms, fronts = itertools.cycle(FORMS), {}
+        for stage in HOLDS:
+            told = {"prompt": stage, "text": f"I am {stage}"}
+            fronts[stage] = FrontEnd(sandbox, service, str(uuid.uuid4()), next(forms), told)
+        return anyio.run(end_and_ask_again, sandbox, fronts, service, request.param)
+
+
+async def end_and_ask_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], service: Service, by: int) -> Ended:
+    """Hold a job at every stage, end the process, start it again, and send the same requests."""
+    ended = Ended(sandbox, {}, {})
+
+    async def ask(stage: str, answers: dict[str, Told]) -> None:
+        with suppress(httpx.HTTPError):  # a process that is killed says nothing
+            answers[stage] = await fronts[stage].ask()
+
+    async with anyio.create_task_group() as tasks:
+        for stage, (call, number) in HOLDS.items():
+            wanted = len(sandbox.calls(call)) + number
+            fronts[stage].fault(call, number, "slow", seconds=2 if stage.startswith("create") else 20)
+            tasks.start_soon(ask, stage, ended.first)
+            assert await until(lambda call=call, n=wanted: len(sandbox.calls(call)) >= n, 10), f"no job at {stage}"
+        assert await until(lambda: sandbox.created(prompt="create"))
+        await anyio.to_thread.run_sync(service.restart, by)
+    async with anyio.create_task_group() as tasks:
+        for stage in HOLDS:
+            tasks.start_soon(ask, stage, ended.again)
+    return ended
+
+
+@pytest.mark.parametrize("stage", HOLDS)
+def test_a_job_outlives_its_process(ended: Ended, stage: str) -> None:
+    """The next process goes on from what exists: one film is bought, never cancelled, and delivered."""
+    told = ended.again[stage]
+    assert (told.status, told.is_replayed) == (200, stage == "done"), told.text
+    assert [prediction.status for prediction in ended.sandbox.created(prompt=stage)] == ["succeeded"]
+    assert ended.sandbox.speeches[f"I am {stage}"] == (2 if stage in ("speech", "audio_upload") else 1)
+
+
+def test_who_waits_for_an_ending_process_is_told(ended: Ended, request: pytest.FixtureRequest) -> None:
+    """SIGTERM leaves nobody without a word; SIGKILL leaves all."""
+    assert set(ended.first) == (set() if "SIGKILL" in request.node.name else set(HOLDS))
+    for told in ended.first.values():
+        assert told.kind == (500, "internal", True)
+        assert "send the same request again" in told.data["detail"]
+
+
+async def test_a_job_that_nobody_waits_for_may_end_with_its_process(
+    start_service: StartService, front: FrontEnd
+) -> None:
+    """SIGTERM leaves it a while: it is done when the process ends."""
+    front.service, front.sandbox.video_seconds = start_service(graceful_s=0), 0.3
+    await front.leave(SILENT, "json")
+    await anyio.to_thread.run_sync(front.service.stop)
+    assert "answer" in front.note
+
+
+# On another instance
+
+
+async def test_a_fresh_job_of_another_instance_is_waited_for(front: FrontEnd, second: Service) -> None:
+    """It has no prediction yet, but will have: the second instance goes on with that one."""
+    front.fault("speech", kind="slow", seconds=MEETING_S)
+    one, two = await together(front, replace(front, service=second))
+    assert (one.status, two.status, one.data["video_url"]) == (200, 200, two.data["video_url"])
+    assert front.bought == (1, 1)
+
+
+async def test_a_job_that_was_given_up_is_taken_over_at_once(front: FrontEnd, second: Service) -> None:
+    """An instance that has failed is not waited for, however fresh its file is."""
+    front.fault("speech", status=401)
+    assert (await front.ask()).status == 500
+    asked = len(front.sandbox.requests)
+    assert (await replace(front, service=second).ask()).status == 200
+    assert [call.call for call in front.sandbox.requests[asked:]][:2] == ["storage", "upload"]
+
+
+async def test_two_instances_that_begin_at_once_buy_one_film(front: FrontEnd, second: Service) -> None:
+    """Neither has seen the other's file: the one that wrote last buys, the other finds its prediction."""
+    front.sandbox.fault("storage", "slow", times=2, seconds=MEETING_S)  # both will hear that there is no file
+    front.fault("public", kind="slow", seconds=2 * MEETING_S)  # one looks again after the other's last note
+    assert [told.status for told in await together(front, replace(front, service=second))] == [200, 200]
+    assert front.bought == (2, 1)
+
+
+# What stays refused
+
+
+@both_forms
+@pytest.mark.parametrize("outcome", ["failed", "canceled", "aborted", "expired"])
+async def test_a_film_that_cannot_be_had_stays_refused(front: FrontEnd, outcome: str, form: str) -> None:
+    """The same 400 again, and nothing is bought: a new try needs a new key."""
+    if outcome == "expired":
+        front.fault("output", status=403)
+        assert (await front.ask()).status == 500
+        front.sandbox.expire(next(iter(front.sandbox.predictions)))
+    else:
+        front.sandbox.outcome(outcome)
+    for _ in range(2):
+        told = await front.ask(form=form)
+        assert told.kind == (400, "provider", False)
+        assert ("is gone" if outcome == "expired" else f"ended as {outcome}") in told.data["detail"]
+        assert set(told.data["partial"]) >= {"audio_url", "prediction_id"}
+    assert front.bought == (1, 1)
+
+
+@pytest.mark.parametrize("is_noted", [True, False], ids=["while the film is made", "before its id is noted"])
+async def test_the_deadline_is_final(start_service: StartService, front: FrontEnd, is_noted: bool) -> None:
+    """The film is cancelled and the file knows it, whatever was going on; the next request gets that refusal."""
+    front.service = start_service(JOB_TIMEOUT_SECONDS="1", RETRY_FIRST_SECONDS="1.2")
+    front.sandbox.outcome("never")
+    if not is_noted:  # its write fails, and is not given up
+        front.fault("upload", 2, status=503)
+    late = await front.ask(SILENT)
+    [prediction] = front.sandbox.predictions.values()
+    assert late.kind == (500, "provider", False)
+    assert (prediction.status, front.note["partial"]) == ("canceled", {"prediction_id": prediction.id})
+    told = await front.ask(SILENT)
+    assert told.kind == (400, "provider", False)
+    assert ("ended as canceled" in told.data["detail"], front.bought) == (True, (0, 1))
+
+
+@both_forms
+async def test_a_key_belongs_to_one_body_and_one_route(front: FrontEnd, form: str) -> None:
+    """Another one is refused by the header's name, while the job runs and after it."""
+    front.sandbox.video_seconds = 0.5
+    others: list[dict[str, Any]] = [{"text": "Feed him!"}, {"path": SILENT}, {"seconds": 6}]
+
+    async def check_others() -> None:
+        for changes in others:
+            told = await front.ask(form=form, **changes)
+            assert told.kind == (400, "validation", False)
+            assert [fault["loc"] for fault in told.data["errors"]] == [["header", "Idempotency-Key"]]
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(front.ask)
+        assert await until(lambda: front.sandbox.predictions)
+        await check_others()
+    await check_others()
+    assert front.bought == (1, 1)
+
+
+@pytest.mark.parametrize("key", ["", "a b", "x" * 256, "ключ".encode()], ids=["empty", "blank", "long", "not ASCII"])
+async def test_a_malformed_key_is_refused(front: FrontEnd, key: str | bytes) -> None:
+    """It is named, in words, and nobody is called; 255 characters are none too many."""
+    for path in BODIES:
+        told = await replace(front, key=key).ask(path)
+        message = "should be 1 to 255 visible ASCII characters, such as a UUID"
+        assert told.kind == (400, "validation", False)
+        assert told.data["errors"] == [{"loc": ["header", "Idempotency-Key"], "msg": message}]
+    assert front.sandbox.requests == []
+    assert (await replace(front, key="!~" + "x" * 253).ask(SILENT)).status == 200
+
+
+# The file
+
+
+@pytest.mark.parametrize("name", ["SUPABASE_URL", "SUPABASE_SERVICE_ROLE"])
+async def test_a_key_needs_the_storage(start_service: StartService, front: FrontEnd, name: str) -> None:
+    """Also where the job itself does not: a 500 names the variable before anybody is called."""
+    front.service = start_service(**{name: ""})
+    for path in BODIES:
+        told = await front.ask(path)
+        assert told.kind == (500, "configuration", False)
+        assert name in told.data["detail"]
+    assert front.sandbox.requests == []
+    assert (await replace(front, key=None).ask(SILENT)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(None, "application/json is not supported", id="a bucket that takes no such file"),
+        *(pytest.param(text, "", id=text) for text in ("<html>", "[]", '{"body": "x"}')),
+    ],
+)
+@both_routes
+async def test_a_file_that_does_not_go_costs_nothing(
+    front: FrontEnd, path: str, content: str | None, words: str
+) -> None:
+    """One that cannot be written, or that is not ours, is told before anything is bought."""
+    if content is None:
+        front.sandbox.buckets["pets"].allowed_mime_types = ["audio/mpeg", "video/mp4"]
+    else:
+        async with caller(front.sandbox.url) as client:
+            headers = {"Authorization": f"Bearer {KEYS['service']}", "Content-Type": "application/json"}
+            await client.post(f"/storage/v1/object/{front.file}", content=content, headers=headers)
+        words = f"{front.file.removeprefix('pets/')} in the bucket is not one of this service's"
+    told = await front.ask(path)
+    assert (told.kind, front.bought) == ((500, "resource", False), (0, 0))
+    assert words in told.data["detail"]
+
+
+async def test_a_read_of_the_file_that_fails_is_repeated(front: FrontEnd) -> None:
+    """Four times; then the job ends without having bought anything."""
+    front.sandbox.fault("storage", "status", times=7, status=503)
+    assert (await front.ask()).kind == (500, "resource", True)
+    assert (len(front.sandbox.calls("storage")), front.bought) == (4, (0, 0))
+    assert ((await front.ask()).status, front.bought) == (200, (1, 1))
+
+
+async def test_what_the_file_holds(front: FrontEnd) -> None:
+    """What is needed to go on, under a name that cannot be guessed; nothing of what was asked for, and no key."""
+    asked = {"text": "A private text", "prompt": "A private prompt"}
+    told, stored = await front.ask(**asked), front.sandbox.objects[front.file]
+    assert (stored.content_type, stored.cache_control) == ("application/json", "max-age=0")
+    assert set(front.note) == {"body", "started", "written", "writer", "partial", "answer"}
+    assert front.note["answer"] == told.data
+    kept = {name: told.data[name] for name in ("audio_url", "video_url")}
+    assert front.note["partial"] == {**kept, "prediction_id": next(iter(front.sandbox.predictions))}
+    keys = [value for name, value in front.sandbox.environment().items() if name.endswith(("_KEY", "_TOKEN", "_ROLE"))]
+    secrets = [*asked.values(), front.sandbox.image_url, front.sandbox.voice_id, str(front.key), *keys]
+    assert [secret for secret in secrets if secret in stored.read().decode()] == []
+
+
+# A create whose answer was lost
+
+
+@pytest.mark.parametrize("is_keyed", [True, False], ids=["with a key", "without"])
+@pytest.mark.parametrize("fault", ["lost", "behind"])
+async def test_equal_jobs_that_lose_their_answers_get_a_film_each(front: FrontEnd, fault: str, is_keyed: bool) -> None:
+    """Each finds one that was made and that the other does not hold; none is bought twice."""
+    front.sandbox.fault("create", fault, times=2)
+    one, two = await together(*(replace(front, key=str(uuid.uuid4()) if is_keyed else None) for _ in range(2)))
+    assert (one.status, two.status) == (200, 200)
+    assert (one.data["video_url"] != two.data["video_url"], front.bought) == (True, (2, 2))
+
+
+async def test_a_create_that_was_never_carried_out_is_made_by_the_next_request(front: FrontEnd) -> None:
+    """It is looked for and not found: 500; with the key it is looked for once more, and then bought."""
+    front.fault("create", kind="cut")
+    assert (await front.ask()).kind == (500, "provider", True)
+    looks = len(front.sandbox.calls("list"))
+    assert (looks >= 2, front.bought) == (True, (1, 0))
+    assert ((await front.ask()).status, front.bought) == (200, (1, 1))
+    assert len(front.sandbox.calls("list")) > looks
+
+
+# Without a key
+
+
+async def test_without_a_key_nothing_is_different(front: FrontEnd) -> None:
+    """The same bytes go to the providers, and no list, no read and no file comes between them; twice pays twice."""
+
+    async def sent(key: str | None) -> list[tuple[str, bytes]]:
+        front.sandbox.wire.clear()
+        assert (await replace(front, key=key).ask(SILENT)).status == 200
+        return [(f"{one.call} {one.method} {one.path}", one.body) for one in front.sandbox.requests]
+
+    front.sandbox.reads_to_finish = 1
+    plain, keyed = await sent(None), await sent("a-key")
+    first, second = front.sandbox.predictions
+    assert [call.split()[0] for call, _ in plain] == ["picture", "create", "read"]
+    assert [(call.replace(second, first), body) for call, body in keyed if "storage" not in call] == plain
