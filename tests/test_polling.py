@@ -1,0 +1,306 @@
+"""When a film is read: simulated, with films that take as long as films do, and no clock.
+
+A process that has seen films of a kind reads the next one some thirty times, and sees it 0.3 s after it is ready.
+No choice of moments does that for every kind: with f(t) the durations' density and S(t) the share of films that take
+longer, reads times lateness is at least the square of the integral of sqrt(f * S), halved. That is 3 for 60 s and 4.5
+for 90 s with a spread of 5 %, twice that with 10 %, 20 where anything from 30 to 120 s is as likely; 30 times 0.3 is 9.
+"""
+
+import math
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from statistics import mean
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import respx
+
+import main
+from tests.inprocess import REPLICATE_URL, use_settings
+
+FILMS = 300
+Durations = Callable[[random.Random, int], float]  # of film number so and so, in seconds
+
+
+class Waited(NamedTuple):
+    """What it took to see one film."""
+
+    reads: int
+    late_s: float
+
+
+@pytest.fixture(autouse=True)
+def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shortest wait as it is by default."""
+    use_settings(monkeypatch, POLL_MIN_SECONDS="0.25")
+
+
+def wait_for(film_s: float, known: "deque[float] | tuple[float, ...]", chance: random.Random, polls: int = 1) -> Waited:
+    """One film that is ready after `film_s`, read as the service would."""
+    waited_s, reads = 0.0, 0
+    while waited_s < film_s:
+        waited_s += main.poll_delay_s(waited_s, polls, known) * chance.uniform(0.9, 1.1)
+        reads += 1
+    return Waited(reads, waited_s - film_s)
+
+
+def simulate(durations: Durations, kept: int = main.KEPT_DURATIONS, films: int = FILMS, seed: int = 1) -> list[Waited]:
+    """One film after the other, each known afterwards as long as it was waited for."""
+    chance, known, seen = random.Random(seed), deque[float](maxlen=kept), list[Waited]()
+    for number in range(films):
+        film_s = durations(chance, number)
+        seen.append(wait_for(film_s, known, chance))
+        known.append(film_s + seen[-1].late_s)
+    return seen
+
+
+def around(middle_s: float, spread: float) -> Durations:
+    """Lognormal: about `spread` of `middle_s` to both sides."""
+    return lambda chance, number: middle_s * math.exp(chance.gauss(0, spread))
+
+
+def between(shortest_s: float, longest_s: float) -> Durations:
+    """Any duration as likely as any other."""
+    return lambda chance, number: chance.uniform(shortest_s, longest_s)
+
+
+def either(*choices: Durations) -> Durations:
+    """One or the other, as often."""
+    return lambda chance, number: chance.choice(choices)(chance, number)
+
+
+def with_tail(durations: Durations, share: float, shortest: float, longest: float) -> Durations:
+    """This share of the films takes so many times as long."""
+    return lambda chance, number: (
+        durations(chance, number) * (chance.uniform(shortest, longest) if chance.random() < share else 1)
+    )
+
+
+def drifting(first: Durations, factor: float) -> Durations:
+    """Little by little, until the last film takes `factor` times as long."""
+    return lambda chance, number: first(chance, number) * factor ** (number / FILMS)
+
+
+def changing(first: Durations, then: Durations) -> Durations:
+    """From one film to the next, in the middle."""
+    return lambda chance, number: (first if number < FILMS / 2 else then)(chance, number)
+
+
+def averages(seen: list[Waited]) -> Waited:
+    """Reads a film, and mean lateness, once ten films are known."""
+    return Waited(mean(film.reads for film in seen[10:]), mean(film.late_s for film in seen[10:]))
+
+
+@pytest.mark.parametrize(
+    "durations",
+    [
+        pytest.param(around(30, 0.1), id="30 s, 10 % to both sides"),
+        pytest.param(around(60, 0.05), id="60 s, 5 %"),
+        pytest.param(around(60, 0.08), id="60 s, 8 %"),
+        pytest.param(between(50, 70), id="50 to 70 s"),
+        pytest.param(around(90, 0.03), id="90 s, 3 %"),
+        pytest.param(around(90, 0.04), id="90 s, 4 %"),
+        pytest.param(changing(around(90, 0.05), around(45, 0.05)), id="90 s, then 45 s"),
+        pytest.param(changing(around(45, 0.05), around(90, 0.05)), id="45 s, then 90 s"),
+    ],
+)
+def test_thirty_reads_see_a_film_in_0_3_seconds(durations):
+    """On average, where most films of a kind take about as long."""
+    reads, late_s = averages(simulate(durations))
+    assert reads <= 30
+    assert late_s <= 0.3
+
+
+@pytest.mark.parametrize(
+    ("durations", "reads", "late_s"),
+    [
+        pytest.param(around(60, 0.1), 31, 0.35, id="60 s, 10 %"),
+        pytest.param(with_tail(around(60, 0.1), 0.05, 1, 3), 35, 0.4, id="60 s, 10 %, a tail"),
+        pytest.param(around(60, 0.2), 40, 0.5, id="60 s, 20 %"),
+        pytest.param(around(90, 0.05), 32, 0.3, id="90 s, 5 %"),
+        pytest.param(with_tail(around(90, 0.07), 0.02, 3, 3), 40, 0.4, id="90 s, 7 %, some three times as long"),
+        pytest.param(with_tail(around(90, 0.1), 0.05, 1, 3), 43, 0.5, id="90 s, 10 %, a tail"),
+        pytest.param(around(120, 0.1), 43, 0.5, id="120 s, 10 %"),
+        pytest.param(either(around(45, 0.05), around(90, 0.05)), 38, 0.36, id="45 s or 90 s"),
+        pytest.param(drifting(around(60, 0.07), 2), 40, 0.32, id="slower and slower"),
+        pytest.param(drifting(around(120, 0.07), 0.5), 30, 0.42, id="faster and faster"),
+        pytest.param(between(30, 120), 50, 0.75, id="30 to 120 s"),
+    ],
+)
+def test_films_that_take_differently_long_cost_more_of_both(durations, reads, late_s):
+    """Reads and lateness grow alike, and stay well under those of a process that knows nothing."""
+    reached, unknowing = averages(simulate(durations)), averages(simulate(durations, kept=0))
+    assert reached.reads <= min(reads, 0.45 * unknowing.reads)
+    assert reached.late_s <= min(late_s, 0.9 * unknowing.late_s)
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_one_known_film_is_enough(kept):
+    """With one to three durations known the reads are as few, and half a second late."""
+    reads, late_s = averages(simulate(around(60, 0.1), kept=kept))
+    assert reads <= 30
+    assert late_s <= 0.7
+
+
+NINETY = tuple(90 * math.exp(0.07 * step / 7) for step in range(-15, 15))  # 77 to 104 s
+
+
+@pytest.mark.parametrize("film_s", [0.1, 1, 2, 5, 10, 20, 30, 45, 60, 75])
+def test_a_film_faster_than_any_before_is_seen_within_a_tenth_of_theirs(film_s):
+    """So is a failure, and one in the first seconds sooner."""
+    chance = random.Random(1)
+    late_s = max(wait_for(film_s, NINETY, chance).late_s for _ in range(100))
+    assert late_s <= 1.1 * min(2 + film_s, 0.1 * min(NINETY))
+
+
+def test_one_faster_film_is_learned_from():
+    """The second film of half the length is seen in half the time of the first."""
+    chance = random.Random(1)
+    films = [around(45, 0.05)(chance, number) for number in range(200)]
+    first, second = (
+        mean(wait_for(film_s, known, chance).late_s for film_s in films) for known in (NINETY, (*NINETY[1:], 46))
+    )
+    assert second <= first / 2
+
+
+@pytest.mark.parametrize("film_s", [120, 180, 270, 900])
+def test_a_film_slower_than_any_before_is_read_ever_more_seldom(film_s):
+    """No more reads than by a process that knows nothing; after 15 minutes it is seen within six seconds."""
+    chance = random.Random(1)
+    seen = [wait_for(film_s, NINETY, chance) for _ in range(20)]
+    assert mean(film.reads for film in seen) <= 1.05 * mean(wait_for(film_s, (), chance).reads for _ in range(20))
+    assert max(film.late_s for film in seen) <= 1.1 * math.sqrt(film_s - min(NINETY)) / 5
+
+
+@pytest.mark.parametrize("polls", [1, 80, 300, 1000])
+def test_jobs_that_know_their_model_stay_under_the_rate_too(polls):
+    """However many films are due in the same second, one process reads at most 2,400 times a minute."""
+    delays = [main.poll_delay_s(float(waited_s), polls, NINETY) for waited_s in range(300)]
+    assert polls * 60 / min(delays) <= 2400 * 1.0001
+    assert min(delays) >= 0.25
+
+
+def test_the_rate_is_kept_without_reads_beyond_it():
+    """With 300 jobs a film is read every 7.5 s, and no more seldom where it is due."""
+    assert main.poll_delay_s(90, 300, NINETY) == 7.5
+
+
+# The service, with films that are ready after a time
+
+
+FILM_S = 0.4
+BODY = {"image_url": "https://example.com/pet.jpg", "prompt": "The cat talks"}
+
+
+class Studio:
+    """Replicate at the edge of the process: every prediction is ready `film_s` after it was made."""
+
+    def __init__(self, router: respx.MockRouter) -> None:
+        self.film_s, self.outcome, self.reads, self.made, self.first_read_s = FILM_S, "succeeded", 0, 0.0, 0.0
+        self.created_at = stamp(0)
+        router.post(f"{REPLICATE_URL}/v1/models/minimax/hailuo-02/predictions").mock(side_effect=self.create)
+        router.get(f"{REPLICATE_URL}/v1/predictions/p1").mock(side_effect=self.read)
+
+    def create(self, request: httpx.Request) -> httpx.Response:
+        """A new prediction."""
+        self.made, self.reads, self.created_at = time.monotonic(), 0, stamp(0)
+        return httpx.Response(201, json=self.told("starting"))
+
+    def read(self, request: httpx.Request) -> httpx.Response:
+        """How it is now."""
+        self.reads, age_s = self.reads + 1, time.monotonic() - self.made
+        self.first_read_s = age_s if self.reads == 1 else self.first_read_s
+        return httpx.Response(200, json=self.told(self.outcome if age_s >= self.film_s else "processing"))
+
+    def told(self, status: str) -> dict[str, Any]:
+        """The prediction in this status."""
+        film = "https://replicate.delivery/xezq/film.mp4" if status == "succeeded" else None
+        return {"id": "p1", "status": status, "output": film, "error": None, "created_at": self.created_at}
+
+
+def stamp(age_s: float) -> str:
+    """A moment so many seconds ago, as Replicate writes it."""
+    return f"{datetime.now(timezone.utc) - timedelta(seconds=age_s):%Y-%m-%dT%H:%M:%S.%f}Z"
+
+
+@pytest.fixture
+def studio(monkeypatch: pytest.MonkeyPatch) -> Iterator[Studio]:
+    """Replicate, with reads that may follow each other at once."""
+    use_settings(monkeypatch, POLL_MIN_SECONDS="0.001")
+    with respx.mock(assert_all_called=False) as router:
+        yield Studio(router)
+
+
+@pytest.fixture
+async def running(studio: Studio) -> AsyncIterator[None]:
+    """The application, which knows of no film yet."""
+    async with main.lifespan(main.app):
+        yield
+
+
+async def film(**changes: Any) -> str:
+    """The film of a job."""
+    return await main.hailuo_video_from_prompt(main.JobPromptOnly(**{**BODY, **changes}))
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("running")
+async def test_the_second_film_of_a_kind_is_left_alone_at_first(studio):
+    """The first tells how long they take; one of another length is another kind."""
+    await film()
+    await film()
+    assert studio.first_read_s >= 0.9 * 0.1 * FILM_S
+    await film(seconds=10)
+    assert [len(durations) for durations in main._running.durations.values()] == [2, 1]
+    assert all(FILM_S <= took_s < 10 for durations in main._running.durations.values() for took_s in durations)
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("outcome", ["failed", "canceled"])
+async def test_what_makes_no_film_tells_nothing_of_how_long_films_take(studio, outcome):
+    """After a refusal of the picture, the next film is read like the first."""
+    studio.outcome, studio.film_s = outcome, 0.05
+    with pytest.raises(main.ProviderRefused):
+        await film()
+    assert not main._running.durations
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("running")
+@pytest.mark.parametrize("age_s", [6, 30])
+async def test_a_prediction_that_was_made_earlier_is_read_as_one_that_has_waited(studio, age_s):
+    """It counts from its creation: reads are 2.5 % of its age apart. It tells nothing to the next one."""
+    studio.made, studio.created_at = time.monotonic(), stamp(age_s)
+    job = main.Job("-")
+    job.partial.prediction_id = "p1"
+    started = time.monotonic()
+    assert await main.run_prediction(main.HAILUO, {"prompt": "Talk"}, job)
+    apart_s = min(0.025 * age_s, 2)
+    assert time.monotonic() - started >= 0.9 * apart_s
+    assert studio.reads <= 2 + FILM_S / apart_s * 1.2
+    assert not main._running.durations
+
+
+@pytest.mark.parametrize(
+    ("told", "age_s"),
+    [
+        pytest.param(lambda: stamp(60), 60, id="a minute ago"),
+        pytest.param(lambda: stamp(60)[:-1] + "789Z", 60, id="more digits than Python reads"),
+        pytest.param(lambda: stamp(60)[:19] + "Z", 60, id="whole seconds"),
+        pytest.param(lambda: stamp(7), 7, id="more than clocks differ"),
+        pytest.param(lambda: stamp(1), 0, id="just now"),
+        pytest.param(lambda: stamp(-60), 0, id="a clock that is ahead"),
+        pytest.param(lambda: None, 0, id="not told"),
+        pytest.param(lambda: "yesterday", 0, id="no date"),
+        pytest.param(lambda: 1_790_000_000, 0, id="a number"),
+        pytest.param(lambda: {}, 0, id="an object"),
+    ],
+)
+def test_the_age_of_a_prediction_is_told_by_its_creation(told, age_s):
+    """What is no date, or says no more than clocks may differ, is a prediction just made."""
+    assert main.Prediction(id="p1", status="starting", created_at=told()).age_s == pytest.approx(age_s, abs=2)
