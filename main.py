@@ -1804,10 +1804,10 @@ async def wait_for_prediction(prediction: Prediction, job: Job, kind: str = "") 
     started = time.monotonic()
     job.progress(prediction)
     async with shared() as resources:
-        durations = resources.durations.setdefault(kind, deque(maxlen=KEPT_DURATIONS))
         resources.polls += 1
         try:
             while prediction.status not in FINAL_STATUSES:
+                durations = resources.durations.get(kind, ())
                 delay_s = poll_delay_s(time.monotonic() - started, resources.polls, durations)
                 # Jobs that began together drift apart, so that their reads do not come in bursts.
                 await asyncio.sleep(delay_s * random.uniform(0.9, 1.1))
@@ -1816,7 +1816,7 @@ async def wait_for_prediction(prediction: Prediction, job: Job, kind: str = "") 
         finally:
             resources.polls -= 1
         if kind and prediction.status == "succeeded":
-            durations.append(time.monotonic() - started)
+            resources.durations.setdefault(kind, deque(maxlen=KEPT_DURATIONS)).append(time.monotonic() - started)
     return prediction
 
 
