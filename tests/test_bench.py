@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.bench import MEASUREMENTS, Row, Sizes, percentile
+from tests.bench import MEASUREMENTS, Row, Sizes, film_times_s, percentile
 from tests.conftest import Command
 from tests.sandbox.service import ROOT
 
@@ -21,8 +24,9 @@ def test_a_smoke_run_measures_every_row(beside: Command) -> None:
     report = json.loads(told)
     rows = report["rows"]
     assert list(dict.fromkeys(row["group"] for row in rows)) == list(MEASUREMENTS)
-    assert [row["measured"] for row in rows if row["what"].endswith("not answered")] == [0, 0, 0]
+    assert [row["measured"] for row in rows if row["what"].endswith("not answered")] == [0, 0, 0, 0]
     assert all(row["measured"] > 0 for row in rows if row["group"] in ("start", "alone", "cpu"))
+    assert all(row["measured"] > 0 for row in rows if row["what"].endswith(("reads each", "known after its end")))
     assert "cores" in report["measured_on"]
 
 
@@ -32,6 +36,24 @@ def test_an_unknown_group_is_refused() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2
     assert "growth" in done.stderr
+
+
+def test_without_openssl_it_says_what_is_missing(tmp_path: Path) -> None:
+    """The providers' certificate needs a command; where there is none, the benchmark ends with its name."""
+    command = [sys.executable, "-m", "tests.bench", "--rows", "start", "--json"]
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "openssl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_films_of_one_model_differ_the_same_way_in_every_run() -> None:
+    """Most take about the median, one in ten half as long again."""
+    times_s = film_times_s(30, 30)
+    assert times_s == film_times_s(30, 30)
+    assert statistics.median(times_s) == pytest.approx(30, rel=0.1)
+    assert sum(seconds > 40 for seconds in times_s) == 3
 
 
 @pytest.mark.parametrize(
