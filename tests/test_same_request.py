@@ -7,7 +7,7 @@ import itertools
 import json
 import signal
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 FORMS: dict[str, dict[str, str]] = {"json": {}, "events": EVENT_STREAM}
 SILENT, TALKING = "/jobs_prompt_only", "/jobs_prompt_tts"
 BODIES = {SILENT: prompt_job, TALKING: speech_job}
-BEGUN, SPEECH, SPOKEN, CREATED, FILM, DONE = range(1, 7)  # the uploads of a talking job; SPEECH and FILM are no notes
+BEGUN, SPEECH, SPOKEN, CREATED, FILM, DONE = range(1, 7)  # the uploads of a talking job, most of them its file
 MEETING_S = 0.3  # time in which two requests surely meet
 
 both_routes = pytest.mark.parametrize("path", BODIES)
@@ -76,11 +76,11 @@ class FrontEnd:
         changed = [(one.data["stage"], one.data["state"]) for one in stages if one.data["state"] != "progress"]
         return Told(last.data["status"] if last.name == "error" else 200, last.text, changed, is_replayed)
 
-    async def leave(self, path: str, form: str) -> None:
-        """Send the job, and leave when its film is being made."""
+    async def leave(self, path: str, form: str, when: Callable[[], Any]) -> None:
+        """Send the job, and leave it then."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.ask, path, form)
-            assert await until(lambda: self.sandbox.predictions)
+            assert await until(when)
             tasks.cancel_scope.cancel()
 
     @property
@@ -121,8 +121,8 @@ def second(running_sandbox: Sandbox) -> Iterator[Service]:
         yield service
 
 
-async def together(*fronts: FrontEnd) -> list[Told]:
-    """What comes of requests that are sent at the same time."""
+async def together(*fronts: FrontEnd, when: Callable[[], Any] = lambda: True) -> list[Told]:
+    """What comes of requests that run at the same time, each sent once it is time for the next one."""
     told: list[Told] = []
 
     async def one(front: FrontEnd) -> None:
@@ -131,6 +131,7 @@ async def together(*fronts: FrontEnd) -> list[Told]:
     async with anyio.create_task_group() as tasks:
         for front in fronts:
             tasks.start_soon(one, front)
+            assert await until(when)
     return told
 
 
@@ -142,7 +143,7 @@ async def together(*fronts: FrontEnd) -> list[Told]:
 async def test_a_job_goes_on_when_its_client_leaves(front: FrontEnd, path: str, form: str) -> None:
     """Nothing is cancelled; whoever asks again after its end gets the answer, told as one from before."""
     front.sandbox.video_seconds = 0.3
-    await front.leave(path, form)
+    await front.leave(path, form, lambda: front.sandbox.predictions)
     assert await until(lambda: f"request_id={front.key} job outcome=ok" in front.service.log)
     asked = len(front.sandbox.requests)
     told = await front.ask(path, form)
@@ -164,7 +165,7 @@ async def test_any_number_may_wait_for_one_job(front: FrontEnd, path: str) -> No
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait, "events")
         assert await until(lambda: front.sandbox.calls("read"))
-        await front.leave(path, "events")
+        await front.leave(path, "events", lambda: f"joins the job of request_id={front.key}" in front.service.log)
         for form in ("json", "events", "json"):
             tasks.start_soon(wait, form)
     assert [(told.status, told.is_replayed, told.text) for told in waiters] == [(200, False, waiters[0].text)] * 4
@@ -187,7 +188,7 @@ FAILURES = {
 @both_forms
 @pytest.mark.parametrize("step", FAILURES)
 async def test_a_failed_job_is_gone_on_with(front: FrontEnd, step: str, form: str) -> None:
-    """After a 500 nothing is bought again that is kept; a speech that was not stored is spoken again."""
+    """After a 500 nothing is bought, or looked at, again; only a speech that was not stored is spoken again."""
     if failure := FAILURES[step]:
         call, number, status = failure
         front.fault(call, number, status=status)
@@ -198,6 +199,8 @@ async def test_a_failed_job_is_gone_on_with(front: FrontEnd, step: str, form: st
     for prediction in front.sandbox.predictions.values():  # ffmpeg could not use the film, and now can
         prediction.film = short_film()
     known = failed.data.get("partial", {})
+    if "prediction_id" in known:  # the picture was needed for that only
+        front.sandbox.fault("picture", "status", times=None, status=404)
     told = await front.ask(form=form)
     assert (told.status, told.is_replayed) == (200, False), told.text
     assert known.items() <= {**told.data, "prediction_id": next(iter(front.sandbox.predictions))}.items()
@@ -208,18 +211,20 @@ async def test_a_failed_job_is_gone_on_with(front: FrontEnd, step: str, form: st
 # Where jobs stand when their process ends: the call, and which one of them it is. What comes of the last two is awaited
 # whatever happens, so they are held for a while only.
 HOLDS = {
-    "begun": ("upload", BEGUN), "speech": ("speech", 1), "audio_upload": ("upload", SPEECH), "spoken": ("upload", SPOKEN),
-    "video": ("read", 1), "download": ("output", 1), "final_upload": ("upload", FILM), "done": ("upload", DONE),
+    "begun": ("upload", BEGUN), "speech": ("speech", 1), "audio_upload": ("upload", SPEECH),
+    "spoken": ("upload", SPOKEN), "video": ("read", 1), "download": ("output", 1),
+    "final_upload": ("upload", FILM), "done": ("upload", DONE),
     "create": ("create", 1), "created": ("upload", CREATED),
 }  # fmt: skip
 
 
 class Ended(NamedTuple):
-    """Jobs that their process did not finish: what came of them, None if nothing, and of the same requests again."""
+    """Jobs that their process did not finish: what came of them, of the same requests again, and the files between."""
 
     sandbox: Sandbox
     first: dict[str, Told]
     again: dict[str, Told]
+    notes: dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module", params=[signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
@@ -236,7 +241,7 @@ def ended(request: pytest.FixtureRequest) -> Ended:
 
 async def end_and_ask_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], service: Service, by: int) -> Ended:
     """Hold a job at every stage, end the process, start it again, and send the same requests."""
-    ended = Ended(sandbox, {}, {})
+    ended = Ended(sandbox, {}, {}, {})
 
     async def ask(stage: str, answers: dict[str, Told]) -> None:
         with suppress(httpx.HTTPError):  # a process that is killed says nothing
@@ -245,11 +250,13 @@ async def end_and_ask_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], servi
     async with anyio.create_task_group() as tasks:
         for stage, (call, number) in HOLDS.items():
             wanted = len(sandbox.calls(call)) + number
-            fronts[stage].fault(call, number, "slow", seconds=2 if stage.startswith("create") else 20)
+            fronts[stage].fault(call, number, "slow", seconds=3 if stage.startswith("create") else 20)
             tasks.start_soon(ask, stage, ended.first)
             assert await until(lambda call=call, n=wanted: len(sandbox.calls(call)) >= n, 10), f"no job at {stage}"
         assert await until(lambda: sandbox.created(prompt="create"))
-        await anyio.to_thread.run_sync(service.restart, by)
+        await anyio.to_thread.run_sync(service.stop, by)
+    ended.notes.update((stage, front.note) for stage, front in fronts.items())
+    await anyio.to_thread.run_sync(service.start)
     async with anyio.create_task_group() as tasks:
         for stage in HOLDS:
             tasks.start_soon(ask, stage, ended.again)
@@ -265,12 +272,16 @@ def test_a_job_outlives_its_process(ended: Ended, stage: str) -> None:
     assert ended.sandbox.speeches[f"I am {stage}"] == (2 if stage in ("speech", "audio_upload") else 1)
 
 
-def test_who_waits_for_an_ending_process_is_told(ended: Ended, request: pytest.FixtureRequest) -> None:
-    """SIGTERM leaves nobody without a word; SIGKILL leaves all."""
-    assert set(ended.first) == (set() if "SIGKILL" in request.node.name else set(HOLDS))
-    for told in ended.first.values():
-        assert told.kind == (500, "internal", True)
-        assert "send the same request again" in told.data["detail"]
+def test_a_process_that_is_told_to_end_says_so(ended: Ended, request: pytest.FixtureRequest) -> None:
+    """SIGTERM leaves nobody without a word, and no prediction without a note; SIGKILL leaves all."""
+    if "SIGKILL" in request.node.name:
+        assert ended.first == {}
+        return
+    assert {told.kind for told in ended.first.values()} == {(500, "internal", True)}
+    assert all("send the same request again" in told.data["detail"] for told in ended.first.values())
+    assert set(ended.first) == set(HOLDS)
+    bought = set(HOLDS) - {"begun", "speech", "audio_upload", "spoken"}
+    assert {stage for stage, note in ended.notes.items() if "prediction_id" in note["partial"]} == bought
 
 
 async def test_a_job_that_nobody_waits_for_may_end_with_its_process(
@@ -278,7 +289,7 @@ async def test_a_job_that_nobody_waits_for_may_end_with_its_process(
 ) -> None:
     """SIGTERM leaves it a while: it is done when the process ends."""
     front.service, front.sandbox.video_seconds = start_service(graceful_s=0), 0.3
-    await front.leave(SILENT, "json")
+    await front.leave(SILENT, "json", lambda: front.sandbox.predictions)
     await anyio.to_thread.run_sync(front.service.stop)
     assert "answer" in front.note
 
@@ -289,7 +300,7 @@ async def test_a_job_that_nobody_waits_for_may_end_with_its_process(
 async def test_a_fresh_job_of_another_instance_is_waited_for(front: FrontEnd, second: Service) -> None:
     """It has no prediction yet, but will have: the second instance goes on with that one."""
     front.fault("speech", kind="slow", seconds=MEETING_S)
-    one, two = await together(front, replace(front, service=second))
+    one, two = await together(front, replace(front, service=second), when=lambda: front.sandbox.calls("speech"))
     assert (one.status, two.status, one.data["video_url"]) == (200, 200, two.data["video_url"])
     assert front.bought == (1, 1)
 
@@ -383,16 +394,19 @@ async def test_a_malformed_key_is_refused(front: FrontEnd, key: str | bytes) -> 
 # The file
 
 
-@pytest.mark.parametrize("name", ["SUPABASE_URL", "SUPABASE_SERVICE_ROLE"])
-async def test_a_key_needs_the_storage(start_service: StartService, front: FrontEnd, name: str) -> None:
-    """Also where the job itself does not: a 500 names the variable before anybody is called."""
+@pytest.mark.parametrize("name", ["SUPABASE_URL", "SUPABASE_SERVICE_ROLE", "REPLICATE_API_TOKEN", "ELEVEN_API_KEY"])
+async def test_a_missing_setting_is_named_before_anybody_is_called(
+    start_service: StartService, front: FrontEnd, name: str
+) -> None:
+    """A key needs the storage, also where the job itself does not; and nobody includes the storage."""
     front.service = start_service(**{name: ""})
-    for path in BODIES:
+    for path in (TALKING,) if name == "ELEVEN_API_KEY" else BODIES:
         told = await front.ask(path)
         assert told.kind == (500, "configuration", False)
         assert name in told.data["detail"]
     assert front.sandbox.requests == []
-    assert (await replace(front, key=None).ask(SILENT)).status == 200
+    if "SUPABASE" in name:
+        assert (await replace(front, key=None).ask(SILENT)).status == 200
 
 
 @pytest.mark.parametrize(
