@@ -80,7 +80,7 @@ MAX_DOWNLOAD_BYTES = 100_000_000  # a talking film has no more either
 MAX_ANSWER_BYTES = 2_000_000  # of a provider's JSON answer; the largest model schemas have some 100 kB
 MAX_PREDICTION_BYTES = 8_000_000  # of one with its whole log, or of a hundred in a list
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
-CHUNK_BYTES = 64 * 1024  # read from disk, or from a child, at a time
+CHUNK_BYTES = 128 * 1024  # to and from disk at a time: TLS gives 16 KB, and each piece takes a turn of a thread
 
 # Of what strangers write: models' schemas, outputs and films.
 MAX_SCHEMA_PARTS = 4  # of one property: an enum stands behind one, what may be null behind two
@@ -1140,7 +1140,7 @@ async def save(target: Path, client: httpx.AsyncClient, request: httpx.Request, 
             return await read_answer(response, limit)
         check_size(told_size(response) or 0)
         with target.open("wb") as file:
-            async for chunk in response.aiter_raw():
+            async for chunk in response.aiter_raw(CHUNK_BYTES):
                 check_size(file.tell() + len(chunk))
                 await asyncio.to_thread(file.write, chunk)
         return Answer(200, response.headers, b"")
