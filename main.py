@@ -1233,7 +1233,7 @@ class Note(BaseModel):
 
 def new_note(key: str, route: str, body: BaseModel) -> Note:
     """The note for a key: its file's name cannot be guessed, though the bucket is public. Raises SettingMissing."""
-    for name in STORAGE_SETTINGS:
+    for name in SPEECH_JOB_SETTINGS if isinstance(body, JobPromptTTS) else SPEECH_JOB_SETTINGS[1:]:  # all but speech's
         get_settings().required(name)
     sent = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
     path, now = f"jobs/{keyed_digest(key)}.json", time.time()

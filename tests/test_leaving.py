@@ -201,7 +201,7 @@ class Process:
                 wanted, known = held.wanted(stage), set(held.sandbox.predictions)
                 jobs[stage] = Ending()
                 tasks.start_soon(self.ask, held, jobs[stage])
-                assert await until(lambda s=stage, n=wanted: held.count(s) >= n, 15), f"no job stands at {stage}"
+                assert await until(lambda s=stage, n=wanted: held.count(s) >= n, 45), f"no job stands at {stage}"
                 if stage in MADE:
                     assert await until(lambda known=known: set(held.sandbox.predictions) - known)
                     [jobs[stage].film] = set(held.sandbox.predictions) - known
