@@ -107,6 +107,20 @@ class FrontEnd:
         self.sandbox.fault(call, kind, **details)
 
 
+@pytest.fixture(scope="module")
+def running_sandbox() -> Iterator[Sandbox]:
+    """A sandbox of these tests alone: jobs with a key outlive their requests, and could buy in other tests."""
+    with Sandbox() as sandbox:
+        yield sandbox
+
+
+@pytest.fixture(scope="module")
+def running_service(running_sandbox: Sandbox) -> Iterator[Service]:
+    """The service on that sandbox."""
+    with Service({**running_sandbox.environment(), **PACE}) as service:
+        yield service
+
+
 @pytest.fixture
 def front(sandbox: Sandbox, service: Service) -> FrontEnd:
     """A front end with a key that no other test has; films cost little."""
