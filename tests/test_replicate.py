@@ -505,16 +505,17 @@ async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatc
         writer.close()
 
     use_settings(monkeypatch, ALLOW_PRIVATE_URLS="true")
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        url, is_heard, moments = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/film", True, 0
-        while is_heard:
-            task = asyncio.create_task(main.download(url, tmp_path / "film"))
-            for _ in range(moments):
-                await asyncio.sleep(0)
-            is_heard, moments = task.cancel(), moments + 1
-            await asyncio.wait({task})
-            assert task.cancelled() == is_heard
-            assert main._running is not None
-            pool = main._running.http._transport.trusted._pool
-            assert [kept for kept in pool.connections if not (kept.is_idle() or kept.is_closed())] == []
-        assert moments > 10
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url, is_heard, moments = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/film", True, 0
+    while is_heard:
+        task = asyncio.create_task(main.download(url, tmp_path / "film"))
+        for _ in range(moments):
+            await asyncio.sleep(0)
+        is_heard, moments = task.cancel(), moments + 1
+        await asyncio.wait({task})
+        assert task.cancelled() == is_heard
+        assert main._running is not None
+        pool = main._running.http._transport.trusted._pool
+        assert [kept for kept in pool.connections if not (kept.is_idle() or kept.is_closed())] == []
+    server.close()  # its connections are kept by the client, and Python 3.12 would wait for them
+    assert moments > 10
