@@ -1,6 +1,7 @@
 """What is sent again, after which wait, and what never; and the words that are taken from a refusal."""
 
 import asyncio
+import math
 import json
 import logging
 import socket
@@ -270,10 +271,15 @@ async def test_how_long_patience_lasts(providers, calls, call, status, patience_
     """Each outcome has its share of PATIENCE_SECONDS, here 0.4."""
     url, work, _ = calls[call]
     providers.route(url=url).respond(status, headers={"Retry-After": "0.005"}, json={"detail": "No."})
-    started = time.monotonic()
-    error = await error_of(work())
-    assert f"{status}: No." in error.detail
-    assert patience_s <= time.monotonic() - started < 1.9 * patience_s
+    took_s = math.inf
+    for _ in range(3):  # a busy machine makes it longer, never shorter
+        started = time.monotonic()
+        error = await error_of(work())
+        assert f"{status}: No." in error.detail
+        took_s = min(took_s, time.monotonic() - started)
+        if took_s < 1.9 * patience_s:
+            break
+    assert patience_s <= took_s < 1.9 * patience_s
 
 
 @pytest.mark.anyio
