@@ -1,9 +1,9 @@
 """What is sent again, after which wait, and what never; and the words that are taken from a refusal."""
 
 import asyncio
-import math
 import json
 import logging
+import math
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
