@@ -51,7 +51,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote
-from weakref import WeakValueDictionary
 
 import anyio
 import httpcore
@@ -396,7 +395,7 @@ class ServiceError(Exception):
 
     def at(self, name: str, message: str, place: str = "body") -> "ServiceError":
         """The same, with what is wrong with one field of the request."""
-        self.errors.append(InputError(loc=[place, name], msg=message))
+        self.errors.append(InputError(loc=[place, redact(name)], msg=redact(message)))
         return self
 
 
@@ -442,10 +441,10 @@ def unfit(name: str, message: str, place: str = "body") -> ServiceError:
 
 
 def redact(text: str) -> str:
-    """The text without the keys of this service."""
+    """The text without the keys of this service, and without half an emoji, which JSON can hold and no answer."""
     for _, value in get_settings():
         text = text.replace(value.get_secret_value(), "***") if isinstance(value, SecretStr) else text
-    return text
+    return text.encode("utf-8", "replace").decode()
 
 
 def complete_line(record: logging.LogRecord) -> bool:
@@ -491,7 +490,11 @@ class Job:
     note: "Note | None" = None  # what its file in the bucket holds, or is about to
     lost: tuple[float, float] | None = None  # clock times between which a prediction may appear that nobody has noted
     is_replayed: bool = False
-    lives_on: bool = False  # the process ends, and the prediction is left for the next request
+
+    @property
+    def owner(self) -> str:
+        """Whose a prediction is: the key's, whichever request it comes with, or this request's."""
+        return self.note.path if self.note else self.request_id
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -528,9 +531,8 @@ class Job:
             queue.put_nowait(event)
         return queue
 
-    def stop(self, lives_on: bool = False) -> None:
-        """Cancel the job; with `lives_on`, so that the next request with its key goes on with it."""
-        self.lives_on = lives_on
+    def stop(self) -> None:
+        """Cancel the job."""
         if self.task:
             self.task.cancel()
 
@@ -541,7 +543,8 @@ class Job:
             return ProviderFailed(f"{limit}; it had to wait for the model's schema.", "replicate")
         provider = STAGE_PROVIDERS.get(self.current)
         error = ProviderFailed if provider in ("elevenlabs", "replicate") else ResourceFailed
-        is_final = self.note is not None and self.current == "video"  # a cancelled film stays so under its key
+        # A cancelled film stays so under its key.
+        is_final = self.note and self.partial.prediction_id and self.current == "video"
         return error(f"{limit} and was ended in the stage {self.current}.", provider, retryable=not is_final)
 
     def error_json(self, error: ServiceError) -> dict[str, Any]:
@@ -631,8 +634,6 @@ def check_public_url(url: httpx.URL) -> None:
     host = url.raw_host.decode("ascii").rstrip(".")
     if url.scheme not in ("http", "https"):
         raise UrlBlocked("Only http and https URLs are fetched.")
-    if url.userinfo:
-        raise UrlBlocked("A URL with a user name or password is not fetched.")
     if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", host):
         raise UrlBlocked("The URL's host is not a plain name or address.")
     # As browsers do: a host that ends in a number is an IPv4 address, and only its plain form is taken.
@@ -642,6 +643,8 @@ def check_public_url(url: httpx.URL) -> None:
     is_local = host.lower().rpartition(".")[2] == "localhost"  # no look-up is asked: systems differ
     if is_local or ((is_v4 or ":" in host) and not is_public(host)):
         raise AddressNotPublic("The URL leads to an address that is not public.")
+    if url.userinfo:
+        raise UrlBlocked("A URL with a user name or password is not fetched.")
     if url.port not in (None, 80, 443):
         raise UrlBlocked("Only the ports 80 and 443 are fetched from.")
 
@@ -739,11 +742,10 @@ class Shared:
     ffmpeg_slots: asyncio.Semaphore
     requests: int = 0  # that have no answer yet
     keyed: dict[str, Job] = field(default_factory=dict)  # running jobs with a key, by the name of their file
-    held: "deque[str]" = field(default_factory=lambda: deque(maxlen=10_000))  # predictions of this process's jobs
+    held: "deque[tuple[str, str]]" = field(default_factory=lambda: deque(maxlen=10_000))  # predictions, and whose
     polls: int = 0  # predictions being waited for
     durations: dict[str, "deque[float]"] = field(default_factory=dict)  # the last films' in seconds, by their kind
-    models: dict[str, tuple[float, "VideoModel"]] = field(default_factory=dict)  # with the time of the look-up
-    model_locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary)
+    models: dict[str, tuple[float, "asyncio.Task[VideoModel]"]] = field(default_factory=dict)  # and when looked up
 
 
 _running: Shared | None = None  # set by the lifespan
@@ -889,8 +891,7 @@ def provider_message(answer: Answer) -> str:
 
 def shortened(message: str) -> str:
     """A provider's message on one line, without our keys, at most 300 characters."""
-    line = " ".join(message.split()).encode("utf-8", "replace").decode()  # JSON can hold half an emoji
-    return redact(line)[:MAX_DETAIL_CHARS]
+    return redact(" ".join(message.split()))[:MAX_DETAIL_CHARS]
 
 
 def told_in(value: Any, depth: int = 5) -> str:
@@ -1280,7 +1281,7 @@ async def found_note(own: Note) -> Note | None:
     while note := await read_note(own.path):
         if note.body != own.body:
             raise unfit("Idempotency-Key", OTHER_BODY, "header")
-        is_fresh = 0 <= time.time() - note.written < patience_s(QUARTER)
+        is_fresh = abs(time.time() - note.written) < patience_s(QUARTER)
         if note.answer or note.partial.prediction_id or note.writer in ("", PROCESS_ID) or not is_fresh:
             break
         await asyncio.sleep(patience_s(QUARTER) / 30)
@@ -1290,7 +1291,7 @@ async def found_note(own: Note) -> Note | None:
 def adopt(job: Job, note: Note) -> None:
     """Go on with a job from what an earlier request, or another instance, has left."""
     job.note, job.partial = note.model_copy(update={"writer": PROCESS_ID}), note.partial
-    job.lost = (note.started, note.written + patience_s(TWELFTH))
+    job.lost = (note.started, note.written + patience_s(TWELFTH) * bool(note.writer))
 
 
 async def with_key(job: Job, own: Note, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
@@ -1304,10 +1305,11 @@ async def with_key(job: Job, own: Note, work: Callable[[], Awaitable[BaseModel]]
     try:
         result = await work()
     except BaseException:
-        if job.partial.prediction_id is None:  # nobody is to wait for this process
-            await to_its_end(save_job(job, is_needed=False, writer=""))
+        # Nobody is to wait for this process.
+        await to_its_end(within(patience_s(TWELFTH), save_job(job, is_needed=False, writer="")))
         raise
-    await save_job(job, PAID_STORE_RETRY, is_needed=False, answer=result)
+    with suppress(asyncio.CancelledError):  # done is done, also at the deadline
+        await save_job(job, PAID_STORE_RETRY, is_needed=False, answer=result)
     return result
 
 
@@ -1625,12 +1627,17 @@ async def find_model(name: str | None) -> VideoModel:
     if name is None or name == DEFAULT_MODEL:
         return HAILUO
     async with shared() as resources:
-        async with resources.model_locks.setdefault(name, asyncio.Lock()):
-            now = time.monotonic()
-            resources.models = {key: kept for key, kept in resources.models.items() if now - kept[0] < MODEL_TTL_S}
-            if name not in resources.models:
-                resources.models[name] = (now, await look_up_model(name))
-            return resources.models[name][1]
+        now = time.monotonic()
+        resources.models = {key: kept for key, kept in resources.models.items() if now - kept[0] < MODEL_TTL_S}
+        if name not in resources.models:
+            resources.models[name] = (now, asyncio.create_task(look_up_model(name)))
+        kept = resources.models[name]
+        try:
+            return await asyncio.shield(kept[1])
+        except ServiceError:
+            if resources.models.get(name) is kept:  # whoever comes next asks anew
+                del resources.models[name]
+            raise
 
 
 async def look_up_model(name: str) -> VideoModel:
@@ -1676,9 +1683,10 @@ async def run_prediction(model: VideoModel, values: dict[str, Any], job: Job) ->
         else:
             prediction = await create_prediction(model, values, job)
         prediction = await wait_for_prediction(prediction, job, kind)
-    except asyncio.CancelledError:  # so is the prediction, unless the job lives on
+    except asyncio.CancelledError:  # so is the prediction, unless the next request goes on with it
         if made := job.partial.prediction_id:
-            await to_its_end(save_job(job, is_needed=False) if job.lives_on else cancel_prediction(made))
+            if not job.note or time.monotonic() - job.started >= get_settings().job_timeout_seconds:
+                await to_its_end(cancel_prediction(made))
         raise
     return film_of(prediction)
 
@@ -1699,10 +1707,10 @@ def film_of(prediction: Prediction) -> str:
 
 async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Prediction:
     """The job's one prediction: one that was made already, though nobody heard of it, else a new one."""
-    prediction = await find_lost(model, values, *job.lost) if job.lost else None
+    prediction = await find_lost(model, values, job, *job.lost) if job.lost else None
     prediction = prediction or await buy_prediction(model, values, job)
     note_prediction(job, prediction.id)
-    await to_its_end(save_job(job, PAID_STORE_RETRY, is_needed=False))
+    await to_its_end(save_job(job, is_needed=False))
     return prediction
 
 
@@ -1722,7 +1730,7 @@ async def buy_prediction(model: VideoModel, values: dict[str, Any], job: Job) ->
         if is_refused or isinstance(exc.__cause__, NOT_SENT):
             raise
         logger.warning("a prediction is looked for whose create failed: %s", exc.detail)
-        if prediction := await find_lost(model, values, started, time.time() + patience_s(TWELFTH)):
+        if prediction := await find_lost(model, values, job, started, time.time() + patience_s(TWELFTH)):
             return prediction
         raise
 
@@ -1742,6 +1750,8 @@ async def post_prediction(model: VideoModel, values: dict[str, Any], job: Job) -
 
 async def create_exchange(job: Job, client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
     """One create. A cancelled job still waits for its answer: only that tells which prediction to cancel."""
+    if job.note and time.time() - job.note.written > patience_s(QUARTER) / 3:  # throttled: still at work
+        await save_job(job, is_needed=False)
     with anyio.CancelScope(shield=True):
         answer = await exchange(client, request, limit)
     if prediction := prediction_in(answer.json()):
@@ -1755,19 +1765,22 @@ def note_prediction(job: Job, prediction_id: str) -> None:
         logger.info("prediction_id=%s", prediction_id)
         job.partial.prediction_id = prediction_id
     if _running is not None:
-        _running.held.append(prediction_id)
+        _running.held.append((prediction_id, job.owner))
 
 
-async def find_lost(model: VideoModel, values: dict[str, Any], since: float, until: float) -> Prediction | None:
+async def find_lost(
+    model: VideoModel, values: dict[str, Any], job: Job, since: float, until: float
+) -> Prediction | None:
     """A prediction of this input made since clock time `since` that no job holds; looked for once, and till `until`."""
     async with shared() as resources:
         while True:
             async for told in predictions_since(since):
                 is_ours = told_under(told, "model") == model.name and told_under(told, "input") == values
                 is_version = model.version is None or str(told_under(told, "version")) in model.version
-                if is_ours and is_version and (found := prediction_in(told)) and found.id not in resources.held:
-                    resources.held.append(found.id)  # before anybody else looks
-                    return found
+                if is_ours and is_version and (found := prediction_in(told)):
+                    if all(known != found.id or whose == job.owner for known, whose in resources.held):
+                        note_prediction(job, found.id)  # before anybody else looks
+                        return found
             if time.time() >= until:
                 return None
             await asyncio.sleep(patience_s(TWELFTH) / 10)
@@ -1965,12 +1978,12 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def end_jobs(resources: Shared) -> None:
     """Let jobs with a key that nobody waits for end by themselves for a while, then leave them to the next request."""
     # uvicorn has just cancelled the requests still running: their predictions are being cancelled.
+    patience = time.monotonic() + SHUTDOWN_WAIT_S
     keyed = [job for job in resources.keyed.values() if job.task]
     if tasks := {job.task for job in keyed if job.task}:
         await asyncio.wait(tasks, timeout=patience_s(SIXTH))
     for job in keyed:
-        job.stop(lives_on=True)
-    patience = time.monotonic() + SHUTDOWN_WAIT_S - patience_s(SIXTH)
+        job.stop()
     while (resources.requests or resources.keyed) and time.monotonic() < patience:  # noqa: ASYNC110  once a life
         await asyncio.sleep(0.05)
 
@@ -2208,7 +2221,7 @@ async def follow(request: Request, job: Job) -> BaseModel:
             job.is_left = True
             job.stop()
     except asyncio.CancelledError:
-        job.stop(lives_on=job.note is not None)
+        job.stop()
     finally:
         leaving.cancel()
     await to_its_end(job.task)
@@ -2301,7 +2314,6 @@ async def speak(body: JobPromptTTS, job: Job, speech: Path) -> str:
             kept_as = speech_file()
             audio_path = f"audio/{uuid.uuid4()}.{kept_as.extension}"
             audio_url = job.partial.audio_url = await supabase_upload(audio_path, spoken, kept_as.content_type)
-            await save_job(job)
         await fetch_speech(audio_url, speech)
         if spoken and os.path.getsize(speech) != len(spoken):  # noqa: ASYNC240
             message = "The speech's public address answers with something else; is SUPABASE_URL right?"
@@ -2327,6 +2339,8 @@ async def animate(body: JobPromptOnly, model: VideoModel, job: Job, audio_url: s
         if job.note and (note := await found_note(job.note)) and note.writer != PROCESS_ID:
             adopt(job, note)  # another instance has taken the job meanwhile
             job.partial.audio_url = audio_url
+        elif audio_url:
+            await save_job(job)
         video_url = await replicate_video_from_prompt(body, audio_url, job, model)
     job.partial.video_url = video_url
     return video_url

@@ -68,7 +68,7 @@ LATE_S = 0.3  # its 0.25 s, and no more than one reads so much less often for
 START_S = 1.5  # an instance that scales up is of use when it answers
 REST_MB = 80.0  # of 512
 CPU_GROWTH = 1.2  # of the smallest crowd's: nothing may grow with the square of the jobs
-WAITING_JOB_KB = 100.0  # a thousand waiting jobs in 100 MB
+WAITING_JOB_KB = 200.0  # a thousand waiting jobs in 200 MB; connections over TLS take most of it
 
 TEXT = "Where is my dinner? I have been waiting here since the sun came up."  # some 4 s
 BIG_FILM_BITS_PER_S = 28_000_000  # 21 MB in 6 s

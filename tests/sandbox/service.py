@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -148,6 +149,15 @@ class Service:
 
 
 def free_port(port: int = 0) -> int:
-    """A port that nobody listens on now: this one if it is given. PortTaken if somebody does."""
-    with listen(port, "the service", "--service-port") as listener:
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on now: this one if it is given. PortTaken if somebody does.
+
+    Else one below those that systems give to whoever asks for any: until the service has it, nobody is given it.
+    """
+    for candidate in [port] if port else random.sample(range(20_000, 32_000), 20):
+        try:
+            with listen(candidate, "the service", "--service-port"):
+                return candidate
+        except PortTaken:
+            if port:
+                raise
+    return free_port()
