@@ -508,3 +508,29 @@ async def test_without_a_key_nothing_is_different(front: FrontEnd) -> None:
     first, second = front.sandbox.predictions
     assert [call.split()[0] for call, _ in plain] == ["picture", "create", "read"]
     assert [(call.replace(second, first), body) for call, body in keyed if "storage" not in call] == plain
+
+
+async def test_a_film_whose_notes_were_all_lost_is_not_bought_again(
+    front: FrontEnd, start_service: StartService
+) -> None:
+    """The storage was away from the create on: the next request finds its own prediction in Replicate's list."""
+    front.service = start_service(PATIENCE_SECONDS="0.8")
+    front.fault("upload", 2, status=503, times=None)
+    assert (await front.ask(SILENT)).status == 200
+    assert "prediction_id" not in front.note["partial"]
+    front.sandbox.wire.faults["upload"].clear()
+    told = await front.ask(SILENT)
+    assert (told.status, told.is_replayed, front.bought) == (200, False, (0, 1))
+
+
+async def test_a_speech_that_takes_long_is_not_waited_for_by_two_who_buy(
+    front: FrontEnd, start_service: StartService
+) -> None:
+    """Another instance takes the job over meanwhile: the first one sees that before it buys a film, and delivers that one."""
+    one, other = start_service(PATIENCE_SECONDS="1"), start_service(PATIENCE_SECONDS="1")
+    front.sandbox.fault("speech", "slow", seconds=1.2)
+    front.sandbox.video_seconds = 1.0
+    first, second = FrontEnd(front.sandbox, one, front.key), FrontEnd(front.sandbox, other, front.key)
+    told = await together(first, second, when=lambda: front.sandbox.calls("speech"))
+    assert [answer.status for answer in told] == [200, 200]
+    assert len(front.sandbox.predictions) == 1
