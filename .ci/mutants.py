@@ -136,13 +136,18 @@ class Source:
 
     def tests(self, mutant: Row, cover: Cover) -> list[str]:
         """The tests that may notice a mutant, then whole files, the quickest first; all if no trace leads to it."""
-        name = rf"\b{mutant['function'].split('.')[0]}\b"
-        named = [number for number, line in enumerate(self.lines, 1) if re.search(name, line)]
+        names = mutant["function"].split(".")[0]
+        for part in self.tree.body:  # what is defined by another name at the top counts as that name
+            if isinstance(part, (ast.Assign, ast.AnnAssign)) and re.search(
+                rf"\b({names})\b", text := ast.unparse(part)
+            ):
+                names += "|" + re.split(r"\W", text)[0]
+        named = [number for number, line in enumerate(self.lines, 1) if re.search(rf"\b({names})\b", line)]
         here = set(range(*mutant["here"]) or named)  # what stands at the top runs everywhere: who names it counts
         single, whole, is_reached = list[str](), list[str](), False
         for file, (seconds, lines) in sorted(cover.items(), key=lambda item: item[1][0]):
             reaching = [test for test, its_lines in lines.items() if here & set(its_lines)]
-            is_read = re.search(rf"\bmain\.{name}", (ROOT / file).read_text(encoding="utf-8"))
+            is_read = re.search(rf"\bmain\.({names})\b", (ROOT / file).read_text(encoding="utf-8"))
             if is_read or seconds < QUICK_S / 2 or "" in reaching:  # "": in a process of the service
                 whole.append(file)
             else:
