@@ -202,8 +202,7 @@ class Settings(BaseModel, frozen=True):
         return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
-STORAGE_SETTINGS = ("supabase_url", "supabase_service_role")
-SPEECH_JOB_SETTINGS = ("eleven_api_key", "replicate_api_token", *STORAGE_SETTINGS)
+SPEECH_JOB_SETTINGS = ("eleven_api_key", "replicate_api_token", "supabase_url", "supabase_service_role")
 
 
 def read_settings(environment: Mapping[str, str | None]) -> Settings:
@@ -824,7 +823,7 @@ class Retry:
             if "CERTIFICATE_VERIFY_FAILED" in str(outcome) and not self.is_paid:
                 return None
             return self.not_sent if isinstance(outcome, NOT_SENT) else self.broken
-        if outcome.status < 300 and outcome.is_whole and not isinstance(outcome.json(), dict):
+        if self.unreadable and outcome.status < 300 and outcome.is_whole and not isinstance(outcome.json(), dict):
             return self.unreadable
         return self.statuses.get(meant_status(outcome))
 
@@ -1709,7 +1708,6 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
     """The job's one prediction: one that was made already, though nobody heard of it, else a new one."""
     prediction = await find_lost(model, values, job, *job.lost) if job.lost else None
     prediction = prediction or await buy_prediction(model, values, job)
-    note_prediction(job, prediction.id)
     await to_its_end(save_job(job, is_needed=False))
     return prediction
 
