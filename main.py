@@ -36,7 +36,7 @@ import time
 import traceback
 import uuid
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
@@ -49,6 +49,7 @@ from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
 from itertools import islice
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote
 
@@ -107,7 +108,7 @@ DURATION_SPREAD = 0.02  # how far around one of them the next one may be, as a s
 READ_WORTH_S = 1 / 80  # one more read is made where it finds a film this much sooner on average
 EARLY_SHARE = 0.1  # the longest wait, as a share of the shortest duration known, or of the time waited if longer
 READS_PER_MINUTE = 2_400  # of one process; Replicate allows 3,000 (docs rate-limits, read 2026-11-22)
-CANCEL_AFTER_S = (5, 86_400)  # what Replicate's Cancel-After takes (changelog 2025-10-16)
+MIN_CANCEL_AFTER_S = 5  # what Replicate's Cancel-After takes, up to a day (changelog 2025-10-16)
 CLOCK_SKEW_S = 5.0  # between this machine and Replicate
 MAX_LIST_PAGES = 10  # of a hundred predictions each
 MODEL_TTL_S = 600.0
@@ -126,13 +127,8 @@ SHUTDOWN_WAIT_S = 25.0  # for the answers of jobs that uvicorn has just cancelle
 # ---- Settings --------------------------------------------------------------------------------------------------
 
 # ElevenLabs' OpenAPI document, parameter output_format (copy of 2026-08-22).
-TtsOutputFormat = Literal[
-    "mp3_22050_32", "mp3_24000_48", "mp3_44100_32", "mp3_44100_64", "mp3_44100_96", "mp3_44100_128", "mp3_44100_192",
-    "opus_48000_32", "opus_48000_64", "opus_48000_96", "opus_48000_128", "opus_48000_192",
-    "pcm_8000", "pcm_16000", "pcm_22050", "pcm_24000", "pcm_32000", "pcm_44100", "pcm_48000",
-    "wav_8000", "wav_16000", "wav_22050", "wav_24000", "wav_32000", "wav_44100", "wav_48000",
-    "ulaw_8000", "alaw_8000",
-]  # fmt: skip
+COMPRESSED = r"mp3_22050_32|mp3_24000_48|(mp3_44100|opus_48000)_(32|64|96|128|192)"
+UNCOMPRESSED = r"(pcm|wav)_(8000|16000|22050|24000|32000|44100|48000)|[au]law_8000"
 
 
 def check_http_url(value: str) -> str:
@@ -183,7 +179,7 @@ class Settings(BaseModel, frozen=True):
     supabase_service_role: Key | None = None
     supabase_bucket: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "pets"
     allowed_origin: Annotated[str, AfterValidator(check_origins)] = "*"
-    tts_output_format: TtsOutputFormat = "mp3_44100_64"
+    tts_output_format: Annotated[str, Field(pattern=f"^({COMPRESSED}|{UNCOMPRESSED})$")] = "mp3_44100_64"
     tts_max_chars: Annotated[int, Field(ge=1)] = 600
     job_timeout_seconds: Annotated[float, Field(ge=1, le=86_400)] = 600
     eleven_base_url: BaseUrl = "https://api.elevenlabs.io"
@@ -258,7 +254,6 @@ VoiceId = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, p
 ModelName = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, max_length=200, pattern=MODEL_PATTERN)]
 # What other services call our fields: with the default in its place, a film of the wrong length would be bought.
 OTHER_NAMES = {"duration": "seconds", "length": "seconds", "image": "image_url", "voice": "voice_id"}
-JOB_FIELDS = ("image_url", "prompt", "seconds", "resolution", "model", "text", "voice_id", "fit")
 
 
 class JobPromptOnly(BaseModel):
@@ -278,10 +273,11 @@ class JobPromptOnly(BaseModel):
     @classmethod
     def refuse_misnamed(cls, body: Any) -> Any:
         """Refuse a field that is nearly one of ours; all others are ignored, those of the other job as well."""
+        ours = JobPromptTTS.model_fields  # the other job's as well
         for name in body if isinstance(body, dict) else ():
-            for near in get_close_matches(name.lower(), [*JOB_FIELDS, *OTHER_NAMES], n=1, cutoff=0.8):
+            for near in get_close_matches(name.lower(), [*ours, *OTHER_NAMES], n=1, cutoff=0.8):
                 meant = OTHER_NAMES.get(near, near)
-                if name not in JOB_FIELDS and meant in cls.model_fields and meant not in body:
+                if name not in ours and meant in cls.model_fields and meant not in body:
                     raise unfit(name, f"should be called {meant}")
         return body
 
@@ -375,7 +371,7 @@ Kind = tuple[int, Category, bool]  # HTTP status, category, and whether such an 
 
 
 class ServiceError(Exception):
-    """A failure that is told to the client, as it says; `answer` is the provider's own, where there was one."""
+    """A failure that is told to the client; by itself: of the service. `answer` is the provider's, if there was one."""
 
     kind: Kind = (500, "internal", True)
 
@@ -430,10 +426,6 @@ class ResourceFailed(ServiceError, kind=(500, "resource", True)):
     """Storage, a download, the service's own machine, or media that ffmpeg cannot use."""
 
 
-class Unforeseen(ServiceError):
-    """Anything else; the inside detail stands in the log only."""
-
-
 def unfit(name: str, message: str, place: str = "body") -> ServiceError:
     """The refusal of one field of the request, or of a header."""
     return InvalidInput(f"{name}: {message}.").at(name, message, place)
@@ -459,14 +451,16 @@ def as_service_error(exc: BaseException) -> ServiceError:
     """The error to tell; the traceback of an unforeseen one goes to the log."""
     if isinstance(exc, ServiceError):
         return exc
+    if isinstance(exc, OSError) and exc.strerror:  # a disk that is full, a folder that is read-only ...
+        return ResourceFailed(f"The service's own machine failed the job: {exc.strerror}.")
     logger.error("unforeseen error\n%s", "".join(traceback.format_exception(exc)))
-    return Unforeseen("Something unforeseen went wrong inside the service; its log has the request id.")
+    return ServiceError("Something unforeseen went wrong inside the service; its log has the request id.")
 
 
 # ---- Jobs: what a request has done so far ----------------------------------------------------------------------
 
-# Whose failure it is when a stage does not end in time.
-STAGE_PROVIDERS: dict[Stage, Provider] = {"speech": "elevenlabs", "video": "replicate"}
+# Whose failure it is when a stage does not end in time; None: the check, where a model is looked up.
+STAGE_PROVIDERS: dict[Stage | None, Provider] = {None: "replicate", "speech": "elevenlabs", "video": "replicate"}
 STAGE_PROVIDERS |= {"audio_upload": "supabase", "final_upload": "supabase"}
 Events = asyncio.Queue["StageEvent | None"]  # None: there are no more
 
@@ -476,6 +470,7 @@ class Job:
     """The work of one request, and of those that join it: its stages, what exists already, and who listens."""
 
     request_id: str
+    owner: str = ""  # whose its prediction is: the file's of its key (its name cannot be guessed), or the request's
     started: float = field(default_factory=time.monotonic)
     timings: dict[Stage, float] = field(default_factory=dict)  # seconds, in the order of the stages
     stage_started: float = 0.0
@@ -483,23 +478,19 @@ class Job:
     partial: Partial = field(default_factory=Partial)
     events: list[StageEvent] = field(default_factory=list)
     listeners: list[Events] = field(default_factory=list)
-    task: "asyncio.Task[BaseModel] | None" = None
-    is_left: bool = False
+    task: "asyncio.Task[None] | None" = None
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)  # of its work
+    stopped: Literal["left", "shutdown"] | None = None
+    result: "BaseModel | ServiceError | None" = None
     # Of a job with an Idempotency-Key:
     note: "Note | None" = None  # what its file in the bucket holds, or is about to
     lost: tuple[float, float] | None = None  # clock times between which a prediction may appear that nobody has noted
-    is_replayed: bool = False
-
-    @property
-    def owner(self) -> str:
-        """Whose a prediction is: the key's, whichever request it comes with, or this request's."""
-        return self.note.path if self.note else self.request_id
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
         """Name, time, log and tell one step of the job."""
         self.current, self.stage_started = name, time.monotonic()
-        self.tell("started", 0)
+        self.tell("started")
         outcome = "failed"
         try:
             yield
@@ -507,17 +498,13 @@ class Job:
         finally:
             seconds = self.timings[name] = time.monotonic() - self.stage_started
             logger.info("stage=%s outcome=%s ms=%.0f", name, outcome, seconds * 1000)
-        self.tell("done", seconds)
+        self.tell("done")
         self.current = None
 
-    def progress(self, prediction: "Prediction") -> None:
-        """Tell how far the film is."""
-        seconds = time.monotonic() - self.stage_started
-        self.tell("progress", seconds, status=prediction.status, percent=prediction.percent)
-
-    def tell(self, state: Literal["started", "progress", "done"], seconds: float, **more: Any) -> None:
+    def tell(self, state: Literal["started", "progress", "done"], **more: Any) -> None:
         """Tell an event to all who listen, and keep it for those who join; of progress, the last is enough."""
-        event = StageEvent(stage=self.current or "video", state=state, seconds=round(seconds, 3), **more)
+        seconds = round(time.monotonic() - self.stage_started, 3)
+        event = StageEvent(stage=self.current or "video", state=state, seconds=seconds, **more)
         if self.events and self.events[-1].state == event.state == "progress":
             self.events.pop()
         for queue in (self.events.append, *(listener.put_nowait for listener in self.listeners)):
@@ -530,80 +517,37 @@ class Job:
             queue.put_nowait(event)
         return queue
 
-    def stop(self) -> None:
-        """Cancel the job."""
-        if self.task:
-            self.task.cancel()
+    def stop(self, why: Literal["left", "shutdown"]) -> None:
+        """Cancel the work: its client has left, or the process ends."""
+        self.stopped = self.stopped or why
+        self.scope.cancel()
 
-    def late(self) -> ServiceError:
-        """The error of a job that has not ended by its deadline."""
+    def end(self) -> None:
+        """Log what came of the job, and let go of all who wait for it."""
+        error = self.result if isinstance(self.result, ServiceError) else None
+        outcome = self.stopped or error.category if error else "ok" if self.result else "shutdown"
+        ms = (time.monotonic() - self.started) * 1000
+        logger.info("job outcome=%s ms=%.0f prediction_id=%s", outcome, ms, self.partial.prediction_id)
+        for queue in self.listeners:
+            queue.put_nowait(None)
+
+    def unfinished(self) -> ServiceError:
+        """The error of a job that was stopped, or has not ended by its deadline."""
+        if self.stopped:
+            again = "send the same request again" if self.note else "try again"
+            return ServiceError(f"The service is restarting and could not finish the job; {again}.")
         limit = f"The job was not done after {get_settings().job_timeout_seconds:g} s"
-        if self.current is None:
-            return ProviderFailed(f"{limit}; it had to wait for the model's schema.", "replicate")
         provider = STAGE_PROVIDERS.get(self.current)
         error = ProviderFailed if provider in ("elevenlabs", "replicate") else ResourceFailed
-        # A cancelled film stays so under its key.
-        is_final = self.note and self.partial.prediction_id and self.current == "video"
-        return error(f"{limit} and was ended in the stage {self.current}.", provider, retryable=not is_final)
+        is_final = self.note and self.partial.prediction_id and self.current == "video"  # a cancelled film stays so
+        return error(f"{limit} and was ended in the stage {self.current or 'check'}.", provider, retryable=not is_final)
 
     def error_json(self, error: ServiceError) -> dict[str, Any]:
         """The body of an error (see ErrorBody): `partial` and `errors` only if there is something to say."""
         told = {name: getattr(error, name) for name in ("detail", "category", "provider", "retryable")}
         partial, errors = self.partial.model_dump(exclude_none=True), [fault.model_dump() for fault in error.errors]
-        more = {"partial": partial, "errors": errors}
-        return {**told, "request_id": self.request_id, **{name: value for name, value in more.items() if value}}
-
-
-# ---- Waiting: nothing is cancelled by halves -------------------------------------------------------------------
-
-Result = TypeVar("Result")
-
-
-async def within(limit_s: float | None, work: Awaitable[Result]) -> Result:
-    """The result of `work`. Raises asyncio.TimeoutError if there is none after `limit_s` seconds (None: no limit)."""
-    # asyncio.wait_for before Python 3.12 can swallow a cancellation that comes in the tick `work` ends.
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.wait({task}, timeout=limit_s)
-    finally:
-        task.cancel()  # does nothing to what has ended
-        await to_its_end(task)
-    if task.cancelled():
-        raise asyncio.TimeoutError
-    return task.result()
-
-
-async def to_its_end(work: Awaitable[Any]) -> None:
-    """Await a clean-up, which comes first whatever cancels the caller meanwhile; the caller is cancelled after it."""
-    task, cancelled = asyncio.ensure_future(work), False
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            cancelled = True
-    if not task.cancelled():
-        task.exception()  # seen: asyncio need not warn of it
-    if cancelled:
-        raise asyncio.CancelledError
-
-
-async def call_apart(work: Awaitable[Result]) -> Result:
-    """The result of an HTTP call, which hears of a cancellation through anyio: httpcore's shields heed no other."""
-    # Else its pool could lose the cancellation, or keep a connection that nobody uses.
-    scope = anyio.CancelScope()
-
-    async def scoped() -> Result:
-        with scope:
-            return await work
-        raise asyncio.CancelledError
-
-    task = asyncio.create_task(scoped())
-    try:
-        await asyncio.wait({task})
-    finally:
-        scope.cancel()
-        await to_its_end(task)
-    return task.result()
+        more = {"partial": partial} if partial else {}
+        return {**told, "request_id": self.request_id, **more, **({"errors": errors} if errors else {})}
 
 
 # ---- Network: one pool of connections, and a guard where they are made -----------------------------------------
@@ -679,16 +623,14 @@ class PublicNetwork(httpcore.AnyIOBackend):
 
     async def _look_up(self, host: str, port: int, timeout: float | None) -> list[str]:
         ask = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        looking_up = asyncio.get_running_loop().run_in_executor(self.look_ups, ask)
         try:
-            await asyncio.wait({looking_up}, timeout=timeout)
-            if not looking_up.done():
-                raise httpcore.ConnectTimeout(f"looking up {host} took too long")
-            return [str(entry[4][0]) for entry in looking_up.result()]
+            with anyio.fail_after(timeout):
+                entries = await asyncio.get_running_loop().run_in_executor(self.look_ups, ask)
+            return [str(entry[4][0]) for entry in entries]
+        except TimeoutError as exc:
+            raise httpcore.ConnectTimeout(f"looking up {host} took too long") from exc
         except (OSError, UnicodeError) as exc:
             raise httpcore.ConnectError(f"{host} has no address") from exc
-        finally:
-            looking_up.cancel()
 
 
 # Extensions of a request that choose its pool.
@@ -744,7 +686,7 @@ class Shared:
     held: "deque[tuple[str, str]]" = field(default_factory=lambda: deque(maxlen=10_000))  # predictions, and whose
     polls: int = 0  # predictions being waited for
     durations: dict[str, "deque[float]"] = field(default_factory=dict)  # the last films' in seconds, by their kind
-    models: dict[str, tuple[float, "asyncio.Task[VideoModel]"]] = field(default_factory=dict)  # and when looked up
+    models: dict[str, "asyncio.Task[VideoModel]"] = field(default_factory=dict)  # by the name that was asked for
 
 
 _running: Shared | None = None  # set by the lifespan
@@ -790,10 +732,6 @@ class Answer(NamedTuple):
             return json.loads(self.body)
         except (ValueError, RecursionError):
             return None
-
-    def get(self, name: str) -> Any:
-        """A field of the JSON object; None if there is none."""
-        return told_under(self.json(), name)
 
 
 Outcome = Answer | httpx.RequestError
@@ -860,15 +798,16 @@ PAID_FETCH_RETRY = Retry(each({404, 429, *SERVER_ERRORS}, TWO_MINUTES), TWO_MINU
 
 def meant_status(answer: Answer) -> int:
     """The status an answer means: Supabase Storage hides its own as a text in the body of a 400."""
-    told = answer.get("statusCode") if answer.status == 400 else None
+    told = told_under(answer.json(), "statusCode") if answer.status == 400 else None
     return int(str(told)) if re.fullmatch(r"\d{3}", str(told)) else answer.status
 
 
 def asked_wait_s(answer: Answer, now: float) -> float | None:
     """Seconds the provider asks us to wait, at clock time `now`; None if it does not say, or nonsense."""
     # Replicate writes `retry_after` or "resets in ~30s" into the body; others send Retry-After, seconds or a date.
-    told = answer.get("retry_after") or answer.headers.get("retry-after") or ""
-    if not told and (resets := re.search(r"resets in ~(\d+)s", str(answer.get("detail")))):
+    body = answer.json()
+    told = told_under(body, "retry_after") or answer.headers.get("retry-after") or ""
+    if not told and (resets := re.search(r"resets in ~(\d+)s", str(told_under(body, "detail")))):
         told = resets[1]
     if re.fullmatch(r"\d+(\.\d+)?", str(told).strip()):
         return float(told)
@@ -931,10 +870,9 @@ async def send(
     attempts, since = Counter[Tries](), dict[Tries, float]()  # of each kind of failure by itself
     async with shared() as resources:
         while True:
-            outcome: Outcome
             request = resources.http.build_request(method, url, **options)
             try:
-                outcome = await call_apart(perform(resources.http, request, limit))
+                outcome: Outcome = await perform(resources.http, request, limit)
             except httpx.RequestError as exc:
                 outcome = exc
             if (tries := retry.tries(outcome)) is None:
@@ -999,16 +937,15 @@ def nonsense(provider: Provider, what: str) -> ServiceError:
 class SpeechFile(NamedTuple):
     """How the speech of one codec is kept."""
 
-    extension: str
+    extension: str  # and ffmpeg's name of the format
     content_type: str
-    demuxer: str  # ffmpeg's name
     starts: tuple[bytes, ...]  # what its first bytes are: the provider's Content-Type is not to be trusted
 
 
 MP3_FRAMES = (b"\xff" + bytes([sync]) for sync in b"\xfa\xfb\xf2\xf3\xe2\xe3")
-MP3 = SpeechFile("mp3", "audio/mpeg", "mp3", (b"ID3", *MP3_FRAMES))
-WAV = SpeechFile("wav", "audio/wav", "wav", (b"RIFF",))
-OGG = SpeechFile("ogg", "audio/ogg", "ogg", (b"OggS",))
+MP3 = SpeechFile("mp3", "audio/mpeg", (b"ID3", *MP3_FRAMES))
+WAV = SpeechFile("wav", "audio/wav", (b"RIFF",))
+OGG = SpeechFile("ogg", "audio/ogg", (b"OggS",))
 SPEECH_FILES = {"mp3": MP3, "wav": WAV, "opus": OGG, "pcm": WAV, "ulaw": WAV, "alaw": WAV}
 
 # Sent without a header by ElevenLabs: the WAVE format tag (RFC 2361) and bytes per sample to give them one.
@@ -1023,12 +960,10 @@ def speech_file() -> SpeechFile:
 def with_wav_header(samples: bytes, codec: str, rate: int) -> bytes:
     """Raw mono samples as a WAV file that players know."""
     tag, width = RAW_CODECS[codec]
-    samples = samples[: len(samples) // width * width]
+    samples = samples[: len(samples) // 2 * 2]  # a chunk has an even length
     fmt = struct.pack("<HHIIHHH", tag, 1, rate, rate * width, width, width * 8, 0)
-    fact = struct.pack("<I", len(samples) // width)
-    chunks = [(b"fmt ", fmt), (b"fact", fact), (b"data", samples + b"\0" * (len(samples) % 2))]
-    sizes = {b"data": len(samples)}
-    body = b"".join(name + struct.pack("<I", sizes.get(name, len(content))) + content for name, content in chunks)
+    chunks = ((b"fmt ", fmt), (b"fact", struct.pack("<I", len(samples) // width)), (b"data", samples))
+    body = b"".join(name + struct.pack("<I", len(content)) + content for name, content in chunks)
     return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WAVE" + body
 
 
@@ -1040,12 +975,10 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
         "params": {"output_format": settings.tts_output_format},  # in the body it would be ignored
         "headers": {"xi-api-key": settings.required("eleven_api_key")},
         "json": {"text": text, "model_id": "eleven_multilingual_v2"},
-        "extensions": {FRESH: True},
+        **{"limit": MAX_SPEECH_BYTES, "timeout": SPEECH_TIMEOUT, "extensions": {FRESH: True}},
     }
     try:
-        answer = await call(
-            "elevenlabs", "POST", url, SPEECH_RETRY, limit=MAX_SPEECH_BYTES, timeout=SPEECH_TIMEOUT, **options
-        )
+        answer = await call("elevenlabs", "POST", url, SPEECH_RETRY, **options)
     except (ProviderRefused, ProviderFailed) as exc:  # its codes name the field: voice_not_found, text_too_long ...
         told = told_under(exc.answer.json(), "detail") if exc.answer else None
         code = str(told_under(told, "code") or told_under(told, "status") or (isinstance(told, list) and told))
@@ -1076,8 +1009,6 @@ async def supabase_upload(
 ) -> str:
     """Store a file, from disk if it is there, and return its public URL. Raises ResourceFailed, SettingMissing."""
     size = os.path.getsize(content) if isinstance(content, Path) else len(content)  # noqa: ASYNC240
-    if size == 0:
-        raise ResourceFailed("There is nothing to store: the file is empty.", "supabase", retryable=False)
     headers = {
         **storage_keys(),
         "Content-Type": content_type,  # bare and in lower case, or a bucket with a list of types refuses it
@@ -1087,7 +1018,7 @@ async def supabase_upload(
     }
     body = FileBody(content) if isinstance(content, Path) else content
     answer = await call("supabase", "POST", storage_url(path), retry, headers=headers, content=body)
-    if not answer.get("Key"):  # some other server's 200
+    if not told_under(answer.json(), "Key"):  # some other server's 200
         raise ResourceFailed("Supabase Storage answered without having stored the file.", "supabase")
     return storage_url(path, "public/")
 
@@ -1119,10 +1050,7 @@ class FileBody:
 
 async def download(url: str, target: Path, retry: Retry = PAID_FETCH_RETRY) -> None:
     """Stream a file of up to 100 MB to disk, from the first byte again if it breaks off. Raises ResourceFailed."""
-    try:
-        host = httpx.URL(check_http_url(url)).host
-    except ValueError as exc:
-        raise ResourceFailed("The address of a file to download makes no sense.", retryable=False) from exc
+    host = httpx.URL(url).host
     try:
         answer = await send("GET", url, retry, perform=partial(save, target))
     except httpx.RequestError as exc:
@@ -1174,24 +1102,21 @@ def told_size(response: httpx.Response) -> int | None:
     return int(told) if re.fullmatch(r"\d{1,18}", told) else None
 
 
-async def head(url: str) -> HeadResult:
-    """Status, type and whole size of a remote file. Raises UrlBlocked; ResourceFailed if it takes over ten seconds."""
+async def head(url: str, limit_s: float) -> HeadResult:
+    """Status, type and whole size of a remote file. Raises UrlBlocked; ResourceFailed, also after `limit_s` seconds."""
     try:
-        return await within(HEAD_TIMEOUT_S, call_apart(_head(url)))
-    except (httpx.RequestError, asyncio.TimeoutError) as exc:
-        why = f": {summary(exc)}" if isinstance(exc, httpx.RequestError) else f" within {HEAD_TIMEOUT_S:g} s"
+        async with shared() as resources:
+            with anyio.fail_after(limit_s):
+                # A server that refuses HEAD is asked for the first byte.
+                for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
+                    request = resources.http.build_request(method, url, headers=headers, extensions={ASKED_FOR: True})
+                    async with follow_redirects(resources.http, request) as response:
+                        status, size, told = response.status_code, told_size(response), response.headers
+                    if status < 400:
+                        break
+    except (httpx.RequestError, TimeoutError) as exc:
+        why = f": {summary(exc)}" if isinstance(exc, httpx.RequestError) else f" within {limit_s:g} s"
         raise ResourceFailed(f"The URL did not answer{why}.") from exc
-
-
-async def _head(url: str) -> HeadResult:
-    async with shared() as resources:
-        # A server that refuses HEAD is asked for the first byte.
-        for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
-            request = resources.http.build_request(method, url, headers=headers, extensions={ASKED_FOR: True})
-            async with follow_redirects(resources.http, request) as response:
-                status, size, told = response.status_code, told_size(response), response.headers
-            if status < 400:
-                break
     if status == 206:  # a part tells the size of the whole, if it can
         whole = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", told.get("content-range", ""))
         size = int(whole[1]) if whole else None
@@ -1201,7 +1126,7 @@ async def _head(url: str) -> HeadResult:
 async def check_picture(url: str) -> None:
     """Refuse a picture that certainly is none, before anything is bought. Raises InvalidInput."""
     try:
-        seen = await within(PICTURE_TIMEOUT_S, call_apart(_head(url)))
+        seen = await head(url, PICTURE_TIMEOUT_S)
     except AddressNotPublic as exc:
         raise unfit("image_url", f"{exc.detail.rstrip('.')}; the picture must be on the internet") from exc
     except Exception as exc:  # noqa: BLE001  Replicate, which fetches it itself, may see more of the net
@@ -1222,7 +1147,6 @@ OTHER_BODY = "belongs to a request with another body; a new job needs a new one"
 class Note(BaseModel):
     """What the file holds: enough to go on, and nothing of what was asked for."""
 
-    path: str = Field(default="", exclude=True)  # of the file itself, `jobs/<hmac>.json` in the bucket
     body: str  # keyed digest
     started: float  # clock time; a prediction without an id here was made since then
     written: float
@@ -1231,34 +1155,18 @@ class Note(BaseModel):
     answer: SpeechResult | VideoResult | None = None
 
 
-def new_note(key: str, route: str, body: BaseModel) -> Note:
-    """The note for a key: its file's name cannot be guessed, though the bucket is public. Raises SettingMissing."""
+def new_note(route: str, body: BaseModel) -> Note:
+    """The note of a job that begins. Raises SettingMissing."""
     for name in SPEECH_JOB_SETTINGS if isinstance(body, JobPromptTTS) else SPEECH_JOB_SETTINGS[1:]:  # all but speech's
         get_settings().required(name)
     sent = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
-    path, now = f"jobs/{keyed_digest(key)}.json", time.time()
-    return Note(path=path, body=keyed_digest(sent), started=now, written=now, writer=PROCESS_ID)
+    now = time.time()
+    return Note(body=keyed_digest(sent), started=now, written=now, writer=PROCESS_ID)
 
 
 def keyed_digest(text: str) -> str:
     """A digest that only who has the service role key can compute."""
     return hmac.new(get_settings().required("supabase_service_role").encode(), text.encode(), "sha256").hexdigest()
-
-
-async def read_note(path: str) -> Note | None:
-    """What the file in the bucket holds; None if there is none. Raises ResourceFailed."""
-    url = storage_url(path, "authenticated/")
-    try:
-        answer = await call("supabase", "GET", url, STORE_RETRY, headers=storage_keys())
-    except ResourceFailed as exc:
-        if exc.answer is not None and meant_status(exc.answer) == 404:
-            return None
-        raise
-    try:
-        return Note.model_validate_json(answer.body).model_copy(update={"path": path})
-    except ValidationError as exc:
-        message = f"The file {path} in the bucket is not one of this service's; remove it."
-        raise ResourceFailed(message, "supabase", retryable=False) from exc
 
 
 async def save_job(job: Job, retry: Retry = STORE_RETRY, is_needed: bool = True, **changes: Any) -> None:
@@ -1268,23 +1176,38 @@ async def save_job(job: Job, retry: Retry = STORE_RETRY, is_needed: bool = True,
     job.note = job.note.model_copy(update={"written": time.time(), "partial": job.partial, **changes})
     content = job.note.model_dump_json(exclude_none=True).encode()
     try:
-        await supabase_upload(job.note.path, content, "application/json", retry, cache="max-age=0")
+        await supabase_upload(job.owner, content, "application/json", retry, cache="max-age=0")
     except ServiceError as exc:
         if is_needed:
             raise
         logger.warning("the job's file was not written: %s", exc.detail)
 
 
-async def found_note(own: Note) -> Note | None:
-    """What the file in the bucket holds, once no other instance is at work. Raises InvalidInput (another body)."""
-    while note := await read_note(own.path):
-        if note.body != own.body:
+async def found_note(job: Job) -> Note | None:
+    """What the file of a job's key holds, once no other instance is at work; None if there is no file, or no key.
+
+    Raises InvalidInput (the key belongs to another body), ResourceFailed.
+    """
+    while job.note:
+        try:
+            url = storage_url(job.owner, "authenticated/")
+            note = Note.model_validate_json(
+                (await call("supabase", "GET", url, STORE_RETRY, headers=storage_keys())).body
+            )
+        except ResourceFailed as exc:
+            if exc.answer is None or meant_status(exc.answer) != 404:
+                raise
+            break
+        except ValidationError as exc:
+            message = f"The file {job.owner} in the bucket is not one of this service's; remove it."
+            raise ResourceFailed(message, "supabase", retryable=False) from exc
+        if note.body != job.note.body:
             raise unfit("Idempotency-Key", OTHER_BODY, "header")
         is_fresh = abs(time.time() - note.written) < patience_s(QUARTER)
         if note.answer or note.partial.prediction_id or note.writer in ("", PROCESS_ID) or not is_fresh:
-            break
+            return note
         await asyncio.sleep(patience_s(QUARTER) / 30)
-    return note
+    return None
 
 
 def adopt(job: Job, note: Note) -> None:
@@ -1293,19 +1216,18 @@ def adopt(job: Job, note: Note) -> None:
     job.lost = (note.started, note.written + patience_s(TWELFTH) * bool(note.writer))
 
 
-async def with_key(job: Job, own: Note, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
+async def with_key(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
     """A job with a key: answered from its file if it is done, gone on with from what there is, else begun."""
-    if note := await found_note(own):
+    if note := await found_note(job):
         adopt(job, note)
         if note.answer:
-            job.is_replayed = True
             return note.answer
     await save_job(job)
     try:
         result = await work()
     except BaseException:
-        # Nobody is to wait for this process.
-        await to_its_end(within(patience_s(TWELFTH), save_job(job, is_needed=False, writer="")))
+        with anyio.move_on_after(patience_s(TWELFTH), shield=True):  # nobody is to wait for this process
+            await save_job(job, is_needed=False, writer="")
         raise
     with suppress(asyncio.CancelledError):  # done is done, also at the deadline
         await save_job(job, PAID_STORE_RETRY, is_needed=False, answer=result)
@@ -1419,13 +1341,10 @@ def resolved(schema: Any, schemas: Any, depth: int = 4) -> Property:
 
 def video_model(name: str, version: str | None, schemas: Any) -> VideoModel:
     """A model from the `components.schemas` that it publishes. Raises ProviderFailed if they are unreadable."""
-    schema = schemas.get("Input") if isinstance(schemas, dict) else None
-    if not isinstance(schema, dict) or not isinstance(schema.get("properties"), dict):
-        raise nonsense("replicate", f"the input schema of {name}")
-    if len(schema["properties"]) > MAX_SCHEMA_FIELDS:
+    properties, required = (told_under(schemas, "Input", key) for key in ("properties", "required"))
+    if not isinstance(properties, dict) or len(properties) > MAX_SCHEMA_FIELDS:
         raise nonsense("replicate", f"an input schema of {name} that a person could fill in")
-    fields = {field: resolved(prop, schemas) for field, prop in schema["properties"].items()}
-    required = schema.get("required")
+    fields = {field: resolved(prop, schemas) for field, prop in properties.items()}
     named = required if isinstance(required, list) else []
     return VideoModel(name, version, fields, tuple(field for field in named if isinstance(field, str)))
 
@@ -1453,18 +1372,17 @@ def fit_input(model: VideoModel, job: JobPromptOnly, audio_url: str | None = Non
 
 def name_faults(model: VideoModel, error: ServiceError) -> None:
     """Say which fields of ours Replicate refuses: its `input.duration` is our `seconds`."""
-    if (answer := error.answer) is None:
-        return
+    told = error.answer.json() if error.answer else None
     ours = {model.picture_field: "image_url", model.prompt_field: "prompt", model.speech_field: "text"}
     ours.update(dict.fromkeys([*SECONDS_NAMES, *FRAMES_NAMES], "seconds"), **dict.fromkeys(SIZE_NAMES, "resolution"))
-    named = answer.get("invalid_fields")
+    named = told_under(told, "invalid_fields")
     for part in named if isinstance(named, list) else ():
         where, why = str(told_under(part, "field")), str(told_under(part, "description"))
         name = why.split(" ")[0] if where == "input" else where.removeprefix("input.")  # "prompt is required"
         if name in ours:
             error.at(ours[name], shortened(why))
-    if answer.status == 404 or "version" in str(answer.get("title")):
-        error.at("model", provider_message(answer))
+    if error.answer and (error.answer.status == 404 or "version" in str(told_under(told, "title"))):
+        error.at("model", provider_message(error.answer))
 
 
 def length_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
@@ -1497,11 +1415,9 @@ def as_number(value: Any) -> float | None:
 
 def frames_per_second(model: VideoModel) -> float:
     """The rate at which the model plays its frames, as its own setting defaults."""
-    for name in FPS_NAMES:
-        prop = model.fields.get(name, {})
-        if told := as_number(prop.get("default") or next(iter(prop.get("enum") or ()), None)):
-            return told
-    return DEFAULT_FPS
+    props = [model.fields.get(name, {}) for name in FPS_NAMES]
+    told = (as_number(prop.get("default") or next(iter(prop.get("enum") or ()), None)) for prop in props)
+    return next(filter(None, told), DEFAULT_FPS)
 
 
 def clamped(number: float, prop: Property) -> float:
@@ -1568,19 +1484,11 @@ class Prediction(BaseModel):
     @property
     def video_url(self) -> str | None:
         """The film: the first URL in the output, which is a text, a list or an object."""
-        for text in islice(texts_in(self.output), MAX_OUTPUT_TEXTS):
+        texts = re.finditer(r'"(https?://[^"\s\\]+)"(?!: )', json.dumps(self.output, ensure_ascii=False))
+        for text in islice(texts, MAX_OUTPUT_TEXTS):
             with suppress(ValueError):
-                return check_http_url(text)
+                return check_http_url(text[1])
         return None
-
-
-def texts_in(value: Any, depth: int = 5) -> Iterator[str]:
-    """Every text in a JSON value, in its order."""
-    if isinstance(value, str):
-        yield value
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for part in parts if depth else ():
-        yield from texts_in(part, depth - 1)
 
 
 def poll_delay_s(waited_s: float, polls: int, durations: Collection[float] = ()) -> float:
@@ -1626,17 +1534,12 @@ async def find_model(name: str | None) -> VideoModel:
     if name is None or name == DEFAULT_MODEL:
         return HAILUO
     async with shared() as resources:
-        now = time.monotonic()
-        resources.models = {key: kept for key, kept in resources.models.items() if now - kept[0] < MODEL_TTL_S}
         if name not in resources.models:
-            resources.models[name] = (now, asyncio.create_task(look_up_model(name)))
-        kept = resources.models[name]
-        try:
-            return await asyncio.shield(kept[1])
-        except ServiceError:
-            if resources.models.get(name) is kept:  # whoever comes next asks anew
-                del resources.models[name]
-            raise
+            look_up = resources.models[name] = asyncio.create_task(look_up_model(name))
+            forget = partial(resources.models.pop, name, None)
+            look_up.add_done_callback(lambda done: forget() if done.cancelled() or done.exception() else None)
+            asyncio.get_running_loop().call_later(MODEL_TTL_S, forget)
+        return await asyncio.shield(resources.models[name])
 
 
 async def look_up_model(name: str) -> VideoModel:
@@ -1664,16 +1567,13 @@ async def hailuo_video_from_prompt(body: JobPromptOnly, job: Job | None = None) 
 async def replicate_video_from_prompt(
     body: JobPromptOnly, audio_url: str | None = None, job: Job | None = None, model: VideoModel | None = None
 ) -> str:
-    """The URL of a film made by `body.model`, with `audio_url` if it takes speech. Raises as run_prediction does."""
-    model = model or await find_model(body.model)
-    return await run_prediction(model, fit_input(model, body, audio_url), job or Job("-"))
+    """The URL, which lives an hour, of a film made by `body.model`, with `audio_url` if it takes speech.
 
-
-async def run_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> str:
-    """Make one prediction, or go on with the job's, wait for its end and return the film's URL, which lives an hour.
-
-    Raises ProviderRefused (failed, canceled, aborted, film gone), ProviderFailed, SettingMissing.
+    The job's own prediction is gone on with. Raises ProviderRefused (also: failed, canceled, aborted, film gone),
+    InvalidInput, ProviderFailed, SettingMissing.
     """
+    job, model = job or Job("-"), model or await find_model(body.model)
+    values = fit_input(model, body, audio_url)
     kind = str([model.name, *map(values.get, (*SECONDS_NAMES, *FRAMES_NAMES, *SIZE_NAMES))])
     try:
         if known := job.partial.prediction_id:
@@ -1681,11 +1581,13 @@ async def run_prediction(model: VideoModel, values: dict[str, Any], job: Job) ->
             prediction, kind = await read_prediction(Prediction(id=known, status="starting")), ""
         else:
             prediction = await create_prediction(model, values, job)
+            with anyio.CancelScope(shield=True):
+                await save_job(job, is_needed=False)
         prediction = await wait_for_prediction(prediction, job, kind)
     except asyncio.CancelledError:  # so is the prediction, unless the next request goes on with it
         if made := job.partial.prediction_id:
             if not job.note or time.monotonic() - job.started >= get_settings().job_timeout_seconds:
-                await to_its_end(cancel_prediction(made))
+                await cancel_prediction(made)
         raise
     return film_of(prediction)
 
@@ -1698,27 +1600,19 @@ def film_of(prediction: Prediction) -> str:
     if video_url := prediction.video_url:
         return video_url
     if prediction.data_removed:
-        message = "The film is gone: Replicate keeps it for an hour. A new job makes a new one."
-        raise ProviderRefused(message, "replicate")
-    message = "Replicate answered without a film, although the prediction succeeded."
-    raise ProviderFailed(message, "replicate", retryable=False)
+        raise ProviderRefused("The film is gone: Replicate keeps it an hour. A new job makes a new one.", "replicate")
+    raise ProviderFailed("The prediction succeeded, but Replicate tells no film.", "replicate", retryable=False)
 
 
 async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Prediction:
-    """The job's one prediction: one that was made already, though nobody heard of it, else a new one."""
-    prediction = await find_lost(model, values, job, *job.lost) if job.lost else None
-    prediction = prediction or await buy_prediction(model, values, job)
-    await to_its_end(save_job(job, is_needed=False))
-    return prediction
-
-
-async def buy_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Prediction:
-    """Buy a prediction, once, whatever happens: one whose create had no answer is looked for instead."""
+    """The job's one prediction, bought once, whatever happens: one that nobody heard of is looked for instead."""
+    if job.lost and (found := await find_lost(model, values, job, *job.lost)):
+        return found
     started = time.time()
     try:
         answer = await post_prediction(model, values, job)
-        if prediction := prediction_in(answer.json()):
-            return prediction
+        if made := prediction_in(answer.json()):
+            return made
         raise nonsense("replicate", "a prediction; one may have been made")
     except ProviderRefused as exc:
         name_faults(model, exc)
@@ -1728,8 +1622,8 @@ async def buy_prediction(model: VideoModel, values: dict[str, Any], job: Job) ->
         if is_refused or isinstance(exc.__cause__, NOT_SENT):
             raise
         logger.warning("a prediction is looked for whose create failed: %s", exc.detail)
-        if prediction := await find_lost(model, values, job, started, time.time() + patience_s(TWELFTH)):
-            return prediction
+        if found := await find_lost(model, values, job, started, time.time() + patience_s(TWELFTH)):
+            return found
         raise
 
 
@@ -1737,13 +1631,10 @@ async def post_prediction(model: VideoModel, values: dict[str, Any], job: Job) -
     """Send the create; Replicate itself ends the prediction at the job's time limit."""
     path = "predictions" if model.version else f"models/{model.name}/predictions"
     body = {"input": values, **({"version": model.version} if model.version else {})}
-    shortest, longest = CANCEL_AFTER_S
-    cancel_after_s = max(shortest, min(round(get_settings().job_timeout_seconds), longest))
-    options: dict[str, Any] = {"headers": {"Cancel-After": f"{cancel_after_s}s"}, "extensions": {FRESH: True}}
-    perform = partial(create_exchange, job)
-    return await call_replicate(
-        "POST", path, CREATE_RETRY, perform=perform, json=body, timeout=CREATE_TIMEOUT, **options
-    )
+    cancel_after_s = max(MIN_CANCEL_AFTER_S, round(get_settings().job_timeout_seconds))
+    options: dict[str, Any] = {"headers": {"Cancel-After": f"{cancel_after_s}s"}, "timeout": CREATE_TIMEOUT}
+    options |= {"perform": partial(create_exchange, job), "extensions": {FRESH: True}}
+    return await call_replicate("POST", path, CREATE_RETRY, json=body, **options)
 
 
 async def create_exchange(job: Job, client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
@@ -1790,8 +1681,7 @@ async def predictions_since(moment: float) -> AsyncIterator[Any]:
     options: dict[str, Any] = {"params": {"created_after": after}}
     base, path = f"{get_settings().replicate_base_url}/v1/", "predictions"
     for _ in range(MAX_LIST_PAGES):
-        answer = await call_replicate("GET", path, LIST_RETRY, limit=MAX_PREDICTION_BYTES, **options)
-        page = answer.json()
+        page = (await call_replicate("GET", path, LIST_RETRY, limit=MAX_PREDICTION_BYTES, **options)).json()
         listed, following = told_under(page, "results"), str(told_under(page, "next"))
         for told in listed if isinstance(listed, list) else ():
             yield told
@@ -1802,8 +1692,7 @@ async def predictions_since(moment: float) -> AsyncIterator[Any]:
 
 async def read_prediction(prediction: Prediction) -> Prediction:
     """The prediction as it is now; as it was, if what comes is none, since it is read again."""
-    path = f"predictions/{prediction.id}"
-    answer = await call_replicate("GET", path, READ_RETRY, limit=MAX_PREDICTION_BYTES)
+    answer = await call_replicate("GET", f"predictions/{prediction.id}", READ_RETRY, limit=MAX_PREDICTION_BYTES)
     return prediction_in(answer.json()) or prediction
 
 
@@ -1813,17 +1702,18 @@ async def wait_for_prediction(prediction: Prediction, job: Job, kind: str = "") 
     How long films of its `kind` take is remembered; empty: nobody knows since when this one is made.
     """
     started = time.monotonic()
-    job.progress(prediction)
     async with shared() as resources:
         resources.polls += 1
         try:
-            while prediction.status not in FINAL_STATUSES:
+            while True:
+                job.tell("progress", status=prediction.status, percent=prediction.percent)
+                if prediction.status in FINAL_STATUSES:
+                    break
                 durations = resources.durations.get(kind, ())
                 delay_s = poll_delay_s(time.monotonic() - started, resources.polls, durations)
                 # Jobs that began together drift apart, so that their reads do not come in bursts.
                 await asyncio.sleep(delay_s * random.uniform(0.9, 1.1))
                 prediction = await read_prediction(prediction)
-                job.progress(prediction)
         finally:
             resources.polls -= 1
         if kind and prediction.status == "succeeded":
@@ -1832,12 +1722,12 @@ async def wait_for_prediction(prediction: Prediction, job: Job, kind: str = "") 
 
 
 async def cancel_prediction(prediction_id: str) -> None:
-    """Stop paying for a prediction that nobody waits for any more; what fails is logged."""
+    """Stop paying for a prediction that nobody waits for any more, whatever else ends; what fails is logged."""
     try:
-        path = f"predictions/{prediction_id}/cancel"
-        await within(patience_s(QUARTER), call_replicate("POST", path, CANCEL_RETRY))
+        with anyio.CancelScope(shield=True), anyio.fail_after(patience_s(QUARTER)):
+            await call_replicate("POST", f"predictions/{prediction_id}/cancel", CANCEL_RETRY)
         logger.info("prediction_id=%s cancelled", prediction_id)
-    except (ServiceError, asyncio.TimeoutError) as exc:
+    except (ServiceError, TimeoutError) as exc:
         logger.warning("prediction_id=%s not cancelled: %s", prediction_id, str(exc) or "no answer in time")
 
 
@@ -1878,60 +1768,33 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
 async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "shortest") -> None:
     """Put speech (in TTS_OUTPUT_FORMAT) and film together. Raises ResourceFailed, also over a minute or 100 MB."""
     await asyncio.to_thread(check_film, video)
-    arguments = mux_arguments(video, speech, speech_file().demuxer, fit, final)
+    arguments = mux_arguments(video, speech, speech_file().extension, fit, final)
     async with shared() as resources, resources.ffmpeg_slots:
         await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S)
     check_size(os.path.getsize(final), "The talking film")  # noqa: ASYNC240  a moment; ffmpeg has stopped there
 
 
 async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
-    """Run ffmpeg to its end; it is killed and reaped however this call ends. Raises ResourceFailed."""
-    nothing, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
+    """Run ffmpeg to its end; it is killed and reaped however this call ends. Raises ResourceFailed, OSError."""
+    command, tail = [await asyncio.to_thread(ffmpeg_path), *arguments], b""
     # It needs no key, and Ctrl-C in a terminal is for the service, which lets jobs finish.
-    apart: dict[str, Any] = {"env": {}, "start_new_session": True}
-    process = await asyncio.create_subprocess_exec(
-        await asyncio.to_thread(ffmpeg_path), *arguments, stdin=nothing, stdout=nothing, stderr=pipe, **apart
-    )
+    apart: dict[str, Any] = {"stdin": DEVNULL, "stdout": DEVNULL, "env": {}, "start_new_session": True}
     try:
-        told = await within(timeout_s, last_words(process))
-    except asyncio.TimeoutError as exc:
+        with anyio.fail_after(timeout_s):
+            async with await anyio.open_process(command, **apart) as process:
+                assert process.stderr is not None
+                async for chunk in process.stderr:
+                    tail = (tail + chunk)[-1000:]  # noise without end is not kept
+                await process.wait()
+    except TimeoutError as exc:
         raise ResourceFailed(f"The film could not be put together within {timeout_s:g} s.") from exc
-    finally:
-        if process.returncode is None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
     if process.returncode != 0:
+        told = " | ".join(tail.decode("utf-8", "replace").split("\n")).strip(" |")
         logger.warning("ffmpeg ended with %s: %s", process.returncode, told)
         if os.strerror(errno.ENOSPC) in told:
-            raise disk_trouble(os.strerror(errno.ENOSPC))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         message = "Film and speech could not be put together; ffmpeg cannot use one of them."
         raise ResourceFailed(message, retryable=False)
-
-
-def disk_trouble(told: str | None) -> ResourceFailed:
-    """The error for a full disk, a folder that is read-only, or a machine without room for one more child."""
-    return ResourceFailed(f"The service's own machine failed the job: {told}.")
-
-
-@contextmanager
-def job_folder() -> Iterator[Path]:
-    """A folder for one job's media, gone after it. Raises ResourceFailed if the machine has no room, or fails later."""
-    try:
-        with tempfile.TemporaryDirectory(prefix="talking-pet-") as folder:
-            yield Path(folder)
-    except OSError as exc:
-        raise disk_trouble(exc.strerror) from exc
-
-
-async def last_words(process: asyncio.subprocess.Process) -> str:
-    """The end of what a process writes to stderr, once it has ended; noise without end is not kept."""
-    assert process.stderr is not None
-    tail = b""
-    while chunk := await process.stderr.read(CHUNK_BYTES):
-        tail = (tail + chunk)[-1000:]
-    await process.wait()
-    return " | ".join(tail.decode("utf-8", "replace").split("\n")).strip(" |")
 
 
 def check_film(video: Path) -> None:
@@ -1976,26 +1839,27 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def end_jobs(resources: Shared) -> None:
     """Let jobs with a key that nobody waits for end by themselves for a while, then leave them to the next request."""
     # uvicorn has just cancelled the requests still running: their predictions are being cancelled.
-    patience = time.monotonic() + SHUTDOWN_WAIT_S
-    keyed = [job for job in resources.keyed.values() if job.task]
-    if tasks := {job.task for job in keyed if job.task}:
-        await asyncio.wait(tasks, timeout=patience_s(SIXTH))
-    for job in keyed:
-        job.stop()
-    while (resources.requests or resources.keyed) and time.monotonic() < patience:  # noqa: ASYNC110  once a life
+    started = time.monotonic()
+    while (resources.requests or resources.keyed) and time.monotonic() - started < SHUTDOWN_WAIT_S:
+        for job in resources.keyed.values() if time.monotonic() - started > patience_s(SIXTH) else ():
+            job.stop("shutdown")
         await asyncio.sleep(0.05)
 
 
-def with_context(app: ASGIApp) -> ASGIApp:
-    """The outermost layer: each request gets its Job and a bound on its body, each answer X-Request-ID and timing."""
+@dataclass(frozen=True)
+class Context:
+    """The outermost layer: each request gets its Job, each answer X-Request-ID and Server-Timing."""
 
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         if scope["type"] != "http":
-            return await app(scope, receive, send)
+            return await self.app(scope, receive, send)
         told = Headers(scope=scope).get("x-request-id", "")
         request_id = told if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", told) else uuid.uuid4().hex
         state = scope.setdefault("state", {})
-        state["job"] = Job(request_id)
+        state["job"] = Job(request_id, request_id)
         current_request_id.set(request_id)
 
         async def send_with_headers(message: Message) -> None:
@@ -2009,28 +1873,24 @@ def with_context(app: ASGIApp) -> ASGIApp:
         async with shared() as resources:
             resources.requests += 1
             try:
-                await app(scope, bounded(receive, Headers(scope=scope)), send_with_headers)
+                await self.app(scope, receive, send_with_headers)
             finally:
                 resources.requests -= 1
 
-    return answer
 
+class BoundedRequest(Request):
+    """A request whose body has at most MAX_REQUEST_BYTES; a longer one is not even read, if its length is told."""
 
-def bounded(receive: Receive, headers: Headers) -> Receive:
-    """The request's body, which raises HTTPException where it is over the limit: unread, if its length is told."""
-    told = headers.get("content-length", "")
-    size = int(told) if told.isdecimal() and int(told) > MAX_REQUEST_BYTES else 0
-
-    async def receive_bounded() -> Message:
-        nonlocal size
-        if size <= MAX_REQUEST_BYTES:
-            message = await receive()
-            size += len(message.get("body", b""))
-        if size > MAX_REQUEST_BYTES:
-            raise HTTPException(400, f"The request's body is larger than {MAX_REQUEST_BYTES // 1024} KiB")
-        return message
-
-    return receive_bounded
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The pieces of the body. Raises HTTPException."""
+        too_large = HTTPException(400, f"The request's body is larger than {MAX_REQUEST_BYTES // 1024} KiB")
+        told, size = self.headers.get("content-length", ""), 0
+        if told.isdecimal() and int(told) > MAX_REQUEST_BYTES:
+            raise too_large
+        async for piece in super().stream():
+            if (size := size + len(piece)) > MAX_REQUEST_BYTES:
+                raise too_large
+            yield piece
 
 
 def error_response(request: Request, error: ServiceError, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -2041,13 +1901,13 @@ def error_response(request: Request, error: ServiceError, headers: Mapping[str, 
 class Route(APIRoute):
     """A route whose errors, unforeseen ones included, are answered inside CORS: Starlette's last handler is outside."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Callable[[Request], Any]:
         """FastAPI's own, and what it raises told as our error."""
         handle = super().get_route_handler()
 
         async def answer(request: Request) -> Response:
             try:
-                return await handle(request)
+                return await handle(BoundedRequest(request.scope, request.receive))
             except (RequestValidationError, HTTPException):
                 raise
             except Exception as exc:  # noqa: BLE001  the last resort: logged, and told without inside detail
@@ -2078,9 +1938,8 @@ def in_words(fault: Mapping[str, Any]) -> str:
     return told or str(fault["msg"]).removeprefix("Value error, ")
 
 
-async def answer_invalid(request: Request, exc: Exception) -> Response:
+async def answer_invalid(request: Request, exc: RequestValidationError) -> Response:
     """A body that is not as the route wants it."""
-    assert isinstance(exc, RequestValidationError)
     faults = [InputError(loc=list(fault["loc"]), msg=in_words(fault)) for fault in exc.errors()]
     name = ".".join(part for part in faults[0].loc[1:] if isinstance(part, str)) or "The body"
     detail = f"{name}: {faults[0].msg}."
@@ -2091,9 +1950,8 @@ async def answer_invalid(request: Request, exc: Exception) -> Response:
     return error_response(request, error)
 
 
-async def answer_http_error(request: Request, exc: Exception) -> Response:
+async def answer_http_error(request: Request, exc: HTTPException) -> Response:
     """What the framework refuses: no such route (404), no such method (405), a body it cannot parse (400)."""
-    assert isinstance(exc, HTTPException)
     error = InvalidInput("There is no such route; /docs has them all." if exc.status_code == 404 else f"{exc.detail}.")
     error.http_status = exc.status_code
     return error_response(request, error, exc.headers)
@@ -2104,9 +1962,10 @@ app = FastAPI(
     summary="A picture of a pet and a line of text go in, a video in which the pet says it comes out.",
     lifespan=lifespan,
     redirect_slashes=False,  # a 307 is no answer of this service; it would name http:// behind a proxy
-    exception_handlers={RequestValidationError: answer_invalid, HTTPException: answer_http_error},
 )
 app.router.route_class = Route
+app.exception_handler(RequestValidationError)(answer_invalid)
+app.exception_handler(HTTPException)(answer_http_error)
 # The last one added is the outermost.
 app.add_middleware(
     CORSMiddleware,
@@ -2115,17 +1974,10 @@ app.add_middleware(
     allow_headers=["*"],
     expose_headers=["X-Request-ID", "Server-Timing", "Idempotency-Replayed"],
 )
-app.add_middleware(with_context)
+app.add_middleware(Context)
 
 
 # ---- Running a job: its deadline, a client that leaves, its two forms of answer --------------------------------
-
-# A request `follow`s the task of a job, which is `run_job` around one of the two jobs. What cancels what:
-#
-#   the client leaves    follow sees it: stops the job, or, if it has a key, only itself ends
-#   the deadline         within cancels the work, run_job tells it as the job's error
-#   the process ends     uvicorn cancels the request: follow stops the job and waits for its error, to be answered
-#   another joins        it follows the same task; who follows last makes no difference
 
 Body = TypeVar("Body", bound=JobPromptOnly)
 Work = Callable[[Body, Job], Awaitable[BaseModel]]
@@ -2134,22 +1986,19 @@ Work = Callable[[Body, Job], Awaitable[BaseModel]]
 async def answer_job(request: Request, body: Body, key: str | None, work: "Work[Body]") -> Response:
     """Run a job, or join the one that runs with this key, and answer as the client asked: JSON, or events."""
     job = await start_job(request, body, key, work)
-    following = asyncio.create_task(follow(request, job))
-    is_stream = prefers_events(request.headers.get("accept", ""))
-    part, events = None, job.listen() if is_stream else Events()
-    following.add_done_callback(lambda _: events.put_nowait(None))
-    try:
-        part = await next_part(events) if is_stream else None
-        if part is None:  # all that is left is the result, or a plain error
-            await asyncio.wait({following})
-    except asyncio.CancelledError:  # the process is ending: run_job turns that into an error
-        following.cancel()
-    result = None if part else await following
-    headers = {"Idempotency-Replayed": "true"} if job.is_replayed else {}
-    if is_stream or result is None:
-        headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: pass them on at once
-        return JobEvents(job_events(job, part, events, following), headers=headers)
-    return Response(result.model_dump_json(), media_type="application/json", headers=headers)
+    is_stream, events = prefers_events(request.headers.get("accept", "")), job.listen()
+    leaving = asyncio.create_task(client_left(request, job, events))  # Starlette cancels no plain handler by itself
+    if job.task:
+        job.task.add_done_callback(lambda _: leaving.cancel())
+    while (part := await next_part(job, events)) and not is_stream:
+        pass
+    if part is None and not isinstance(job.result, BaseModel):  # an error before any event is a plain one
+        raise job.result or ServiceError("The client has left.")
+    headers = {"Idempotency-Replayed": "true"} if job.result and not job.timings else {}  # no stage was gone through
+    if isinstance(job.result, BaseModel) and not is_stream:
+        return Response(job.result.model_dump_json(), media_type="application/json", headers=headers)
+    headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: pass them on at once
+    return JobEvents(job_events(job, part, events), headers=headers)
 
 
 def prefers_events(accept: str) -> bool:
@@ -2165,106 +2014,74 @@ def prefers_events(accept: str) -> bool:
 async def start_job(request: Request, body: Body, key: str | None, work: "Work[Body]") -> Job:
     """The job of a request: a new one, or the one that runs with the same key already. Raises InvalidInput."""
     job: Job = request.state.job
-    if key is None:
-        job.task = asyncio.create_task(run_job(job, work(body, job)))
-        return job
-    note = job.note = new_note(key, request.url.path, body)
     async with shared() as resources:
-        if (running := resources.keyed.get(note.path)) and running.note:
-            if running.note.body != note.body:
+        if key is not None:
+            job.note, job.owner = new_note(request.url.path, body), f"jobs/{keyed_digest(key)}.json"
+            running = resources.keyed.setdefault(job.owner, job)
+            if running.note and running.note.body != job.note.body:
                 raise unfit("Idempotency-Key", OTHER_BODY, "header")
-            logger.info("joins the job of request_id=%s", running.request_id)
-            request.state.job = running
-            return running
-        resources.keyed[note.path] = job
-        job.task = asyncio.create_task(run_job(job, with_key(job, note, lambda: work(body, job))))
-        job.task.add_done_callback(partial(forget, resources, note.path))
+            if running is not job:
+                logger.info("joins the job of request_id=%s", running.request_id)
+                request.state.job = running
+                return running
+        doing = with_key(job, lambda: work(body, job)) if key else work(body, job)
+        job.task = asyncio.create_task(run_job(job, doing, resources))
     return job
 
 
-def forget(resources: Shared, path: str, task: "asyncio.Task[BaseModel]") -> None:
-    """Of a job with a key that has ended only its file tells; whoever still waits has the task."""
-    del resources.keyed[path]
-    if not task.cancelled():
-        task.exception()  # seen, though everybody may have left
-
-
-async def run_job(job: Job, work: Awaitable[BaseModel]) -> BaseModel:
-    """The result of `work`. Raises what it raises, the deadline's error, or Unforeseen (client left, process ends)."""
-    outcome = "ok"
+async def run_job(job: Job, work: Awaitable[BaseModel], resources: Shared) -> None:
+    """Bring a job to its end, in a task of its own: a result, or the error to tell to all who wait for it."""
     try:
-        return await within(get_settings().job_timeout_seconds, work)
-    except asyncio.CancelledError:
-        outcome = "left" if job.is_left else "shutdown"
-        again = "send the same request again" if job.note else "try again"
-        raise Unforeseen(f"The service is restarting and could not finish the job; {again}.") from None
-    except Exception as exc:  # noqa: BLE001  raised again
-        error = job.late() if isinstance(exc, asyncio.TimeoutError) else exc
-        outcome = error.category if isinstance(error, ServiceError) else "internal"
-        raise error from exc.__cause__
+        with job.scope, anyio.move_on_after(get_settings().job_timeout_seconds):
+            job.result = await work
+        job.result = job.result or job.unfinished()
+    except Exception as exc:  # noqa: BLE001  whatever happened is told
+        job.result = as_service_error(exc)
     finally:
-        ms = (time.monotonic() - job.started) * 1000
-        logger.info("job outcome=%s ms=%.0f prediction_id=%s", outcome, ms, job.partial.prediction_id)
+        resources.keyed.pop(job.owner, None)  # from now on only its file tells of it
+        job.end()
 
 
-async def follow(request: Request, job: Job) -> BaseModel:
-    """The job's result. A client that leaves ends it, unless it has a key; so does the end of the process."""
-    assert job.task is not None
-    leaving = asyncio.create_task(client_left(request))  # Starlette does not cancel a plain handler by itself
-    try:
-        await asyncio.wait({job.task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not job.task.done():
-            if job.note:
-                raise Unforeseen("The client has left.")
-            job.is_left = True
-            job.stop()
-    except asyncio.CancelledError:
-        job.stop()
-    finally:
-        leaving.cancel()
-    await to_its_end(job.task)
-    return job.task.result()
-
-
-async def client_left(request: Request) -> None:
-    """Return when the client has closed the connection."""
+async def client_left(request: Request, job: Job, events: Events) -> None:
+    """When the client has closed the connection, stop its job; one with a key goes on, only its events end."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    if job.note:
+        events.put_nowait(None)
+    else:
+        job.stop("left")
 
 
 class JobEvents(EventSourceResponse):
-    """FastAPI's event stream, which `follow` ends when the client leaves."""
+    """FastAPI's event stream, whose client is watched by `client_left`."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events to the last one, also when the process is ending."""
         await self.stream_response(send)
 
 
-async def job_events(
-    job: Job, part: bytes | None, events: Events, following: "asyncio.Task[BaseModel]"
-) -> AsyncIterator[bytes]:
+async def job_events(job: Job, part: bytes | None, events: Events) -> AsyncIterator[bytes]:
     """Every stage event, comments while there is none, and exactly one `result` or `error` at the end."""
-    try:
-        while part is not None:
-            yield part
-            part = await next_part(events)
-    except asyncio.CancelledError:  # the process is ending: run_job turns that into an error
-        following.cancel()
-    try:
-        yield format_sse_event(event="result", data_str=(await following).model_dump_json())
-    except Exception as exc:  # noqa: BLE001  whatever happened is told
-        error = as_service_error(exc)
-        body = {**job.error_json(error), "status": error.http_status}
+    while part:
+        yield part
+        part = await next_part(job, events)
+    result = job.result
+    if isinstance(result, ServiceError):
+        body = {**job.error_json(result), "status": result.http_status}
         yield format_sse_event(event="error", data_str=json.dumps(body, separators=(",", ":"), ensure_ascii=False))
+    elif result:
+        yield format_sse_event(event="result", data_str=result.model_dump_json())
 
 
-async def next_part(events: Events) -> bytes | None:
+async def next_part(job: Job, events: Events) -> bytes | None:
     """The next stage event as it is sent, a comment if there is none for KEEPALIVE_SECONDS, None after the last."""
     try:
-        event = await within(get_settings().keepalive_seconds, events.get())
-    except asyncio.TimeoutError:
-        return KEEPALIVE_COMMENT
-    return format_sse_event(event="stage", data_str=event.model_dump_json(exclude_none=True)) if event else None
+        with anyio.move_on_after(get_settings().keepalive_seconds):
+            event = await events.get()
+            return format_sse_event(event="stage", data_str=event.model_dump_json(exclude_none=True)) if event else None
+    except asyncio.CancelledError:  # by uvicorn, as the process ends: what becomes of the job is still told
+        job.stop("shutdown")
+    return KEEPALIVE_COMMENT
 
 
 # ---- The two jobs: a step whose result an earlier request has left is skipped ----------------------------------
@@ -2281,16 +2098,26 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
     if len(body.text) > (most := get_settings().tts_max_chars):
         raise unfit("text", f"has {len(body.text)} characters, at most {most} are spoken")
     model = await check_job(body, job, SPEECH_JOB_SETTINGS, audio_url="made in a moment")
-    with job_folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="talking-pet-") as name:
+        folder = Path(name)
         audio_url = await speak(body, job, folder / "speech")
         video_url = await animate(body, model, job, audio_url)
-        final = await talking_film(video_url, model, body.fit, job, folder)
+        final = folder / "film.mp4"
+        with job.stage("download"):
+            await download(video_url, final)
+            await asyncio.to_thread(check_film, final)
+        if not model.speech_field:  # else the film speaks by itself
+            with job.stage("mux"):
+                silent, final = final, folder / "talking.mp4"
+                await mux_video_audio(silent, folder / "speech", final, body.fit)
         with job.stage("final_upload"):
             final_url = await supabase_upload(f"videos/{uuid.uuid4()}.mp4", final, "video/mp4", PAID_STORE_RETRY)
     return SpeechResult(audio_url=audio_url, video_url=video_url, final_url=final_url)
 
 
-async def check_job(body: JobPromptOnly, job: Job, settings: Iterable[str], audio_url: str | None = None) -> VideoModel:
+async def check_job(
+    body: JobPromptOnly, job: Job, settings: Collection[str], audio_url: str | None = None
+) -> VideoModel:
     """Refuse, before anything is bought, what cannot succeed; returns the model that is asked for."""
     for name in settings:
         get_settings().required(name)
@@ -2312,29 +2139,24 @@ async def speak(body: JobPromptTTS, job: Job, speech: Path) -> str:
             kept_as = speech_file()
             audio_path = f"audio/{uuid.uuid4()}.{kept_as.extension}"
             audio_url = job.partial.audio_url = await supabase_upload(audio_path, spoken, kept_as.content_type)
-        await fetch_speech(audio_url, speech)
+        try:
+            await download(audio_url, speech, FETCH_RETRY)
+        except ResourceFailed as exc:
+            if exc.answer and meant_status(exc.answer) in (400, 401, 403, 404):
+                bucket = f"make it so, or change SUPABASE_BUCKET={get_settings().supabase_bucket}"
+                exc.detail = f"The speech was stored, but the bucket is not public: {bucket}. {exc.detail}"
+                exc.provider, exc.retryable = "supabase", False
+            raise
         if spoken and os.path.getsize(speech) != len(spoken):  # noqa: ASYNC240
             message = "The speech's public address answers with something else; is SUPABASE_URL right?"
             raise ResourceFailed(message, "supabase", retryable=False)
     return audio_url
 
 
-async def fetch_speech(audio_url: str, speech: Path) -> None:
-    """Fetch the speech before a film is bought. Raises ResourceFailed, above all if the bucket is not public."""
-    try:
-        await download(audio_url, speech, FETCH_RETRY)
-    except ResourceFailed as exc:
-        if exc.answer is None or meant_status(exc.answer) not in (400, 401, 403, 404):
-            raise
-        bucket = f"SUPABASE_BUCKET={get_settings().supabase_bucket}"
-        message = f"The speech was stored, but the bucket is not public: make it so, or change {bucket}. {exc.detail}"
-        raise ResourceFailed(message, "supabase", retryable=False, answer=exc.answer) from exc
-
-
 async def animate(body: JobPromptOnly, model: VideoModel, job: Job, audio_url: str | None = None) -> str:
     """Have the film made and return its URL."""
     with job.stage("video"):
-        if job.note and (note := await found_note(job.note)) and note.writer != PROCESS_ID:
+        if (note := await found_note(job)) and note.writer != PROCESS_ID:
             adopt(job, note)  # another instance has taken the job meanwhile
             job.partial.audio_url = audio_url
         elif audio_url:
@@ -2342,19 +2164,6 @@ async def animate(body: JobPromptOnly, model: VideoModel, job: Job, audio_url: s
         video_url = await replicate_video_from_prompt(body, audio_url, job, model)
     job.partial.video_url = video_url
     return video_url
-
-
-async def talking_film(video_url: str, model: VideoModel, fit: Fit, job: Job, folder: Path) -> Path:
-    """The film with our speech, in `folder`; that of a model which was given the speech is kept as it is."""
-    video, final = folder / "video.mp4", folder / "final.mp4"
-    with job.stage("download"):
-        await download(video_url, video)
-        await asyncio.to_thread(check_film, video)
-    if model.speech_field:
-        return video
-    with job.stage("mux"):
-        await mux_video_audio(video, folder / "speech", final, fit)
-    return final
 
 
 # ---- Routes ----------------------------------------------------------------------------------------------------
@@ -2367,7 +2176,6 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 FILM_URL = "https://replicate.delivery/xezq/film.mp4"
 SPEECH_URL = EXAMPLE_PICTURE.replace("pet.jpg", "audio/0b1f3a52-8d6e-4c6f-9a53-2f4f3c1f7a10.mp3")
 TALKING_URL = EXAMPLE_PICTURE.replace("pet.jpg", "videos/5e0f9d0c-7f0b-4a39-9c1c-7f1f1f0f2b11.mp4")
-EXAMPLE_VIDEO = VideoResult(video_url=FILM_URL)
 EXAMPLE_SPEECH = SpeechResult(audio_url=SPEECH_URL, video_url=FILM_URL, final_url=TALKING_URL)
 EVENTS_IN_WORDS = """With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing happens,
 then one `result` (the JSON body) or one `error` (the error body and `status`)."""
@@ -2401,7 +2209,7 @@ async def health() -> dict[Literal["ok"], bool]:
     return {"ok": True}
 
 
-@app.post("/jobs_prompt_only", response_model=VideoResult, responses=job_answers(EXAMPLE_VIDEO))
+@app.post("/jobs_prompt_only", response_model=VideoResult, responses=job_answers(VideoResult(video_url=FILM_URL)))
 async def jobs_prompt_only(body: JobPromptOnly, request: Request, key: IdempotencyKey = None) -> Response:
     """Bring a picture to life: a silent film from a picture and a prompt."""
     return await answer_job(request, body, key, video_job)
@@ -2416,7 +2224,7 @@ async def jobs_prompt_tts(body: JobPromptTTS, request: Request, key: Idempotency
 @app.post("/debug/head", responses=ERRORS)
 async def debug_head(body: HeadRequest) -> HeadResult:
     """Look at a remote file: status, content type and size of a file on the public internet."""
-    return await head(body.url)
+    return await head(body.url, HEAD_TIMEOUT_S)
 
 
 def openapi() -> dict[str, Any]:
