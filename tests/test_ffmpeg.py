@@ -615,3 +615,30 @@ async def test_another_ffmpeg_can_be_named(monkeypatch, tmp_path):
         main.ffmpeg_path.cache_clear()
         assert main.ffmpeg_path() == path
         await main.run_ffmpeg(["-v", "error", "-version"], 10)
+
+
+# How a film may begin
+
+
+@pytest.mark.parametrize("box", "styp mdat wide free skip moov junk".split())
+async def test_a_film_may_begin_without_ftyp(box, studio, final, tmp_path):
+    """As QuickTime's do; what begins with a box that nobody knows is no film, the rest is ffmpeg's to judge."""
+    film = tmp_path / "film.mp4"
+    film.write_bytes(studio.film().read_bytes().replace(b"ftyp", box.encode(), 1))
+    if box in ("moov", "junk"):
+        assert await refusal(film, studio.speech(3), final) == (NO_FILM if box == "junk" else CANNOT_USE)
+        return
+    await main.mux_video_audio(film, studio.speech(3), final)
+    assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("cores", "slots"), [(None, 1), (3, 3), (64, 4)])
+async def test_a_host_with_many_cores_is_not_filled(cores, slots, monkeypatch):
+    """A container sees all of its host's, and has the memory of a few."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    async with main.lifespan(main.app):
+        places = main._running.ffmpeg_slots
+        for _ in range(slots):
+            assert not places.locked()
+            await places.acquire()
+        assert places.locked()

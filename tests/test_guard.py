@@ -424,3 +424,49 @@ async def test_no_cookie_is_kept(client: httpx.AsyncClient, pets: Server) -> Non
     pets.answers[PATH] = [reply(200, set_cookie="client=1; Path=/")]
     assert [(await head(client)).status_code for _ in range(2)] == [200, 200]
     assert "cookie:" not in pets.heard[1].lower()
+
+
+# Several addresses, and the end of every connection
+
+
+async def test_an_address_that_stays_silent_is_given_up_for_the_next(
+    serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A connection that takes too long counts like one that is refused."""
+    internet.add("pets.example", serve({PATH: reply(200, b"film")}))
+    internet.names["pets.example"] = [["2606:4700:4700::1111", PUBLIC]]
+
+    async def slow_at_first(remote_host: Any, *args: Any, **options: Any) -> Any:
+        await asyncio.sleep(0 if remote_host == PUBLIC else 60)
+        return await internet.connect(remote_host, *args, **options)
+
+    monkeypatch.setattr("anyio.connect_tcp", slow_at_first)
+    monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(5, connect=0.3))
+    await main.download(URL, tmp_path / "film.mp4")
+    assert (internet.looked_up, internet.connected) == (["pets.example"], [PUBLIC])
+
+
+@pytest.mark.parametrize(
+    ("is_ours", "kind"), [(True, "usual"), (True, main.FRESH), (False, "usual"), (False, main.ASKED_FOR)]
+)
+async def test_the_end_of_the_service_closes_every_connection(
+    is_ours: bool, kind: str, serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the owner's own addresses and to all others, also where an answer is still coming in."""
+    left = threading.Event()
+
+    def send(connection: socket.socket) -> None:
+        connection.sendall(reply(200, content_length="1000"))
+        if connection.recv(1) == b"":
+            left.set()
+
+    server = serve({"/v1/film": send})
+    internet.add("pets.example", server)
+    use_settings(monkeypatch, REPLICATE_BASE_URL=server.url)
+    url = f"{server.url if is_ours else 'http://pets.example'}/v1/film"
+    async with main.lifespan(main.app):
+        assert main._running is not None
+        http = main._running.http
+        answer = await http.send(http.build_request("GET", url, extensions={kind: True}), stream=True)
+    assert await asyncio.to_thread(left.wait, 2)
+    await answer.aclose()

@@ -621,3 +621,27 @@ async def test_what_a_speaking_model_makes_must_be_a_film(client, respx_mock):
     assert (body["category"], body["detail"]) == ("resource", "What the model made is not an MP4 film.")
     assert (body["partial"]["video_url"], body["partial"]["prediction_id"]) == (FILM_URL, "p1")
     assert upload.call_count == 1
+
+
+# The bounds of what strangers write
+
+
+@pytest.mark.parametrize("texts", [("16:9", "9:16"), ("5x", "10x"), ("5 to 10",)], ids=str)
+def test_a_text_that_only_begins_with_a_number_is_no_length(texts):
+    """A shape or a speed is not taken for seconds, nor for a rate of frames."""
+    assert fit(unseen({"image": FILE, "duration": choice(*texts)}), seconds=5) == {"image": PICTURE_URL}
+    frames = {"num_frames": whole(), "fps": choice(*texts)}
+    assert fit(unseen({"image": FILE, **frames}), seconds=5) == {"image": PICTURE_URL, "num_frames": 120}
+
+
+@pytest.mark.parametrize(("others", "is_read"), [(3, True), (4, False)])
+def test_of_the_parts_of_a_field_four_are_read(others, is_read):
+    """An enum stands behind one or two."""
+    model = unseen({"image": FILE, "duration": {"anyOf": [NULL] * others + [choice(5, 10)]}})
+    assert fit(model, seconds=10).get("duration") == (10 if is_read else None)
+
+
+def test_a_schema_of_300_fields_is_read():
+    """The most there is."""
+    properties = {"image": FILE, **{f"field{number}": TEXT for number in range(299)}}
+    assert fit(unseen(properties)) == {"image": PICTURE_URL}
