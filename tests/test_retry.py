@@ -6,7 +6,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ DONE = {"id": "p1", "status": "succeeded", "output": "https://replicate.delivery
 INPUT = {"Input": {"properties": {"image": {"type": "string", "format": "uri"}}}}
 MODEL = {"is_official": True, "latest_version": {"openapi_schema": {"components": {"schemas": INPUT}}}}
 
-pytestmark = pytest.mark.usefixtures("settings")
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
 
 @pytest.fixture
@@ -170,11 +170,6 @@ def read_table() -> Iterator[Any]:
                 yield pytest.param(call, kind, attempts, id=f"{call}, {kind}")
 
 
-def hidden(status: str) -> httpx.Response:
-    """A refusal of Supabase: a 400 that has the truth in its body."""
-    return httpx.Response(400, json={"statusCode": status, "error": "any", "message": "any"})
-
-
 async def list_predictions() -> list[Any]:
     """The list call."""
     return [told async for told in main.predictions_since(time.time())]
@@ -194,22 +189,15 @@ def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, W
     def fetch(retry: main.Retry) -> Work:
         return lambda: main.download(file_url, film, retry)
 
-    def speak() -> Awaitable[bytes]:
-        return main.elevenlabs_tts_bytes("Hello", "voice")
-
-    def create() -> Awaitable[main.Prediction]:
-        return main.buy_prediction(main.HAILUO, {"prompt": "Talk"}, job)
-
-    def read() -> Awaitable[main.Prediction]:
-        return main.read_prediction(main.Prediction(**STARTING))
-
+    create_url, started = f"{v1}/models/minimax/hailuo-02/predictions", main.Prediction(**STARTING)
+    speech_url, spoken = f"{ELEVEN_URL}/v1/text-to-speech/voice", httpx.Response(200, content=b"ID3speech")
     created, listed = httpx.Response(201, json=STARTING), httpx.Response(200, json={"results": []})
     return {
-        "speech": (f"{ELEVEN_URL}/v1/text-to-speech/voice", speak, httpx.Response(200, content=b"ID3speech")),
-        "create": (f"{v1}/models/minimax/hailuo-02/predictions", create, created),
+        "speech": (speech_url, lambda: main.elevenlabs_tts_bytes("Hello", "voice"), spoken),
+        "create": (create_url, lambda: main.buy_prediction(main.HAILUO, {"prompt": "Talk"}, job), created),
         "model": (f"{v1}/models/a/b", lambda: main.look_up_model("a/b"), httpx.Response(200, json=MODEL)),
         "list": (f"{v1}/predictions", list_predictions, listed),
-        "read": (f"{v1}/predictions/p1", read, httpx.Response(200, json=DONE)),
+        "read": (f"{v1}/predictions/p1", lambda: main.read_prediction(started), httpx.Response(200, json=DONE)),
         "upload": (upload_url, upload(main.STORE_RETRY), stored),
         "fetch": (file_url, fetch(main.FETCH_RETRY), httpx.Response(200, content=b"film")),
         "paid upload": (upload_url, upload(main.PAID_STORE_RETRY), stored),
@@ -228,7 +216,6 @@ async def count_requests(router: respx.MockRouter, url: str, work: Work, outcome
     return route.call_count - before, True
 
 
-@pytest.mark.anyio
 @EVERY_CALL
 async def test_which_outcomes_are_repeated(monkeypatch, providers, calls, call):
     """Every status there is, every way to have no answer, every unreadable one; what may be bought is not bought again."""
@@ -244,7 +231,6 @@ async def test_which_outcomes_are_repeated(monkeypatch, providers, calls, call):
         assert await count_requests(providers, url, work, [outcome, success]) == expected, repr(outcome)
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(("call", "kind", "attempts"), list(read_table()))
 async def test_how_often_a_call_is_made(monkeypatch, providers, calls, call, kind, attempts):
     """What is not paid for yet gives up after a few attempts, what is paid for is waited for."""
@@ -265,7 +251,6 @@ SHARES = [
 ]
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(("call", "status", "patience_s"), rows(SHARES))
 async def test_how_long_patience_lasts(providers, calls, call, status, patience_s):
     """Each outcome has its share of PATIENCE_SECONDS, here 0.4."""
@@ -282,7 +267,6 @@ async def test_how_long_patience_lasts(providers, calls, call, status, patience_
     assert patience_s <= took_s < 1.9 * patience_s
 
 
-@pytest.mark.anyio
 @EVERY_CALL
 async def test_a_wait_that_is_too_long_ends_what_costs_nothing_to_end(providers, calls, call):
     """Without a wait, and saying so; what is paid for is asked again after the longest wait there is, here 0.1 s."""
@@ -298,7 +282,6 @@ async def test_a_wait_that_is_too_long_ends_what_costs_nothing_to_end(providers,
     assert error.detail.rstrip(".").endswith("429: Too many. (it asks to wait 31 s, longer than a job can)")
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("call", ["upload", "fetch"])
 async def test_the_truth_in_a_400_of_the_storage_decides(providers, calls, call):
     """Supabase answers 400 to nearly everything; `statusCode` in the body is what it means."""
@@ -306,7 +289,8 @@ async def test_the_truth_in_a_400_of_the_storage_decides(providers, calls, call)
     for status in ("404", "429", "500", "544", "400", "403", "413", "4290", "", "9" * 5000):
         is_repeated = status in ("429", "500", "544") or (status == "404" and call == "fetch")
         expected = (2, True) if is_repeated else (1, False)
-        assert await count_requests(providers, url, work, [hidden(status), success]) == expected, status[:9]
+        hidden = httpx.Response(400, json={"statusCode": status, "error": "any", "message": "any"})
+        assert await count_requests(providers, url, work, [hidden, success]) == expected, status[:9]
 
 
 def closing(first: bytes) -> Callable[[socket.socket], None]:
@@ -320,7 +304,6 @@ def closing(first: bytes) -> Callable[[socket.socket], None]:
     return talk
 
 
-@pytest.mark.anyio
 async def test_what_must_not_be_sent_twice_has_a_connection_of_its_own(monkeypatch, client, serve):
     """A connection that was kept may be closed by the server just as a create or speech is sent on it."""
     look_up, created = json.dumps(MODEL).encode(), json.dumps(STARTING).encode()
@@ -338,7 +321,6 @@ async def test_what_must_not_be_sent_twice_has_a_connection_of_its_own(monkeypat
         assert (await main.buy_prediction(main.HAILUO, {"prompt": "Talk"}, main.Job("-"))).id == "p1"
 
 
-@pytest.mark.anyio
 async def test_every_repeat_is_logged(providers, calls, caplog):
     """One line says what happened and when it goes on."""
     url, work, success = calls["speech"]
@@ -356,6 +338,7 @@ LIST_SHAPE = {"detail": [{"loc": ["body", "text"], "msg": "field required"}, {"l
 PAGE = """<!DOCTYPE html><html><head><title>502 Bad Gateway</title><style>p { color: red }</style>
 <script>var secret = "<b>";</script></head><body><h1>502 Bad&nbsp;Gateway</h1>
 <!-- padding --><p>cloudflare &amp; friends</p></body></html>"""
+DEPTHS = {5: "?", 6: "Bad Request", 700: "Bad Request", 100_000: "Bad Request"}
 WORDS: list[tuple[str, int, str | bytes, str]] = [  # what it is, the status, the body, the words
     ("ElevenLabs", 400, '{"detail": {"status": "voice_not_found", "message": "No such voice."}}', "No such voice."),
     ("ElevenLabs, list", 400, json.dumps(LIST_SHAPE), "field required; no integer"),
@@ -372,7 +355,7 @@ WORDS: list[tuple[str, int, str | bytes, str]] = [  # what it is, the status, th
     ("JSON cut off", 400, '{"detail": "cut', "Bad Request"),
     ("not UTF-8", 400, b'{"detail": "\xff\xfe"}', "Bad Request"),
     ("2 MB of noise", 400, b"\x00\x9f\x92\x96" * 500_000, "Bad Request"),
-    *((f"{depth} deep", 400, '{"detail":' * depth + "5" + "}" * depth, "Bad Request") for depth in (20, 700, 100_000)),
+    *((f"{depth} deep", 400, '{"detail":' * depth + '"?"' + "}" * depth, words) for depth, words in DEPTHS.items()),
     ("300 characters", 400, json.dumps({"detail": ["x" * 100] * 100}), ("x" * 100 + "; ") * 2 + "x" * 96),
     ("a proxy's page", 502, PAGE, "502 Bad Gateway 502 Bad Gateway cloudflare & friends"),
     ("a page that says nothing", 400, "<html></html>", "Bad Request"),
@@ -392,7 +375,6 @@ def test_plain_text_is_a_message_too():
     assert main.provider_message(answer(502, "error code: 1015\n", content_type="text/plain")) == "error code: 1015"
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize("shape", ['{{"detail": "{text}"}}', "<html><p>{text}</p></html>"], ids=["JSON", "HTML"])
 @pytest.mark.parametrize("text", ["{key} is not valid", "x" * 280 + " {key}", "key={key}, Authorization: Bearer {key}"])
 async def test_a_key_that_a_provider_echoes_is_not_passed_on(providers, calls, caplog, text, shape):
@@ -407,7 +389,6 @@ async def test_a_key_that_a_provider_echoes_is_not_passed_on(providers, calls, c
     assert not [line for line in (error.detail, str(error), *caplog.messages) if key[:8] in line]
 
 
-@pytest.mark.anyio
 async def test_no_error_tells_a_key(providers, calls, caplog):
     """Not one of the HTTP library, nor a traceback, nor anything else, wherever its text comes from."""
     key = SECRETS["ELEVEN_API_KEY"]
@@ -420,21 +401,29 @@ async def test_no_error_tells_a_key(providers, calls, caplog):
     assert key not in caplog.text
 
 
-@pytest.mark.anyio
-@EVERY_CALL
-async def test_a_refusal_without_end_is_not_read_to_its_end(providers, calls, call):
-    """No more than the limit is held, whatever a server sends; who refuses stands in the error."""
-    url, work, _ = calls[call]
-    sent = 0
+class Noise(httpx.AsyncByteStream):
+    """A body of 50 MB, which tells how much of it was read, and whether it was left open."""
 
-    async def noise() -> Any:
-        nonlocal sent
-        while sent < 50_000_000:
-            sent += 1_000_000
+    sent, is_closed = 0, False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """The body."""
+        while self.sent < 50_000_000:
+            self.sent += 1_000_000
             yield b"\x9f" * 1_000_000
 
-    providers.route(url=url).mock(side_effect=[httpx.Response(402, content=noise())])
+    async def aclose(self) -> None:
+        """The connection can be closed, or serve the next request."""
+        self.is_closed = True
+
+
+@EVERY_CALL
+async def test_a_refusal_without_end_is_not_read_to_its_end(providers, calls, call):
+    """No more than the limit is held, whatever a server sends, and its connection given back; who refuses is told."""
+    url, work, _ = calls[call]
+    body = Noise()
+    providers.route(url=url).mock(side_effect=[httpx.Response(402, stream=body)])
     error = await error_of(work())
     assert "402: Payment Required" in error.detail
     assert error.http_status == 500
-    assert sent <= 12_000_000
+    assert (body.sent <= 12_000_000, body.is_closed) == (True, True)
