@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from operator import methodcaller
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import respx
 
 from tests.conftest import PACE
-from tests.inprocess import running_application
+from tests.inprocess import log_lines, rows, running_application
 from tests.jobs import STAGES, prompt_job, short_film, speech_job
 from tests.sandbox import Sandbox, Service
 
@@ -105,13 +106,6 @@ def test_a_talking_film(client: httpx.Client, service: Service, sandbox: Sandbox
     assert re.fullmatch(rf"job outcome=ok ms=\d+ prediction_id={prediction}", job)
 
 
-def test_a_look_at_a_remote_file(client: httpx.Client, sandbox: Sandbox) -> None:
-    """Status, type and size come back, and nothing else; what the server refuses is told, not raised."""
-    looks = [client.post("/debug/head", json={"url": f"{sandbox.url}{path}"}) for path in ("/pet.jpg", "/none")]
-    assert looks[0].json() == {"status": 200, "content_type": "image/jpeg", "bytes": 41170}
-    assert (looks[1].status_code, looks[1].json()["status"]) == (200, 404)
-
-
 # Errors: the table of the design, row by row
 
 
@@ -130,50 +124,44 @@ def fine(sandbox: Sandbox) -> None:
     """Nothing goes wrong at the providers."""
 
 
-def row(name: str, *values: Any) -> Any:
-    """A row of the table."""
-    return pytest.param(*values, id=name)
-
-
 ODD_TEXT = {"detail": {"status": "text_too_odd", "message": "too odd"}}
 ODD_INPUT = {"detail": "- no", "invalid_fields": [{"field": "input.first_frame_image", "description": "No face"}]}
 FULL = {"detail": "Slow down."}
 NO_BUCKET = {"statusCode": "404", "error": "Bucket not found", "message": "Bucket not found"}
 NO_FACE, NO_FILM = methodcaller("outcome", "failed", "No face."), methodcaller("film", "noise")
 
+NO_JOB = ("absolute", "called seconds")  # what is said of a body that is refused before a job begins
+
 # Status, category, provider, and whether it is worth asking again; a part of the detail, what exists, and the field.
-ERRORS = [
-    row("no URL", fine, {"image_url": "ftp://x/"}, "400 validation None no", "absolute", set(), "image_url"),
-    row("a long text", fine, {"text": "x" * 601}, "400 validation None no", "601 characters", set(), "text"),
-    row("a misspelt field", fine, {"sceonds": 10}, "400 validation None no", "called seconds", set(), "sceonds"),
-    row("no picture", refuse("picture", 404), {}, "400 validation None no", "no picture", set(), "image_url"),
-    row("no voice", fine, {"voice_id": "nobody"}, "400 provider elevenlabs no", "404: A voice", set(), "voice_id"),
-    row("odd text", refuse("speech", 422, ODD_TEXT), {}, "400 provider elevenlabs no", "422: too odd", set(), "text"),
-    row(
-        "odd input", refuse("create", 422, ODD_INPUT), {}, "400 provider replicate no", "422: - no", SPOKEN, "image_url"
-    ),
-    row("no model", fine, {"model": "no/body"}, "400 provider replicate no", "404: The requested", set(), "model"),
-    row("film fails", NO_FACE, {}, "400 provider replicate no", "ended as failed: No face.", CREATED, None),
-    row("key refused", refuse("speech", 401), {}, "500 provider elevenlabs no", "ElevenLabs answered 401", set(), None),
-    row("no credit", refuse("create", 402), {}, "500 provider replicate no", "Replicate answered 402", SPOKEN, None),
-    row("throttled", refuse("model", 429, FULL), KLING, "500 provider replicate again", "429: Slow down.", set(), None),
-    row("5xx", refuse("speech", 503), {}, "500 provider elevenlabs again", "ElevenLabs answered 503", set(), None),
-    row("no answer", spoil("speech", "cut"), {}, "500 provider elevenlabs again", "did not answer", set(), None),
-    row("nonsense", spoil("speech", "nonsense"), {}, "500 provider elevenlabs again", "without speech", set(), None),
-    row("read refused", refuse("read", 410), {}, "500 provider replicate no", "Replicate answered 410", CREATED, None),
-    row(
-        "large speech", spoil("speech", "endless"), {}, "400 resource elevenlabs no", "larger than 9.5 MB", set(), None
-    ),
-    row("no bucket", refuse("upload", 400, NO_BUCKET), {}, "500 resource supabase no", "Bucket not found", set(), None),
-    row("storage 503", refuse("upload", 503), {}, "500 resource supabase again", "Storage answered 503", set(), None),
-    row("film refused", refuse("output", 403), {}, "500 resource None again", "was answered 403", FILMED, None),
-    row("no film", NO_FILM, {}, "500 resource replicate no", "not an MP4 film", FILMED, None),
+ERRORS: list[tuple[Any, ...]] = [
+    ("no URL", fine, {"image_url": "ftp://x/"}, "400 validation None no", "absolute", set(), "image_url"),
+    ("a long text", fine, {"text": "x" * 601}, "400 validation None no", "601 characters", set(), "text"),
+    ("a misspelt field", fine, {"sceonds": 10}, "400 validation None no", "called seconds", set(), "sceonds"),
+    ("no picture", refuse("picture", 404), {}, "400 validation None no", "no picture", set(), "image_url"),
+    ("no voice", fine, {"voice_id": "nobody"}, "400 provider elevenlabs no", "404: A voice", set(), "voice_id"),
+    ("odd text", refuse("speech", 422, ODD_TEXT), {}, "400 provider elevenlabs no", "422: too odd", set(), "text"),
+    ("odd input", refuse("create", 422, ODD_INPUT), {}, "400 provider replicate no", "422: - no", SPOKEN, "image_url"),
+    ("no model", fine, {"model": "no/body"}, "400 provider replicate no", "404: The requested", set(), "model"),
+    ("film fails", NO_FACE, {}, "400 provider replicate no", "ended as failed: No face.", CREATED, None),
+    ("key refused", refuse("speech", 401), {}, "500 provider elevenlabs no", "ElevenLabs answered 401", set(), None),
+    ("no credit", refuse("create", 402), {}, "500 provider replicate no", "Replicate answered 402", SPOKEN, None),
+    ("throttled", refuse("model", 429, FULL), KLING, "500 provider replicate again", "429: Slow down.", set(), None),
+    ("5xx", refuse("speech", 503), {}, "500 provider elevenlabs again", "ElevenLabs answered 503", set(), None),
+    ("no answer", spoil("speech", "cut"), {}, "500 provider elevenlabs again", "did not answer", set(), None),
+    ("nonsense", spoil("speech", "nonsense"), {}, "500 provider elevenlabs again", "without speech", set(), None),
+    ("read refused", refuse("read", 410), {}, "500 provider replicate no", "Replicate answered 410", CREATED, None),
+    ("large speech", spoil("speech", "endless"), {}, "400 resource elevenlabs no", "larger than 9.5 MB", set(), None),
+    ("no bucket", refuse("upload", 400, NO_BUCKET), {}, "500 resource supabase no", "Bucket not found", set(), None),
+    ("storage 503", refuse("upload", 503), {}, "500 resource supabase again", "Storage answered 503", set(), None),
+    ("film refused", refuse("output", 403), {}, "500 resource None again", "was answered 403", FILMED, None),
+    ("no film", NO_FILM, {}, "500 resource replicate no", "not an MP4 film", FILMED, None),
 ]
 
 
-@pytest.mark.parametrize(("arrange", "changes", "kind", "words", "partial", "field"), ERRORS)
+@pytest.mark.parametrize(("arrange", "changes", "kind", "words", "partial", "field"), rows(ERRORS))
 def test_every_failure_is_told_as_data(
     client: httpx.Client,
+    service: Service,
     sandbox: Sandbox,
     arrange: Arrange,
     changes: dict[str, Any],
@@ -182,7 +170,7 @@ def test_every_failure_is_told_as_data(
     partial: set[str],
     field: str | None,
 ) -> None:
-    """Whose failure it is, in whose words, whether it can pass, what was bought already, and the field to mark."""
+    """Whose failure it is, in whose words, whether it can pass, what was bought already, the field to mark; and the log."""
     arrange(sandbox)
     response = client.post("/jobs_prompt_tts", json=speech_job(sandbox, **changes))
     error = error_of(response)
@@ -193,16 +181,9 @@ def test_every_failure_is_told_as_data(
     done = re.findall(r"(\w+);dur=", response.headers.get("server-timing", ""))
     assert tuple(done) == STAGES[: len(done)], "the failed stage is the last"
     assert not partial or len(done) == (4 if partial == FILMED else 3)
-
-
-@pytest.mark.parametrize("path", POST_ROUTES)
-def test_every_route_refuses_a_body_that_is_none(client: httpx.Client, sandbox: Sandbox, path: str) -> None:
-    """In the one shape, before anybody is called."""
-    for content, words in ((b'{"image_url": ', "no valid JSON"), (b" " * 65_537, "larger than 64 KiB")):
-        response = client.post(path, content=content, headers={"Content-Type": "application/json"})
-        assert kind_of(response) == "400 validation None no"
-        assert words in response.json()["detail"]
-    assert sandbox.requests == []
+    ends = re.findall(rf"request_id={error['request_id']} job outcome=(\w+) ms=\d+ prediction_id=(\w+)\n", service.log)
+    made = str(error.get("partial", {}).get("prediction_id"))
+    assert ends == [(error["category"], made)] * (words not in NO_JOB)
 
 
 def test_a_body_that_is_announced_too_large_is_refused_unread(service: Service) -> None:
@@ -217,26 +198,6 @@ def test_a_body_that_is_announced_too_large_is_refused_unread(service: Service) 
     assert answer.startswith("http/1.1 400")
     assert "access-control-allow-origin: *" in answer
     assert "larger than 64 kib" in answer
-
-
-@pytest.mark.parametrize(
-    ("url", "words"),
-    [("http://127.0.0.1/", "not public"), ("http://example.com:8080/", "ports 80 and 443"), ("//a.example", "http(s)")],
-)
-def test_a_url_that_may_not_be_fetched_is_a_400(guarded_client: httpx.Client, url: str, words: str) -> None:
-    """`/debug/head` refuses what leads inside, and says why."""
-    response = guarded_client.post("/debug/head", json={"url": url})
-    assert kind_of(response) == "400 validation None no"
-    assert words in response.json()["detail"]
-
-
-def test_a_remote_file_without_an_answer_is_a_resource_error(client: httpx.Client) -> None:
-    """A URL behind which nobody listens is a 500 that says so, and may pass."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    response = client.post("/debug/head", json={"url": f"http://127.0.0.1:{port}/"})
-    assert kind_of(response) == "500 resource None again"
-    assert "did not answer" in response.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -270,6 +231,23 @@ async def test_the_unforeseen_has_no_inside_detail(
     [line] = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert f"request_id={error['request_id']} unforeseen" in line
     assert "KeyError: 'inner works'" in line
+    ends = [line for line in log_lines(caplog) if line.startswith("job ")]
+    assert len(ends) == (path != "/debug/head")
+    assert all(re.fullmatch(r"job outcome=internal ms=\d+ prediction_id=None", line) for line in ends)
+
+
+def test_a_client_that_leaves_is_logged_as_such(client: httpx.Client, service: Service, sandbox: Sandbox) -> None:
+    """Nobody has failed then."""
+    sandbox.outcome("never")
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/jobs_prompt_only", json=prompt_job(sandbox), headers={"X-Request-ID": "impatient"}, timeout=0.5)
+    deadline, line = (
+        time.monotonic() + 5,
+        re.compile(r" request_id=impatient job outcome=left ms=\d+ prediction_id=\w+\n"),
+    )
+    while not line.search(service.log):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 # Headers
