@@ -74,7 +74,7 @@ async def test_a_refused_head_falls_back_to_a_ranged_get(refused: int, client: h
     answer = await head(client)
     assert answer.json() == {"status": 206, "content_type": "video/mp4", "bytes": 12_345}
     assert pets.requests == [HEAD, GET]
-    assert "range: bytes=0-0" in pets.heard[1].lower()
+    assert "range: bytes=0-0" in pets.heard[1].lower().split("\r\n")
 
 
 @pytest.mark.parametrize(
@@ -191,10 +191,6 @@ async def test_names_that_take_long_hold_up_no_film(
     assert {answer.status_code for answer in await asyncio.gather(*asked)} == {500}
 
 
-def hang_up(connection: socket.socket) -> None:
-    """Close without a word."""
-
-
 def endless_headers(connection: socket.socket) -> None:
     """Send headers without end."""
     connection.sendall(b"HTTP/1.1 200 OK\r\n")
@@ -205,7 +201,7 @@ def endless_headers(connection: socket.socket) -> None:
 @pytest.mark.parametrize(
     "remote",
     [
-        pytest.param(hang_up, id="nothing"),
+        pytest.param(b"", id="nothing"),
         pytest.param(b"220 mail.example ESMTP\r\n", id="another protocol"),
         pytest.param(endless_headers, id="headers without end"),
         *(reply(content_length=length) for length in ("abc", "-1", "1e3", "0x10", "4, 5", "9" * 21, "9" * 5000)),
