@@ -9,7 +9,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL
+from tests.inprocess import ELEVEN_URL, REPLICATE_URL, rows
 
 PICTURE_URL = "https://example.com/pet.jpg"
 FILM_URL = "https://replicate.delivery/xezq/film.mp4"
@@ -24,11 +24,8 @@ BLANK = "should not be blank"
 MISSING = "is needed"
 NOT_A_URL = "should be an absolute http(s) URL"
 BLANK_INSIDE = "should not have a blank in it; in an address it is written %20"
-NOT_A_MODEL = "should be owner/name or owner/name:version"
 NOT_A_VOICE = "should be up to 64 letters, digits, _ and -"
-NOT_A_SIZE = "should be a size such as 768p"
-NOT_A_FIT = "should be 'shortest', 'video' or 'speech'"
-TOO_LARGE = "The request's body is larger than 64 KiB."
+NOT_JSON = "is no valid JSON"
 
 # By field, what is said of which values.
 REFUSED: dict[str, dict[str, list[Any]]] = {
@@ -52,12 +49,12 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
     },
     "resolution": {
         NOT_TEXT: [None, 768],
-        NOT_A_SIZE: ["", " ", "768 p", "768p; rm", "../", "7" * 17],
+        "should be a size such as 768p": ["", " ", "768 p", "768p; rm", "../", "7" * 17],
         "minimax/hailuo-02 takes 512p or 768p or 1080p": ["720p", "4k"],
     },
     "model": {
         NOT_TEXT: [5],
-        NOT_A_MODEL: [
+        "should be owner/name or owner/name:version": [
             *("", " ", "hailuo-02", "../../v1/account", "a/../../v1/account", "minimax/..", "a/b/c", "a/b c", "a/b:"),
             *("a/b?c", "a/b#c", "a/b%2Fc", "a/b:../x", "https://example.com/a", "a/b\nc"),
         ],
@@ -73,7 +70,7 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
         NOT_TEXT: [None, 7],
         NOT_A_VOICE: ["", " ", "../models", "..%2f..", "a/b", "a?b", "a#b", "a b", "a\nb", "\u00e9", "a" * 65],
     },
-    "fit": {NOT_A_FIT: [None, "", 7, "longest", "Video"]},
+    "fit": {"should be 'shortest', 'video' or 'speech'": [None, "", 7, "longest", "Video"]},
     "url": {NOT_TEXT: [None, 5], NOT_A_URL: ["", "example.com", "file:///etc/passwd"]},
 }
 
@@ -165,35 +162,27 @@ def created(router: respx.MockRouter) -> respx.Route:
     return router.post(f"{REPLICATE_URL}/v1/models/minimax/hailuo-02/predictions").respond(201, json=done)
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        pytest.param({}, {}, id="the least"),
-        pytest.param({"prompt": "  Talk!\n"}, {"prompt": "Talk!"}, id="blanks around the prompt"),
-        pytest.param({"prompt": "\u732b\U0001f408 'n\" \\"}, {"prompt": "\u732b\U0001f408 'n\" \\"}, id="any script"),
-        pytest.param({"prompt": "a" * 20_000}, {"prompt": "a" * 20_000}, id="long prompt"),
-        pytest.param({"seconds": 10}, {"duration": 10}, id="ten seconds"),
-        pytest.param({"seconds": 6, "resolution": "1080P"}, {"resolution": "1080p"}, id="1080p in capitals"),
-        pytest.param({"resolution": "512p"}, {"resolution": "512p"}, id="512p"),
-        pytest.param({"model": None}, {}, id="null model"),
-        pytest.param({"model": " minimax/hailuo-02\n"}, {}, id="the default model, blanks around it"),
-        pytest.param({**JOB, "prompt": "Talk", "fit": 5, "text": ""}, {}, id="the other job's fields, unread"),
-        pytest.param({"webhook": "https://a.example", "input": {"a": 1}, "id": "x"}, {}, id="unknown fields"),
-        *(
-            pytest.param({"image_url": url}, {"first_frame_image": url}, id=name)
-            for name, url in {
-                "any http URL": "HTTP://EXAMPLE.com:8080/%20?a=b#c",
-                "public address": "https://8.8.8.8/pet.jpg",
-                "picture of 4,096": PICTURE_URL + "a" * 4069,
-            }.items()
-        ),
-        pytest.param(
-            {"image_url": "https://b\u00fccher.example/k\u00e4tzchen.jpg?q=\u732b"},
-            {"first_frame_image": "https://xn--bcher-kva.example/k%C3%A4tzchen.jpg?q=%E7%8C%AB"},
-            id="picture not ASCII",
-        ),
-    ],
-)
+PICTURES = ("HTTP://EXAMPLE.com:8080/%20?a=b#c", "https://8.8.8.8/pet.jpg", PICTURE_URL + "a" * 4069)
+NOT_ASCII = "https://b\u00fccher.example/k\u00e4tzchen.jpg?q=\u732b"
+IN_ASCII = "https://xn--bcher-kva.example/k%C3%A4tzchen.jpg?q=%E7%8C%AB"
+TAKEN: list[tuple[Any, ...]] = [
+    ("the least", {}, {}),
+    ("blanks around the prompt", {"prompt": "  Talk!\n"}, {"prompt": "Talk!"}),
+    ("any script", {"prompt": "\u732b\U0001f408 'n\" \\"}, {"prompt": "\u732b\U0001f408 'n\" \\"}),
+    ("long prompt", {"prompt": "a" * 20_000}, {"prompt": "a" * 20_000}),
+    ("ten seconds", {"seconds": 10}, {"duration": 10}),
+    ("1080p in capitals", {"seconds": 6, "resolution": "1080P"}, {"resolution": "1080p"}),
+    ("512p", {"resolution": "512p"}, {"resolution": "512p"}),
+    ("null model", {"model": None}, {}),
+    ("the default model, blanks around it", {"model": " minimax/hailuo-02\n"}, {}),
+    ("the other job's fields, unread", {**JOB, "prompt": "Talk", "fit": 5, "text": ""}, {}),
+    ("unknown fields", {"webhook": "https://a.example", "input": {"a": 1}, "id": "x"}, {}),
+    *((f"picture {url[:20]}", {"image_url": url}, {"first_frame_image": url}) for url in PICTURES),
+    ("picture not ASCII", {"image_url": NOT_ASCII}, {"first_frame_image": IN_ASCII}),
+]
+
+
+@pytest.mark.parametrize(("changes", "expected"), rows(TAKEN))
 async def test_what_a_picture_job_takes(client, respx_mock, changes, expected):
     """A sound value goes to the model as it is; what is left out has its default."""
     route = created(respx_mock)
@@ -229,28 +218,23 @@ async def test_the_longest_text_is_spoken(client, respx_mock, text):
 # Bodies
 
 
-@pytest.mark.parametrize(
-    ("content", "detail"),
-    [
-        pytest.param(b"", f"The body: {MISSING}.", id="empty"),
-        pytest.param(b"null", f"The body: {NOT_AN_OBJECT}.", id="null"),
-        pytest.param(b"[]", f"The body: {NOT_AN_OBJECT}.", id="list"),
-        pytest.param(b'"text"', f"The body: {NOT_AN_OBJECT}.", id="text"),
-        pytest.param(b'{"prompt": "\xff\xfe\xfa"}', "There was an error parsing the body.", id="not UTF-8"),
-        *(
-            pytest.param(content, "The body: is no valid JSON.", id=name)
-            for name, content in {
-                "cut off": b'{"prompt": ',
-                "Python's quotes": b"{'prompt': 'a'}",
-                "zero byte": b"\0",
-            }.items()
-        ),
-        pytest.param(b'{"seconds": ' + b"9" * 5000 + b"}", None, id="number of 5,000 digits"),
-        pytest.param(b'{"image_url": ' * 4000, None, id="objects 4,000 deep"),
-        pytest.param(b"[" * 60_000, None, id="lists 60,000 deep"),
-        pytest.param(b"[" * 30_000 + b"]" * 30_000, None, id="closed lists 30,000 deep"),
-    ],
-)
+BODIES: list[tuple[Any, ...]] = [
+    ("empty", b"", f"The body: {MISSING}."),
+    ("null", b"null", f"The body: {NOT_AN_OBJECT}."),
+    ("list", b"[]", f"The body: {NOT_AN_OBJECT}."),
+    ("text", b'"text"', f"The body: {NOT_AN_OBJECT}."),
+    ("cut off", b'{"prompt": ', f"The body: {NOT_JSON}."),
+    ("Python's quotes", b"{'prompt': 'a'}", f"The body: {NOT_JSON}."),
+    ("zero byte", b"\0", f"The body: {NOT_JSON}."),
+    ("not UTF-8", b'{"prompt": "\xff\xfe\xfa"}', "There was an error parsing the body."),
+    ("number of 5,000 digits", b'{"seconds": ' + b"9" * 5000 + b"}", None),
+    ("objects 4,000 deep", b'{"image_url": ' * 4000, None),
+    ("lists 60,000 deep", b"[" * 60_000, None),
+    ("closed lists 30,000 deep", b"[" * 30_000 + b"]" * 30_000, None),
+]
+
+
+@pytest.mark.parametrize(("content", "detail"), rows(BODIES))
 async def test_a_body_that_is_not_a_json_object(client, respx_mock, content, detail):
     """Whatever a body holds, the answer is a sentence about the body, in the one shape."""
     for path in ("/jobs_prompt_only", "/jobs_prompt_tts", "/debug/head"):
@@ -287,16 +271,10 @@ async def blanks(kibibytes: int, sent: list[int]) -> AsyncIterator[bytes]:
 
 
 async def test_a_body_over_64_kib_is_refused(client, respx_mock):
-    """One byte over 64 KiB is one too many; without a length, no more than that is read."""
-    sent: list[int] = []
-    for content in (b" " * 65_537, blanks(10_000, sent)):
+    """The limit itself is read, one byte more is one too many; without a length, no more than that is asked for."""
+    read, refused, sent = f"The body: {NOT_JSON}.", "The request's body is larger than 64 KiB.", list[int]()
+    bodies = ((b" " * 65_536, read), (blanks(64, []), read), (b" " * 65_537, refused), (blanks(10_000, sent), refused))
+    for content, told in bodies:
         response = await client.post("/jobs_prompt_tts", content=content, headers=JSON_HEADERS)
-        assert check_refused(response, respx_mock)["detail"] == TOO_LARGE
+        assert check_refused(response, respx_mock)["detail"] == told
     assert 0 < sum(sent) <= 66 * 1024
-
-
-async def test_a_body_of_64_kib_is_read(client, respx_mock):
-    """The limit itself is allowed; this one is blank and refused for that."""
-    for content in (b" " * 65_536, blanks(64, [])):
-        response = await client.post("/jobs_prompt_tts", content=content, headers=JSON_HEADERS)
-        assert check_refused(response, respx_mock)["errors"][0]["msg"] == "is no valid JSON"
