@@ -126,14 +126,17 @@ async def test_a_missing_field_is_named(client, respx_mock, field):
     [
         *(("second", "seconds"), ("sceonds", "seconds"), ("duration", "seconds"), ("length", "seconds")),
         *(("resoluton", "resolution"), ("image", "image_url"), ("voice", "voice_id")),
+        pytest.param("resolution\ud83d", "resolution", id="half an emoji"),
     ],
 )
 async def test_a_field_that_is_nearly_ours_is_named(client, respx_mock, wrong, right):
     """A film of the wrong length costs money: what is misspelt, or called so elsewhere, is not ignored."""
     body = {name: value for name, value in JOB.items() if name != right}
     for path in routes_with(right):
-        refused = check_refused(await client.post(path, json={**body, wrong: 10}), respx_mock)
-        assert refused["detail"] == f"{wrong}: should be called {right}."
+        response = await client.post(path, content=json.dumps({**body, wrong: 10}), headers=JSON_HEADERS)
+        refused, name = check_refused(response, respx_mock), wrong.replace("\ud83d", "?")
+        assert refused["errors"] == [{"loc": ["body", name], "msg": f"should be called {right}"}]
+        assert refused["detail"] == f"{name}: should be called {right}."
 
 
 @pytest.mark.parametrize("host", ["localhost", "pet.localhost.", "192.168.1.2", "2130706433", "[::1]"])
