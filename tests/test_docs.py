@@ -64,12 +64,9 @@ def test_render_asks_for_the_secrets_and_sets_the_defaults() -> None:
 
 def test_render_gives_jobs_time_to_end() -> None:
     """uvicorn's own limit ends before Render's, with time to cancel what still runs."""
-    render_s = re.search(r"maxShutdownDelaySeconds: (\d+)", RENDER)
-    uvicorn_s = re.search(r"--timeout-graceful-shutdown (\d+)", RENDER)
-    assert render_s
-    assert uvicorn_s
-    assert int(render_s[1]) == 300
-    assert int(uvicorn_s[1]) + main.SHUTDOWN_WAIT_S < int(render_s[1])
+    [render_s] = re.findall(r"maxShutdownDelaySeconds: (\d+)", RENDER)
+    [uvicorn_s] = re.findall(r"--timeout-graceful-shutdown (\d+)", RENDER)
+    assert int(uvicorn_s) + main.SHUTDOWN_WAIT_S < int(render_s) == 300
 
 
 def test_render_runs_one_process_with_a_health_check() -> None:
@@ -109,9 +106,8 @@ def test_readme_has_every_kind_of_error() -> None:
 def test_readme_has_every_field_of_an_error() -> None:
     """The one body, what `partial` and `errors` can hold, and what an event has besides."""
     fields = [*main.ErrorEvent.model_fields, *main.Partial.model_fields, *main.InputError.model_fields]
-    assert [
-        name for name in fields if f"`{name}`" not in re.sub(r'"(\w+)"', r"`\1`", README.split("## Errors")[1])
-    ] == []
+    told = re.sub(r'"(\w+)"', r"`\1`", README.split("## Errors")[1])
+    assert [name for name in fields if f"`{name}`" not in told] == []
 
 
 def test_readme_shows_answers_as_they_are() -> None:
@@ -127,9 +123,8 @@ def test_readme_is_read_in_one_sitting() -> None:
 
 def test_architecture_has_every_section_of_the_code() -> None:
     """Its components are the banners of main.py, in their order."""
-    banners = re.findall(
-        r"^# ---- ([^\n:]+?)(?:, and|:| --)", (ROOT / "main.py").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    code = (ROOT / "main.py").read_text(encoding="utf-8")
+    banners = re.findall(r"^# ---- ([^\n:]+?)(?:, and|:| --)", code, re.MULTILINE)
     assert ", ".join(row[0] for row in table(ARCHITECTURE, "section")).split(", ") == banners
 
 

@@ -5,7 +5,6 @@ LIVE_VOICE_ID names one of the owner's ElevenLabs voices. The picture is the san
 """
 
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -25,19 +24,6 @@ def owners_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         if not os.environ.get(name.upper()):
             monkeypatch.delenv(name.upper(), raising=False)
     main.get_settings.cache_clear()
-
-
-@pytest.fixture
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """The service in this process, with its lifespan."""
-    transport = httpx.ASGITransport(main.app)
-    async with main.lifespan(main.app), httpx.AsyncClient(transport=transport, base_url="http://service") as client:
-        yield client
-
-
-async def test_every_key_is_set() -> None:
-    """Nothing that speech jobs need is missing."""
-    assert main.get_settings().missing() == []
 
 
 async def test_the_bucket_is_public() -> None:
