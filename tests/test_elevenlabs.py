@@ -1,16 +1,12 @@
 """Speech: the request that asks for it, every format it can come in, and every way it can fail."""
 
 import json
-import math
 import re
 import struct
-import subprocess
 from collections.abc import Iterator
-from functools import cache
 from typing import get_args
 
 import httpx
-import imageio_ffmpeg
 import pytest
 import respx
 
@@ -35,32 +31,10 @@ def elevenlabs(client: httpx.AsyncClient) -> Iterator[respx.Route]:
         yield router.post(url__startswith=f"{ELEVEN_URL}/").respond(200, content=b"ID3speech")
 
 
-# Real speech, half a second of a tone
-
-
-def ffmpeg(*arguments: str, stdin: bytes = b"") -> bytes:
-    """What ffmpeg writes to its standard output."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *arguments, "pipe:1"]
-    return subprocess.run(command, input=stdin, capture_output=True, check=True, timeout=20).stdout
-
-
-@cache
-def samples(rate: int) -> bytes:
-    """Half a second of a tone: 16 bits, little-endian, mono."""
-    values = (int(8000 * math.sin(2 * math.pi * 440 * n / rate)) for n in range(rate // 2))
-    return b"".join(struct.pack("<h", value) for value in values)
-
-
-@cache
 def as_sent(output_format: str) -> bytes:
-    """The tone as ElevenLabs would send it."""
-    codec, rate, *kilobits = output_format.split("_")
-    if codec == "pcm":
-        return samples(int(rate))
-    shapes = {"opus": ["-f", "ogg", "-c:a", "libopus"], "ulaw": ["-f", "mulaw"]}
-    bit_rate = ["-b:a", f"{kilobits[0]}k"] if kilobits else []
-    heard = ["-f", "s16le", "-ar", rate, "-ac", "1", "-i", "pipe:0"]
-    return ffmpeg(*heard, *shapes.get(codec, ["-f", codec]), *bit_rate, stdin=samples(int(rate)))
+    """What speech in a format begins with, or raw samples; test_ffmpeg hears real speech in each codec."""
+    starts = {"mp3": b"ID3", "wav": b"RIFF", "opus": b"OggS"}
+    return starts.get(output_format.split("_")[0], b"\1\2") + bytes(1000)
 
 
 async def spoken(text: str = "Feed me!") -> bytes:
@@ -91,7 +65,7 @@ async def test_the_request(elevenlabs, text):
 
 @pytest.mark.parametrize("output_format", FORMATS)
 async def test_every_format_is_asked_for_and_taken(elevenlabs, monkeypatch, output_format):
-    """Real speech comes back as a file that plays: files as they came, raw samples, nine of 28 formats, as WAV."""
+    """Speech comes back as a file that plays: files as they came, raw samples, nine of 28 formats, as WAV."""
     assert (len(FORMATS), len(set(FORMATS)), len(RAW_FORMATS)) == (28, 28, 9)
     use_settings(monkeypatch, TTS_OUTPUT_FORMAT=output_format)
     sent = as_sent(output_format)
@@ -141,7 +115,7 @@ def test_the_header_says_what_follows(codec, rate, fmt, length):
     ],
 )
 async def test_how_speech_is_stored(client, monkeypatch, output_format, extension, content_type):
-    """Under a fresh name with the right extension and type, and read by ffmpeg as what it is."""
+    """Under a fresh name with the right extension and type; ffmpeg is told the same."""
     use_settings(monkeypatch, TTS_OUTPUT_FORMAT=output_format)
     with respx.mock(assert_all_called=False) as router:
         router.route(url=PICTURE_URL).respond(200)
@@ -155,7 +129,6 @@ async def test_how_speech_is_stored(client, monkeypatch, output_format, extensio
     assert request.headers["content-type"] == content_type
     assert partial == {"audio_url": str(request.url).replace("/object/", "/object/public/")}
     assert main.speech_file().demuxer == extension
-    assert ffmpeg("-f", extension, "-i", "pipe:0", "-f", "s16le", stdin=request.content)
 
 
 # What is no speech
@@ -166,13 +139,7 @@ async def test_how_speech_is_stored(client, monkeypatch, output_format, extensio
 )
 @pytest.mark.parametrize(
     "body",
-    [
-        pytest.param(b"", id="nothing"),
-        pytest.param(HTML, id="HTML"),
-        pytest.param(b"\r\n <html lang=en>", id="HTML after a blank line"),
-        pytest.param(b'{"detail": {"status": "quota_exceeded"}}', id="JSON"),
-        pytest.param(b'\n{\n  "detail": "no"}', id="JSON on several lines"),
-    ],
+    [b"", HTML, b"\r\n <html lang=en>", b'{"detail": {"status": "quota_exceeded"}}', b'\n{\n  "detail": "no"}'],
 )
 async def test_what_is_no_speech_is_refused(elevenlabs, monkeypatch, output_format, body):
     """A 200 is not enough: it is neither stored nor muxed, and no film is bought."""

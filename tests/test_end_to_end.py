@@ -143,9 +143,6 @@ LOOKS = [  # what comes, the picture's address if it is another one, and how it 
     ("503", reply(503), "", ""),
     ("a redirect to nonsense", redirect("http://[::1"), "", ""),
     ("a redirect to another port", redirect("http://pets.example:8080/pet.jpg"), "", ""),
-    ("no HTTP", b"\x00\xff\r\n\r\n", "", ""),
-    ("no answer", b"", "", ""),
-    ("nobody there", PET, "http://closed.example/pet.jpg", ""),
     ("no such name", PET, "http://nowhere.example/pet.jpg", ""),
 ]
 
@@ -158,8 +155,7 @@ def pets(
     monkeypatch.setenv("ALLOW_PRIVATE_URLS", "")
     main.get_settings.cache_clear()
     sandbox_environ.film(short_film())
-    internet.names |= {"inside.example": [["10.0.0.7"]], "closed.example": [["93.184.216.35"]]}
-    internet.addresses["93.184.216.35"] = None
+    internet.names["inside.example"] = [["10.0.0.7"]]
 
     def answer(given: Any) -> Any:
         server = serve({"/pet.jpg": given})

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +182,10 @@ def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, W
     v1, file_url, job = f"{REPLICATE_URL}/v1", DONE["output"], main.Job("-")
     providers.route(url=f"{v1}/predictions").respond(200, json={"results": []})  # a create that failed is not found
     stored = httpx.Response(200, json={"Key": "a"})
-    upload_url, film = f"{SUPABASE_URL}/storage/v1/object/pets/a.mp3", tmp_path / "film"
+    upload_url = f"{SUPABASE_URL}/storage/v1/object/pets/a.mp3"
 
-    def upload(retry: main.Retry) -> Work:
-        return lambda: main.supabase_upload("a.mp3", b"ID3speech", "audio/mpeg", retry)
-
-    def fetch(retry: main.Retry) -> Work:
-        return lambda: main.download(file_url, film, retry)
-
+    upload = partial(main.supabase_upload, "a.mp3", b"ID3speech", "audio/mpeg")
+    fetch = partial(main.download, file_url, tmp_path / "film")
     create_url, started = f"{v1}/models/minimax/hailuo-02/predictions", main.Prediction(**STARTING)
     speech_url, spoken = f"{ELEVEN_URL}/v1/text-to-speech/voice", httpx.Response(200, content=b"ID3speech")
     created, listed = httpx.Response(201, json=STARTING), httpx.Response(200, json={"results": []})
@@ -198,10 +195,10 @@ def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, W
         "model": (f"{v1}/models/a/b", lambda: main.look_up_model("a/b"), httpx.Response(200, json=MODEL)),
         "list": (f"{v1}/predictions", list_predictions, listed),
         "read": (f"{v1}/predictions/p1", lambda: main.read_prediction(started), httpx.Response(200, json=DONE)),
-        "upload": (upload_url, upload(main.STORE_RETRY), stored),
-        "fetch": (file_url, fetch(main.FETCH_RETRY), httpx.Response(200, content=b"film")),
-        "paid upload": (upload_url, upload(main.PAID_STORE_RETRY), stored),
-        "paid fetch": (file_url, fetch(main.PAID_FETCH_RETRY), httpx.Response(200, content=b"film")),
+        "upload": (upload_url, partial(upload, main.STORE_RETRY), stored),
+        "fetch": (file_url, partial(fetch, main.FETCH_RETRY), httpx.Response(200, content=b"film")),
+        "paid upload": (upload_url, partial(upload, main.PAID_STORE_RETRY), stored),
+        "paid fetch": (file_url, partial(fetch, main.PAID_FETCH_RETRY), httpx.Response(200, content=b"film")),
     }
 
 

@@ -81,14 +81,6 @@ def test_health(client: httpx.Client, sandbox: Sandbox) -> None:
     assert sandbox.requests == []
 
 
-def test_a_silent_film(client: httpx.Client, sandbox: Sandbox) -> None:
-    """A picture and a prompt give Replicate's own URL; nothing is spoken or stored, and unknown fields are ignored."""
-    response = client.post("/jobs_prompt_only", json=prompt_job(sandbox, seed=7, note={"by": "me"}))
-    [prediction] = sandbox.predictions
-    assert response.json() == {"video_url": f"{sandbox.url}/delivery/{prediction}/output.mp4"}
-    assert sandbox.calls("speech") == sandbox.calls("upload") == []
-
-
 def test_a_talking_film(client: httpx.Client, service: Service, sandbox: Sandbox) -> None:
     """Three URLs, two of them in the bucket; and each stage's milliseconds, in the header and in the log."""
     response = client.post("/jobs_prompt_tts", json=speech_job(sandbox), headers={"X-Request-ID": "log-lines"})
