@@ -28,24 +28,29 @@ StartService = Callable[..., Service]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--live`: also run the tests that call the real providers."""
     parser.addoption("--live", action="store_true", help="also run the tests marked live: real providers, real money")
-    parser.addoption("--lanes", type=int, default=2, help="processes that share the test files, 1 or 2 (default: 2)")
+    parser.addoption("--lanes", type=int, default=3, help="processes that share the test files (default: 3)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors; the marks in use are declared; the files are shared by two processes."""
+    """Warnings are errors; the marks in use are declared; the files are shared by several processes."""
     config.pluginmanager.register(lanes.Lanes(config))
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("markers", "live: calls the real providers with the keys in the environment (--live)")
-    config.addinivalue_line("markers", "beside(*arguments): judges a Python command that runs beside the other tests")
+    config.addinivalue_line(
+        "markers", "beside(*arguments): judges a Python command that runs beside the other tests of its file"
+    )
 
 
-SLOW = ("sandbox", "test_end_to_end", "test_same_request", "test_leaving", "test_faults", "test_ffmpeg", "test_soak")
+# The files that take seconds, the longest last, where the other lanes begin.
+SLOW = (
+    *("sandbox", "test_end_to_end", "test_ffmpeg", "test_soak"),
+    *("test_leaving", "test_bench", "test_chaos", "test_faults", "test_same_request"),
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Quick files first, so that a fault shows at once; last what is judged of a command beside the tests."""
-    items.sort(key=lambda item: any(name in str(item.path) for name in SLOW))
-    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+    """Quick files first, so that a fault shows at once."""
+    items.sort(key=lambda item: next((rank for rank, name in enumerate(SLOW, 1) if name in str(item.path)), 0))
     if config.getoption("--live"):
         return
     for item in items:
@@ -143,7 +148,7 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-# Commands that take seconds, most of them spent waiting, run beside the tests
+# Commands that take seconds, most of them spent waiting, run beside the other tests of their file
 
 
 class Command(NamedTuple):
@@ -162,23 +167,19 @@ class Command(NamedTuple):
         return self.process.returncode, told, complaints
 
 
-def heed_interrupts() -> None:
-    """Let Ctrl-C end a process also where whoever runs the tests ignores it, as a shell's background jobs do."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def commands(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Command]]:
-    """The commands of all tests marked `beside`, by the test's id, started before the first test."""
+    """The commands of the module's tests marked `beside`, by the test's id, started before its first test."""
     started: dict[str, Command] = {}
     environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
+    # Ctrl-C is to end them also where whoever runs the tests ignores it, as a shell's background jobs do.
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
     for item in request.session.items:
-        if (mark := item.get_closest_marker("beside")) and lanes.CLAIMS not in os.environ:
+        if item.path == request.path and (mark := item.get_closest_marker("beside")):
             line, folder = [sys.executable, *mark.args], tmp_path_factory.mktemp("beside")
-            process = subprocess.Popen(
-                line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed_interrupts
-            )
+            process = subprocess.Popen(line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
             started[item.nodeid] = Command(process, folder)
+    signal.signal(signal.SIGINT, kept)
     yield started
     for command in started.values():
         if command.process.returncode is None:  # the run was cut short

@@ -16,20 +16,6 @@ from tests.conftest import Command
 from tests.sandbox.service import ROOT
 
 
-@pytest.mark.beside("-m", "tests.bench", "--smoke", "--json")
-def test_a_smoke_run_measures_every_row(beside: Command) -> None:
-    """`--smoke --json` ends well: every group has its rows, every job was answered, every figure is one."""
-    code, told, complaints = beside.outcome()
-    assert code == 0, complaints
-    report = json.loads(told)
-    rows = report["rows"]
-    assert list(dict.fromkeys(row["group"] for row in rows)) == list(MEASUREMENTS)
-    assert [row["measured"] for row in rows if row["what"].endswith("not answered")] == [0, 0, 0, 0]
-    assert all(row["measured"] > 0 for row in rows if row["group"] in ("start", "alone", "cpu"))
-    assert all(row["measured"] > 0 for row in rows if row["what"].endswith(("reads each", "known after its end")))
-    assert "cores" in report["measured_on"]
-
-
 def test_an_unknown_group_is_refused() -> None:
     """`--rows` takes the names of groups only, and says which there are."""
     command = [sys.executable, "-m", "tests.bench", "--rows", "speed"]
@@ -91,3 +77,17 @@ def test_a_percentile_is_one_of_the_numbers(count: int, percent: int, number: in
 def test_the_providers_own_time_is_the_sum_of_their_delays() -> None:
     """Speech, its upload, the film, its download, the final upload."""
     assert Sizes(speech_s=1, transfer_s=0.25).providers_s(6) == pytest.approx(7.75)
+
+
+@pytest.mark.beside("-m", "tests.bench", "--smoke", "--json")
+def test_a_smoke_run_measures_every_row(beside: Command) -> None:
+    """`--smoke --json` ends well: every group has its rows, every job was answered, every figure is one."""
+    code, told, complaints = beside.outcome()
+    assert code == 0, complaints
+    report = json.loads(told)
+    rows = report["rows"]
+    assert list(dict.fromkeys(row["group"] for row in rows)) == list(MEASUREMENTS)
+    assert [row["measured"] for row in rows if row["what"].endswith("not answered")] == [0, 0, 0, 0]
+    assert all(row["measured"] > 0 for row in rows if row["group"] in ("start", "alone", "cpu"))
+    assert all(row["measured"] > 0 for row in rows if row["what"].endswith(("reads each", "known after its end")))
+    assert "cores" in report["measured_on"]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import Command
 
-KILLS = 10
+KILLS = 8
 
 
 def check_counts(beside: Command) -> None:
