@@ -28,7 +28,7 @@ StartService = Callable[..., Service]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--live`: also run the tests that call the real providers."""
     parser.addoption("--live", action="store_true", help="also run the tests marked live: real providers, real money")
-    parser.addoption("--lanes", type=int, default=3, help="processes that share the test files (default: 3)")
+    parser.addoption("--lanes", type=int, default=4, help="processes that share the test files (default: 4)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

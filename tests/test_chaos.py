@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import Command
 
-KILLS = 8
+KILLS = 6
 
 
 def check_counts(beside: Command) -> None:

@@ -8,8 +8,9 @@ import json
 import signal
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import anyio
@@ -129,10 +130,21 @@ def front(sandbox: Sandbox, service: Service) -> FrontEnd:
 
 
 @pytest.fixture(scope="module")
-def second(running_sandbox: Sandbox) -> Iterator[Service]:
+def start_once(running_sandbox: Sandbox) -> Iterator[StartService]:
+    """A further instance of the service; tests that want the same settings share it."""
+    with ExitStack() as services:
+
+        @lru_cache
+        def start(number: int = 2, **changes: str) -> Service:
+            return services.enter_context(Service({**running_sandbox.environment(), **PACE, **changes}))
+
+        yield start
+
+
+@pytest.fixture
+def second(start_once: StartService) -> Service:
     """A second instance of the service."""
-    with Service({**running_sandbox.environment(), **PACE}) as service:
-        yield service
+    return start_once()
 
 
 async def together(*fronts: FrontEnd, when: Callable[[], Any] = lambda: True) -> list[Told]:
@@ -264,7 +276,7 @@ async def end_and_ask_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], servi
     async with anyio.create_task_group() as tasks:
         for stage, (call, number) in HOLDS.items():
             wanted = len(sandbox.calls(call)) + number
-            fronts[stage].fault(call, number, "slow", seconds=3 if stage.startswith("create") else 20)
+            fronts[stage].fault(call, number, "slow", seconds=2 if stage.startswith("create") else 20)
             tasks.start_soon(ask, stage, ended.first)
             assert await until(lambda call=call, n=wanted: len(sandbox.calls(call)) >= n, 10), f"no job at {stage}"
         assert await until(lambda: sandbox.created(prompt="create"))
@@ -358,9 +370,9 @@ async def test_a_film_that_cannot_be_had_stays_refused(front: FrontEnd, outcome:
 
 
 @pytest.mark.parametrize("is_noted", [True, False], ids=["while the film is made", "before its id is noted"])
-async def test_the_deadline_is_final(start_service: StartService, front: FrontEnd, is_noted: bool) -> None:
+async def test_the_deadline_is_final(start_once: StartService, front: FrontEnd, is_noted: bool) -> None:
     """The film is cancelled and the file knows it, whatever was going on; the next request gets that refusal."""
-    front.service = start_service(JOB_TIMEOUT_SECONDS="1", RETRY_FIRST_SECONDS="1.2")
+    front.service = start_once(JOB_TIMEOUT_SECONDS="1", RETRY_FIRST_SECONDS="1.2")
     front.sandbox.outcome("never")
     if not is_noted:  # its write fails, and is not given up
         front.fault("upload", 2, status=503)
@@ -406,21 +418,6 @@ async def test_a_malformed_key_is_refused(front: FrontEnd, key: str | bytes) -> 
 
 
 # The file
-
-
-@pytest.mark.parametrize("name", ["SUPABASE_URL", "SUPABASE_SERVICE_ROLE", "REPLICATE_API_TOKEN", "ELEVEN_API_KEY"])
-async def test_a_missing_setting_is_named_before_anybody_is_called(
-    start_service: StartService, front: FrontEnd, name: str
-) -> None:
-    """A key needs the storage, also where the job itself does not; and nobody includes the storage."""
-    front.service = start_service(**{name: ""})
-    for path in (TALKING,) if name == "ELEVEN_API_KEY" else BODIES:
-        told = await front.ask(path)
-        assert told.kind == (500, "configuration", False)
-        assert name in told.data["detail"]
-    assert front.sandbox.requests == []
-    if "SUPABASE" in name:
-        assert (await replace(front, key=None).ask(SILENT)).status == 200
 
 
 @pytest.mark.parametrize(
@@ -510,11 +507,9 @@ async def test_without_a_key_nothing_is_different(front: FrontEnd) -> None:
     assert [(call.replace(second, first), body) for call, body in keyed if "storage" not in call] == plain
 
 
-async def test_a_film_whose_notes_were_all_lost_is_not_bought_again(
-    front: FrontEnd, start_service: StartService
-) -> None:
+async def test_a_film_whose_notes_were_all_lost_is_not_bought_again(front: FrontEnd, start_once: StartService) -> None:
     """The storage was away from the create on: the next request finds its own prediction in Replicate's list."""
-    front.service = start_service(PATIENCE_SECONDS="0.8")
+    front.service = start_once(PATIENCE_SECONDS="0.8")
     front.fault("upload", 2, status=503, times=None)
     assert (await front.ask(SILENT)).status == 200
     assert "prediction_id" not in front.note["partial"]
@@ -524,13 +519,12 @@ async def test_a_film_whose_notes_were_all_lost_is_not_bought_again(
 
 
 async def test_a_speech_that_takes_long_is_not_waited_for_by_two_who_buy(
-    front: FrontEnd, start_service: StartService
+    front: FrontEnd, start_once: StartService
 ) -> None:
     """Another instance takes the job over meanwhile: the first one sees that before it buys a film, and delivers that one."""
-    one, other = start_service(PATIENCE_SECONDS="1"), start_service(PATIENCE_SECONDS="1")
-    front.sandbox.fault("speech", "slow", seconds=1.2)
+    fronts = [replace(front, service=start_once(number, PATIENCE_SECONDS="0.8")) for number in (2, 3)]
+    front.sandbox.fault("speech", "slow", seconds=1)
     front.sandbox.video_seconds = 1.0
-    first, second = FrontEnd(front.sandbox, one, front.key), FrontEnd(front.sandbox, other, front.key)
-    told = await together(first, second, when=lambda: front.sandbox.calls("speech"))
+    told = await together(*fronts, when=lambda: front.sandbox.calls("speech"))
     assert [answer.status for answer in told] == [200, 200]
     assert len(front.sandbox.predictions) == 1

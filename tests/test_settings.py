@@ -195,13 +195,21 @@ async def test_missing_keys_are_warned_of_once_at_start(monkeypatch, caplog, uns
 
 
 @pytest.mark.parametrize("model", [None, "kwaivgi/kling-v2.1"])
+@pytest.mark.parametrize("key", [None, "a-key"], ids=["without a key", "with a key"])
 @pytest.mark.parametrize("name", KEYS_FOR_SPEECH)
-async def test_a_request_that_needs_an_unset_key_is_answered_500_naming_it(monkeypatch, respx_mock, name, model):
-    """Before any provider is called, a model's look-up included; a silent film needs the one token only."""
+async def test_a_request_that_needs_an_unset_key_is_answered_500_naming_it(monkeypatch, respx_mock, name, key, model):
+    """Before any provider is called, a model's look-up included; a silent film needs one token, its file the storage."""
     use_settings(monkeypatch, **{name: ""})
+    headers = {"Idempotency-Key": key} if key else {}
+    needed = ["REPLICATE_API_TOKEN", *(["SUPABASE_URL", "SUPABASE_SERVICE_ROLE"] if key else [])]
     async with running_application() as client:
-        spoken = await client.post("/jobs_prompt_tts", json={**JOB, "model": model})
-        silent = await client.post("/jobs_prompt_only", json={**JOB, "seconds": 7})
-    assert (spoken.status_code, spoken.json()["category"]) == (500, "configuration")
-    assert spoken.json()["detail"] == f"The service is not set up for this: set {name}."
-    assert silent.status_code == (500 if name == "REPLICATE_API_TOKEN" else 400)  # 7 s: refused next
+        asked = [await client.post("/jobs_prompt_tts", json={**JOB, "model": model}, headers=headers)]
+        silent = {**JOB, "seconds": 7}  # refused next
+        if name in needed:
+            asked.append(await client.post("/jobs_prompt_only", json=silent, headers=headers))
+        elif not key:
+            assert (await client.post("/jobs_prompt_only", json=silent)).status_code == 400
+    for response in asked:
+        error = response.json()
+        assert (response.status_code, error["category"], error["retryable"]) == (500, "configuration", False)
+        assert error["detail"] == f"The service is not set up for this: set {name}."

@@ -20,10 +20,10 @@ from tests.sandbox import Sandbox, Service
 
 pytestmark = pytest.mark.anyio
 
-ROUNDS, WARM_UP_ROUNDS, AT_ONCE = 6, 2, 8
+ROUNDS, WARM_UP_ROUNDS, AT_ONCE = 5, 2, 8
 QUICK = {**PACE, "POLL_MIN_SECONDS": "0.005", "RETRY_FIRST_SECONDS": "0.005", "PATIENCE_SECONDS": "0.6"}
 THREAD_POOL = min(32, (os.cpu_count() or 1) + 4)  # asyncio's own, which grows to its size as it is used
-GROWTH_KB = 4_000  # a job that kept 10 kB for good would show
+GROWTH_KB = 4_000  # a job that kept 14 kB for good would show
 
 
 @pytest.fixture(scope="module")
