@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import httpx
-import imageio_ffmpeg
 import pytest
 
 from tests import lanes
@@ -56,12 +54,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("live"):
             item.add_marker(pytest.mark.skip(reason="needs --live"))
-
-
-def pytest_report_header() -> str:
-    """The versions that matter here."""
-    ffmpeg = imageio_ffmpeg.get_ffmpeg_version()
-    return f"talking pet: Python {platform.python_version()}, httpx {httpx.__version__}, ffmpeg {ffmpeg}"
 
 
 @pytest.fixture(scope="session")

@@ -92,15 +92,15 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def children(pid: int) -> list[int]:
-    """The processes whose parent this is, dead ones that nobody has waited for included."""
+def children(pid: int, name: str = "") -> list[int]:
+    """The processes whose parent this is, and whose name begins so; dead ones that nobody has waited for included."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            command, _, fields = stat.read_text().partition("(")[2].rpartition(")")
         except OSError:  # it has just ended
             continue
-        if int(fields[1]) == pid:
+        if int(fields.split()[1]) == pid and command.startswith(name):
             found.append(int(stat.parent.name))
     return found
 

@@ -15,7 +15,7 @@ import anyio
 import httpx
 import pytest
 
-import main
+from tests.inprocess import running_application
 
 PATIENCE_S = 5.0
 PUBLIC = "93.184.216.34"  # leads to a server of the test where `internet` says so
@@ -187,8 +187,7 @@ def internet(inside: Server, monkeypatch: pytest.MonkeyPatch) -> Internet:
 @pytest.fixture
 async def client(anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the running service, within this process; its connections end with the test."""
-    transport = httpx.ASGITransport(main.app)
-    async with main.lifespan(main.app), httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+    async with running_application() as client:
         yield client
 
 

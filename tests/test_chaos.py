@@ -9,10 +9,15 @@ import pytest
 from tests.conftest import Command
 
 KILLS = 6
+COMMAND = ("-m", "tests.chaos", "--kills", str(KILLS))
+ON_TWO = pytest.mark.beside(*COMMAND, "--services", "2")
 
 
-def check_counts(beside: Command) -> None:
-    """Every job was delivered and bought one film, and as many kills were made as asked for; a speech may be lost."""
+@pytest.mark.parametrize(
+    "services", [pytest.param(1, marks=pytest.mark.beside(*COMMAND)), pytest.param(2, marks=ON_TWO)]
+)
+def test_every_job_gets_its_film_and_only_one(beside: Command, services: int) -> None:
+    """While they work, processes of the service are killed, ended and cut off; a speech may be lost, a film never."""
     code, told, complaints = beside.outcome()
     assert code == 0, f"{told}\n{complaints}"
     counts = {name.strip(): int(number) for name, number in re.findall(r"^([a-z ]+?)  +(\d+)", told, re.MULTILINE)}
@@ -20,15 +25,3 @@ def check_counts(beside: Command) -> None:
     assert counts["jobs"] == counts["films bought"] == counts["films delivered"] > 0
     assert counts["jobs"] <= counts["speeches bought"] <= counts["jobs"] + KILLS
     assert counts["jobs"] < counts["requests"]
-
-
-@pytest.mark.beside("-m", "tests.chaos", "--kills", str(KILLS))
-def test_every_job_gets_its_film_and_only_one(beside: Command) -> None:
-    """One process of the service is killed, ended and cut off while it works."""
-    check_counts(beside)
-
-
-@pytest.mark.beside("-m", "tests.chaos", "--kills", str(KILLS), "--services", "2")
-def test_so_it_does_on_two_instances(beside: Command) -> None:
-    """Two of them on one bucket are asked in turn."""
-    check_counts(beside)

@@ -22,7 +22,7 @@ from tests.sandbox import Sandbox, Service
 
 # Services by their deadline in seconds: enough to come to the film, enough to come to the end, plenty.
 LANES = {1: 2, 2: 1, 60: 2}
-PACE = {"POLL_MIN_SECONDS": "0.005", "RETRY_FIRST_SECONDS": "0.005", "PATIENCE_SECONDS": "0.8"}
+PACE = {"POLL_MIN_SECONDS": "0.005", "RETRY_FIRST_SECONDS": "0.005", "PATIENCE_SECONDS": "1.2"}
 SPOKEN, BOUGHT = frozenset({"audio_url"}), frozenset({"audio_url", "video_url", "prediction_id"})
 
 

@@ -20,7 +20,8 @@ import imageio_ffmpeg  # type: ignore[import-untyped]
 import pytest
 
 import main
-from tests import network
+from tests import jobs, network
+from tests.jobs import needs_proc
 from tests.network import reply
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("_no_child_left")]
@@ -33,8 +34,6 @@ NO_FILM = "What the model made is not an MP4 film."
 BREAKS_OFF = "The film that the model made breaks off."
 SPEECH_HZ, FILM_HZ = 440, 1000  # the tones of our speech, and of a film that brings its own sound
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
-
 
 def ffmpeg(*arguments: object) -> "subprocess.CompletedProcess[bytes]":
     """Run ffmpeg to its end; the test fails if it does."""
@@ -44,23 +43,14 @@ def ffmpeg(*arguments: object) -> "subprocess.CompletedProcess[bytes]":
 
 def children() -> set[int]:
     """The ffmpeg processes that this one has started and not yet reaped."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(rest.split()[1]) == os.getpid() and name.startswith("ffmpeg"):
-            found.add(int(stat.parent.name))
-    return found
+    return set(jobs.children(os.getpid(), "ffmpeg"))
 
 
 @pytest.fixture
 def _no_child_left() -> Iterator[None]:
     """Fail a test that leaves an ffmpeg behind, running or not reaped."""
     yield
-    if sys.platform == "linux":
-        assert children() == set()
+    assert children() == set()  # where there is no /proc: always
 
 
 # Media to put together

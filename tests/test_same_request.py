@@ -256,7 +256,8 @@ class Ended(NamedTuple):
 @pytest.fixture(scope="module", params=[signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
 def ended(request: pytest.FixtureRequest) -> Ended:
     """A process that holds a job at every stage is ended without time, and the same requests go to the next one."""
-    with Sandbox() as sandbox, Service({**sandbox.environment(), **PACE}, graceful_s=0) as service:
+    pace = {**PACE, "PATIENCE_SECONDS": "8"}  # else a job on a busy machine writes further notes meanwhile
+    with Sandbox() as sandbox, Service({**sandbox.environment(), **pace}, graceful_s=0) as service:
         sandbox.film(short_film())
         forms, fronts = itertools.cycle(FORMS), {}
         for stage in HOLDS:

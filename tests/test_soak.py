@@ -16,6 +16,7 @@ import pytest
 import main
 from tests import jobs
 from tests.conftest import PACE
+from tests.inprocess import running_application
 from tests.sandbox import Sandbox, Service
 
 pytestmark = pytest.mark.anyio
@@ -118,8 +119,6 @@ async def test_jobs_leave_no_task_behind(instant: Sandbox, monkeypatch: pytest.M
     main.get_settings.cache_clear()
     film = jobs.short_film()
     before = len(asyncio.all_tasks())
-    async with main.lifespan(main.app):
-        transport = httpx.ASGITransport(main.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
-            await run_round(client, instant, film)
+    async with running_application() as client:
+        await run_round(client, instant, film)
         assert await jobs.until(lambda: len(asyncio.all_tasks()) == before, 1), asyncio.all_tasks()

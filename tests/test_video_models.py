@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,8 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, running_application, told
+from tests import network
+from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, told
 
 PICTURE_URL = "https://example.com/pet.jpg"
 SPEECH_URL = "https://example.com/speech.mp3"
@@ -23,12 +23,7 @@ JOB = {"image_url": PICTURE_URL, "prompt": "Talk", "text": "Feed me!", "voice_id
 pytestmark = [pytest.mark.usefixtures("settings"), pytest.mark.anyio, pytest.mark.respx(assert_all_called=False)]
 
 
-@pytest.fixture
-async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """The running application, which has looked up nothing yet."""
-    async with running_application() as client:
-        yield client
-
+client = network.client  # of an application that has looked up nothing yet
 
 # Fitting a request to a model: every published schema
 
