@@ -297,22 +297,6 @@ def test_picture_and_speech_are_known_by_their_schema(properties, picture, speec
     assert (model.picture_field, model.speech_field) == (picture, speech)
 
 
-@pytest.mark.parametrize(
-    ("properties", "expected"),
-    [
-        pytest.param({}, {}, id="no prompt"),
-        pytest.param({"negative_prompt": TEXT, "prompt": TEXT}, {"prompt": "Talk"}, id="a negative one beside it"),
-        pytest.param({"negative_prompt": TEXT}, {}, id="only a negative one"),
-        pytest.param({"text_prompt": TEXT}, {"text_prompt": "Talk"}, id="another name"),
-        pytest.param({"prompt_optimizer": SWITCH}, {}, id="a switch"),
-        pytest.param({"prompt": {"anyOf": [TEXT, NULL]}}, {"prompt": "Talk"}, id="or null"),
-    ],
-)
-def test_the_prompt_is_sent_where_there_is_a_field_for_it(properties, expected):
-    """A model without a prompt runs without one."""
-    assert fit(unseen({"image": FILE, **properties})) == {"image": PICTURE_URL, **expected}
-
-
 FRAMES = {"description": "Number of frames to generate"}
 SIZE = whole(minimum=256, maximum=1280)
 REF = {"allOf": [{"$ref": "#/components/schemas/Choices"}]}
@@ -346,11 +330,23 @@ REF = {"allOf": [{"$ref": "#/components/schemas/Choices"}]}
         pytest.param({"quality": choice("low", "high")}, "720p", None, id="quality that is no size"),
         pytest.param({"quality": whole(minimum=1, maximum=100)}, "720p", None, id="quality in percent"),
         pytest.param({"size": choice("16:9", "9:16")}, "720p", None, id="size that is a shape"),
+        # six seconds and 768p are wishes: the nearest that the model makes is taken
+        pytest.param({"duration": choice(5, 8)}, None, 5, id="left out: the nearest length"),
+        pytest.param({"duration": choice(5, 7)}, None, 5, id="left out: halfway, the shorter one"),
+        pytest.param({"length": choice(97, 129, 161)}, None, 129, id="left out: frames to choose from"),
+        pytest.param({"num_frames": whole(minimum=150, maximum=200)}, None, 150, id="left out: a range of frames"),
+        pytest.param({"resolution": choice("480p", "720p", "1080p")}, None, "720p", id="left out: the nearest size"),
+        pytest.param({"quality": choice("4k", "1080p")}, None, "1080p", id="left out: none near"),
+        pytest.param({"resolution": choice(1024, 512)}, None, 512, id="left out: numbers, halfway"),
+        pytest.param(
+            {"resolution": choice("1024x576", "1360x768")}, None, "1360x768", id="left out: the same in another form"
+        ),
+        pytest.param({"resolution": TEXT}, None, None, id="left out, none listed: the model's default"),
     ],
 )
 def test_length_and_size_are_sent_as_the_model_writes_them(properties, asked, sent):
     """Whatever name and form they have there: seconds or frames, numbers or texts, lines or sides."""
-    setting = {"seconds" if isinstance(asked, int) else "resolution": asked}
+    setting = {"seconds" if isinstance(asked, int) else "resolution": asked} if asked else {}
     values = fit(unseen({"image": FILE, **properties}, Choices=choice(5, 10)), **setting)
     assert values == {"image": PICTURE_URL, **({next(iter(properties)): sent} if sent else {})}
     assert [type(value) for value in values.values()] == [str, type(sent)][: len(values)]
@@ -375,30 +371,18 @@ def test_what_the_model_lacks_is_refused(prop, setting, allowed):
 
 
 @pytest.mark.parametrize(
-    ("properties", "filled"),
-    [
-        pytest.param({"duration": choice(5, 8)}, 5, id="the nearest length"),
-        pytest.param({"duration": choice(5, 7)}, 5, id="halfway, the shorter one"),
-        pytest.param({"length": choice(97, 129, 161)}, 129, id="frames to choose from"),
-        pytest.param({"num_frames": whole(minimum=150, maximum=200)}, 150, id="a range of frames"),
-        pytest.param({"resolution": choice("480p", "720p", "1080p")}, "720p", id="the nearest size"),
-        pytest.param({"quality": choice("4k", "1080p")}, "1080p", id="none near"),
-        pytest.param({"resolution": choice(1024, 512)}, 512, id="numbers, halfway"),
-        pytest.param({"resolution": choice("1024x576", "1360x768")}, "1360x768", id="the same in another form"),
-        pytest.param(
-            {"resolution": TEXT}, None, id="where none is listed, the model's own default is better than ours"
-        ),
-    ],
-)
-def test_what_a_client_leaves_out_adapts(properties, filled):
-    """Six seconds and 768p are wishes: the nearest that the model makes is taken."""
-    [name] = properties
-    assert fit(unseen({"image": FILE, **properties})).get(name) == filled
-
-
-@pytest.mark.parametrize(
     ("properties", "required", "expected"),
     [
+        # a prompt, where there is a field for it
+        pytest.param({}, "", {}, id="no prompt"),
+        pytest.param(
+            {"negative_prompt": TEXT, "prompt": TEXT}, "", {"prompt": "Talk"}, id="prompt: a negative one beside it"
+        ),
+        pytest.param({"negative_prompt": TEXT}, "", {}, id="prompt: only a negative one"),
+        pytest.param({"text_prompt": TEXT}, "", {"text_prompt": "Talk"}, id="prompt: another name"),
+        pytest.param({"prompt_optimizer": SWITCH}, "", {}, id="prompt: a switch"),
+        pytest.param({"prompt": {"anyOf": [TEXT, NULL]}}, "", {"prompt": "Talk"}, id="prompt: or null"),
+        # what the model requires besides
         pytest.param({"mode": {**TEXT, "default": "pro"}}, "mode", {"mode": "pro"}, id="required with a default"),
         pytest.param({"steps": whole(default=0)}, "steps", {"steps": 0}, id="a default of nought"),
         pytest.param({"audio_on": {**SWITCH, "default": False}}, "audio_on", {"audio_on": False}, id="off"),
@@ -409,11 +393,22 @@ def test_what_a_client_leaves_out_adapts(properties, filled):
         pytest.param({"video": FILE, "mask": FILE}, "video mask", None, id="two"),
         pytest.param({"audio": FILE, "mask": FILE}, "audio mask", None, id="speech in a job without, and more"),
         pytest.param({}, "ghost", None, id="not even described"),
+        # fields that cannot be understood
+        pytest.param({"odd": None, "odder": "text", "oddest": []}, "", {}, id="fields that are none"),
+        pytest.param({"seed": {"$ref": "#/components/schemas/Ghost"}}, "", {}, id="a reference to nothing"),
+        pytest.param({"seed": {"$ref": "#/components/schemas/Loop"}}, "", {}, id="a reference to itself"),
+        pytest.param({"seed": {"allOf": [None, 5], "anyOf": None}}, "", {}, id="parts that are none"),
+        pytest.param({"duration": {"enum": [None, True, [], "auto"]}}, "", {}, id="lengths that are none"),
+        pytest.param({"resolution": {"enum": [None, True, {}]}}, "", {}, id="sizes that are none"),
+        pytest.param({"resolution": {"enum": ["9" * 5000 + "x" + "9" * 5000]}}, "", {}, id="a size without end"),
+        pytest.param({"duration": {"enum": 5}}, "", {}, id="an enum that is none"),
+        pytest.param({"seed": {"allOf": 5}}, "", {}, id="parts in a number"),
     ],
 )
-def test_what_a_model_requires_besides_is_its_own_default(properties, required, expected):
-    """Nothing else is filled, and nothing made up: a field that we have nothing for is named, before anything is bought."""
-    model = unseen({"image": FILE, **properties}, "image", *required.split())
+def test_nothing_is_filled_but_what_we_have_or_the_model_says(properties, required, expected):
+    """The prompt, and the model's own default of what it requires; what we have nothing for is named before all else."""
+    schemas = {"Loop": {"allOf": [{"$ref": "#/components/schemas/Loop"}]}}
+    model = unseen({"image": FILE, **properties}, "image", *required.split(), **schemas)
     if expected is None:
         names = ", ".join(required.split())
         assert refusal(model) == f"model: some/model needs {names}, which this service has nothing for."
@@ -436,26 +431,6 @@ def test_a_schema_of_hundreds_of_fields_is_refused():
     """Nobody fills in such a form."""
     with pytest.raises(main.ProviderFailed, match="a person could fill in"):
         unseen({f"field{number}": TEXT for number in range(301)})
-
-
-@pytest.mark.parametrize(
-    "properties",
-    [
-        pytest.param({"odd": None, "odder": "text", "oddest": []}, id="fields that are none"),
-        pytest.param({"seed": {"$ref": "#/components/schemas/Ghost"}}, id="a reference to nothing"),
-        pytest.param({"seed": {"$ref": "#/components/schemas/Loop"}}, id="a reference to itself"),
-        pytest.param({"seed": {"allOf": [None, 5], "anyOf": None}}, id="parts that are none"),
-        pytest.param({"duration": {"enum": [None, True, [], "auto"]}}, id="lengths that are none"),
-        pytest.param({"resolution": {"enum": [None, True, {}]}}, id="sizes that are none"),
-        pytest.param({"resolution": {"enum": ["9" * 5000 + "x" + "9" * 5000]}}, id="a size without end"),
-        pytest.param({"duration": {"enum": 5}}, id="an enum that is none"),
-        pytest.param({"seed": {"allOf": 5}}, id="parts in a number"),
-    ],
-)
-def test_odd_fields_do_no_harm(properties):
-    """A field that cannot be understood is left alone."""
-    loop = {"allOf": [{"$ref": "#/components/schemas/Loop"}]}
-    assert fit(unseen({"image": FILE, **properties}, Loop=loop)) == {"image": PICTURE_URL}
 
 
 @pytest.mark.parametrize("odd", [None, True, 5, "1", {}, [["image"]], [None]], ids=repr)
