@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import anyio
 import httpx
@@ -82,6 +82,39 @@ async def all_events(client: httpx.AsyncClient, path: str, body: dict[str, Any])
     async with client.stream("POST", path, json=body, headers=EVENT_STREAM) as response:
         assert response.status_code == 200, await response.aread()
         return [event async for event in read_events(response)]
+
+
+# A job in either form
+
+
+class Told(NamedTuple):
+    """What came of a request, in either form: the result or error as it is written, and the stages before it."""
+
+    status: int
+    text: str
+    stages: list[tuple[str, str]]
+    is_replayed: bool
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The result, or the error as the JSON form has it."""
+        return {name: value for name, value in json.loads(self.text).items() if name != "status"}
+
+    @property
+    def kind(self) -> tuple[int, str | None, bool | None]:
+        """Status, category, and whether it is retryable."""
+        return self.status, self.data.get("category"), self.data.get("retryable")
+
+
+async def ask(url: str, path: str, body: dict[str, Any], headers: Any) -> Told:
+    """Send a job to a service and hear what comes of it."""
+    async with caller(url) as client, client.stream("POST", path, json=body, headers=headers) as response:
+        is_replayed = response.headers.get("idempotency-replayed") == "true"
+        if response.headers["content-type"] == "application/json":
+            return Told(response.status_code, (await response.aread()).decode(), [], is_replayed)
+        *stages, last = [event async for event in read_events(response) if event.name != "comment"]
+    changed = [(one.data["stage"], one.data["state"]) for one in stages if one.data["state"] != "progress"]
+    return Told(last.data["status"] if last.name == "error" else 200, last.text, changed, is_replayed)
 
 
 # The service's process

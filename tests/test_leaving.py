@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import imageio_ffmpeg
 import pytest
 
 from tests.conftest import PACE
-from tests.jobs import all_events, caller, children, left_in, needs_proc, short_film, speech_job, until
+from tests.jobs import Told, ask, children, left_in, needs_proc, short_film, speech_job, until
 from tests.sandbox import Sandbox, Service
 
 pytestmark = [pytest.mark.anyio, needs_proc]
@@ -61,6 +61,11 @@ class Held:
         ffmpeg.chmod(0o755)
         changes = {"TMPDIR": str(self.folder), "IMAGEIO_FFMPEG_EXE": str(ffmpeg)}
         self.service = Service({**sandbox.environment(), **PACE, **changes}, graceful_s=graceful_s)
+
+    def is_listening(self) -> bool:
+        """Whether the service takes connections."""
+        with socket.socket() as caller:
+            return caller.connect_ex(("127.0.0.1", self.service.port)) == 0
 
     def body(self) -> dict[str, Any]:
         """A speech job whose final film is as long as the model's."""
@@ -142,20 +147,12 @@ async def test_a_client_that_leaves_ends_its_job(
 # The host ends the process
 
 
-def is_listening(port: int) -> bool:
-    """Whether connections to a local port are accepted."""
-    with socket.socket() as caller:
-        return caller.connect_ex(("127.0.0.1", port)) == 0
-
-
 @dataclass
 class Ending:
-    """What came of one job when the process was ended."""
+    """What came of one job when the process was ended: its answer, and what its prediction was; None: there is none."""
 
-    status: int = 0
-    answer: dict[str, Any] = field(default_factory=dict)
-    events: list[str] = field(default_factory=list)
-    film: str | None = None  # what its prediction was when the process had ended; None: none when the signal came
+    told: Told | None = None
+    film: str | None = None
 
 
 class Ended(NamedTuple):
@@ -172,61 +169,47 @@ class Ended(NamedTuple):
 Endings = dict[tuple[str, str], Ended]
 
 
-@dataclass
-class Process:
-    """A process that is ended with a job at every stage: with enough time or too little, asked in either form."""
+async def end_one(seen: Endings, folder: Path, film: bytes, patience: str, form: str) -> None:
+    """Start a service, hold a job at every stage, and end it: with enough time or too little, asked in either form."""
+    graceful_s, hold_s = (30, FILM_S) if patience == "enough" else (1, 20.0)
+    with Sandbox() as sandbox:
+        sandbox.film(film)
+        held = Held(sandbox, folder / f"{patience}-{form}", graceful_s)
+        await anyio.to_thread.run_sync(held.service.start)
+        try:
+            seen[patience, form] = await hold_all(held, hold_s, form)
+        finally:
+            await anyio.to_thread.run_sync(held.service.close)
 
-    patience: str
-    form: str
 
-    async def run(self, seen: Endings, folder: Path, film: bytes) -> None:
-        """Start a service, hold a job at every stage, and end it."""
-        graceful_s, hold_s = (30, FILM_S) if self.patience == "enough" else (1, 20.0)
-        with Sandbox() as sandbox:
-            sandbox.film(film)
-            held = Held(sandbox, folder / f"{self.patience}-{self.form}", graceful_s)
-            await anyio.to_thread.run_sync(held.service.start)
-            try:
-                seen[self.patience, self.form] = await self.hold_all(held, hold_s)
-            finally:
-                await anyio.to_thread.run_sync(held.service.close)
+async def hold_all(held: Held, hold_s: float, form: str) -> Ended:
+    """A job at every stage, then SIGTERM; what comes of each."""
+    jobs: dict[str, Ending] = {}
 
-    async def hold_all(self, held: Held, hold_s: float) -> Ended:
-        """A job at every stage, then SIGTERM; what comes of each."""
-        jobs: dict[str, Ending] = {}
-        async with anyio.create_task_group() as tasks:
-            for stage in reversed(HOLDS):  # the ones that take longest to get there first
-                # A create on its way is waited for five seconds, to learn which film to cancel.
-                held.prepare(stage, hold_s if stage != "create" else min(hold_s, 4))
-                wanted, known = held.wanted(stage), set(held.sandbox.predictions)
-                jobs[stage] = Ending()
-                tasks.start_soon(self.ask, held, jobs[stage])
-                assert await until(lambda s=stage, n=wanted: held.count(s) >= n, 45), f"no job stands at {stage}"
-                if stage in MADE:
-                    assert await until(lambda known=known: set(held.sandbox.predictions) - known)
-                    [jobs[stage].film] = set(held.sandbox.predictions) - known
-            assert all(job.status == 0 for job in jobs.values()), "every job is still on its way"
-            ffmpegs, started = children(held.service.pid), time.monotonic()
-            os.kill(held.service.pid, signal.SIGTERM)
-            is_closed = await until(lambda: not is_listening(held.service.port), 2)
-            code = await anyio.to_thread.run_sync(held.service.stop, 0)  # no further signal
-            seconds = time.monotonic() - started
-            for job in jobs.values():
-                job.film = held.sandbox.predictions[job.film].status if job.film else None
-            left = [*left_in(held.folder), *(pid for pid in ffmpegs if Path(f"/proc/{pid}").exists())]
-        return Ended(jobs, code, seconds, is_closed, left, held.service.log)
+    async def job(ending: Ending) -> None:
+        ending.told = await ask(held.service.url, "/jobs_prompt_tts", held.body(), {"accept": FORMS[form]})
 
-    async def ask(self, held: Held, job: Ending) -> None:
-        """One job."""
-        async with caller(held.service.url) as client:
-            if self.form == "json":
-                response = await client.post("/jobs_prompt_tts", json=held.body())
-                job.answer, job.status = response.json(), response.status_code
-                return
-            events = await all_events(client, "/jobs_prompt_tts", held.body())
-            job.events = [event.name for event in events if event.name != "comment"]
-            job.answer = dict(events[-1].data)
-            job.status = job.answer.pop("status", 200)
+    async with anyio.create_task_group() as tasks:
+        for stage in reversed(HOLDS):  # the ones that take longest to get there first
+            # A create on its way is waited for five seconds, to learn which film to cancel.
+            held.prepare(stage, hold_s if stage != "create" else min(hold_s, 4))
+            wanted, known = held.wanted(stage), set(held.sandbox.predictions)
+            jobs[stage] = Ending()
+            tasks.start_soon(job, jobs[stage])
+            assert await until(lambda s=stage, n=wanted: held.count(s) >= n, 45), f"no job stands at {stage}"
+            if stage in MADE:
+                assert await until(lambda known=known: set(held.sandbox.predictions) - known)
+                [jobs[stage].film] = set(held.sandbox.predictions) - known
+        assert all(ending.told is None for ending in jobs.values()), "every job is still on its way"
+        ffmpegs, started = children(held.service.pid), time.monotonic()
+        os.kill(held.service.pid, signal.SIGTERM)
+        is_closed = await until(lambda: not held.is_listening(), 2)
+        code = await anyio.to_thread.run_sync(held.service.stop, 0)  # no further signal
+        seconds = time.monotonic() - started
+        for ending in jobs.values():
+            ending.film = held.sandbox.predictions[ending.film].status if ending.film else None
+        left = [*left_in(held.folder), *(pid for pid in ffmpegs if Path(f"/proc/{pid}").exists())]
+    return Ended(jobs, code, seconds, is_closed, left, held.service.log)
 
 
 async def end_four(folder: Path, film: bytes) -> Endings:
@@ -235,7 +218,7 @@ async def end_four(folder: Path, film: bytes) -> Endings:
     async with anyio.create_task_group() as tasks:
         for patience in ("enough", "too little"):
             for form in FORMS:
-                tasks.start_soon(Process(patience, form).run, seen, folder, film)
+                tasks.start_soon(end_one, seen, folder, film, patience, form)
     return seen
 
 
@@ -257,9 +240,9 @@ def endings(all_endings: Future[Endings]) -> Endings:
 def test_a_job_that_can_finish_in_time_does(endings: Endings, stage: str, form: str) -> None:
     """SIGTERM with enough time: the answer is the film, and its prediction was never cancelled."""
     job = endings["enough", form].jobs[stage]
-    assert (job.status, set(job.answer)) == (200, {"audio_url", "video_url", "final_url"}), job.answer
+    assert job.told
+    assert (job.told.status, set(job.told.data)) == (200, {"audio_url", "video_url", "final_url"}), job.told.text
     assert job.film in (None, "succeeded")
-    assert form == "json" or job.events[-1] == "result"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -267,12 +250,12 @@ def test_a_job_that_can_finish_in_time_does(endings: Endings, stage: str, form: 
 def test_a_job_that_cannot_is_told_and_cancelled(endings: Endings, stage: str, form: str) -> None:
     """SIGTERM with too little time: an error with what was bought, and the film is cancelled before the process ends."""
     job = endings["too little", form].jobs[stage]
-    assert (job.status, job.answer.get("category"), job.answer.get("provider")) == (500, "internal", None), job.answer
-    assert "restarting" in job.answer["detail"]
-    assert set(job.answer.get("partial", {})) == PARTIAL[stage]
+    assert job.told
+    assert (job.told.kind[:2], job.told.data["provider"]) == ((500, "internal"), None), job.told.text
+    assert "restarting" in job.told.data["detail"]
+    assert set(job.told.data.get("partial", {})) == PARTIAL[stage]
     made = {"create": "canceled", "video": "canceled", "speech": None, "audio_upload": None}
     assert job.film == made.get(stage, "succeeded")
-    assert form == "json" or (job.events[-1], "result" in job.events) == ("error", False)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from tests.conftest import PACE, StartService
-from tests.jobs import EVENT_STREAM, STAGES, caller, prompt_job, read_events, short_film, speech_job, until
+from tests.jobs import EVENT_STREAM, STAGES, Told, ask, caller, prompt_job, short_film, speech_job, until
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.supabase import KEYS
 
@@ -33,25 +33,6 @@ MEETING_S = 0.3  # time in which two requests surely meet
 
 both_routes = pytest.mark.parametrize("path", BODIES)
 both_forms = pytest.mark.parametrize("form", FORMS)
-
-
-class Told(NamedTuple):
-    """What came of a request, in either form: the result or error as it is written, and the stages before it."""
-
-    status: int
-    text: str
-    stages: list[tuple[str, str]]
-    is_replayed: bool
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """The result, or the error as the JSON form has it."""
-        return {name: value for name, value in json.loads(self.text).items() if name != "status"}
-
-    @property
-    def kind(self) -> tuple[int, str | None, bool | None]:
-        """Status, category, and whether it is retryable."""
-        return self.status, self.data.get("category"), self.data.get("retryable")
 
 
 @dataclass
@@ -68,14 +49,7 @@ class FrontEnd:
         """Send the job and hear what comes of it."""
         body, headers = BODIES[path](self.sandbox, **self.changes, **changes), list(FORMS[form or self.form].items())
         headers += [] if self.key is None else [("Idempotency-Key", self.key), ("X-Request-ID", str(self.key)[:36])]
-        async with caller(self.service.url) as client:
-            async with client.stream("POST", path, json=body, headers=headers) as response:
-                is_replayed = response.headers.get("idempotency-replayed") == "true"
-                if response.headers["content-type"] == "application/json":
-                    return Told(response.status_code, (await response.aread()).decode(), [], is_replayed)
-                *stages, last = [event async for event in read_events(response) if event.name != "comment"]
-        changed = [(one.data["stage"], one.data["state"]) for one in stages if one.data["state"] != "progress"]
-        return Told(last.data["status"] if last.name == "error" else 200, last.text, changed, is_replayed)
+        return await ask(self.service.url, path, body, headers)
 
     async def leave(self, path: str, form: str, when: Callable[[], Any]) -> None:
         """Send the job, and leave it then."""
