@@ -1484,10 +1484,11 @@ class Prediction(BaseModel):
     @property
     def video_url(self) -> str | None:
         """The film: the first URL in the output, which is a text, a list or an object."""
-        texts = re.finditer(r'"(https?://[^"\s\\]+)"(?!: )', json.dumps(self.output, ensure_ascii=False))
-        for text in islice(texts, MAX_OUTPUT_TEXTS):
-            with suppress(ValueError):
-                return check_http_url(text[1])
+        with suppress(RecursionError):  # as deep as nobody's film is
+            told = json.dumps(self.output, ensure_ascii=False)
+            for text in islice(re.finditer(r'"(https?://[^"\s\\]+)"(?!: )', told), MAX_OUTPUT_TEXTS):
+                with suppress(ValueError):
+                    return check_http_url(text[1])
         return None
 
 
@@ -1779,15 +1780,19 @@ async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
     command, tail = [await asyncio.to_thread(ffmpeg_path), *arguments], b""
     # It needs no key, and Ctrl-C in a terminal is for the service, which lets jobs finish.
     apart: dict[str, Any] = {"stdin": DEVNULL, "stdout": DEVNULL, "env": {}, "start_new_session": True}
-    try:
-        with anyio.fail_after(timeout_s):
-            async with await anyio.open_process(command, **apart) as process:
-                assert process.stderr is not None
+    async with await anyio.open_process(command, **apart) as process:
+        assert process.stderr is not None
+        try:
+            with anyio.fail_after(timeout_s):
                 async for chunk in process.stderr:
                     tail = (tail + chunk)[-1000:]  # noise without end is not kept
                 await process.wait()
-    except TimeoutError as exc:
-        raise ResourceFailed(f"The film could not be put together within {timeout_s:g} s.") from exc
+        except BaseException as exc:
+            with suppress(ProcessLookupError):
+                process.kill()
+            if isinstance(exc, TimeoutError):
+                raise ResourceFailed(f"The film could not be put together within {timeout_s:g} s.") from exc
+            raise
     if process.returncode != 0:
         told = " | ".join(tail.decode("utf-8", "replace").split("\n")).strip(" |")
         logger.warning("ffmpeg ended with %s: %s", process.returncode, told)

@@ -95,7 +95,7 @@ def test_every_stage_is_told(document: str) -> None:
 
 def test_readme_has_every_kind_of_error() -> None:
     """Status, category and whether it is retryable: those of the classes, and of a provider that refuses the service."""
-    classes = [main.SettingMissing, main.InvalidInput, main.SpeechTooLarge, main.Unforeseen]
+    classes = [main.SettingMissing, main.InvalidInput, main.SpeechTooLarge, main.ServiceError]
     errors = [kind("") for kind in (*classes, main.ProviderRefused, main.ProviderFailed, main.ResourceFailed)]
     errors += [main.refusal(name, answer(403)) for name in ("elevenlabs", "replicate", "supabase")]
     known = {(str(error.http_status), error.category, "yes" if error.retryable else "no") for error in errors}

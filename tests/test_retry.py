@@ -22,6 +22,7 @@ from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SECRETS, SUPABASE_URL, an
 
 serve = network.serve
 NOW = 1_790_000_000.0  # a clock time
+PROMPT = {"prompt": "Talk"}
 STARTING = {"id": "p1", "status": "starting"}
 DONE = {"id": "p1", "status": "succeeded", "output": "https://replicate.delivery/xezq/film.mp4"}
 INPUT = {"Input": {"properties": {"image": {"type": "string", "format": "uri"}}}}
@@ -179,7 +180,7 @@ async def list_predictions() -> list[Any]:
 @pytest.fixture
 def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, Work, httpx.Response]]:
     """Each call of a job: where it goes, the work that makes it, and an answer that it is content with."""
-    v1, file_url, job = f"{REPLICATE_URL}/v1", DONE["output"], main.Job("-")
+    v1, file_url = f"{REPLICATE_URL}/v1", DONE["output"]
     providers.route(url=f"{v1}/predictions").respond(200, json={"results": []})  # a create that failed is not found
     stored = httpx.Response(200, json={"Key": "a"})
     upload_url = f"{SUPABASE_URL}/storage/v1/object/pets/a.mp3"
@@ -191,7 +192,7 @@ def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, W
     created, listed = httpx.Response(201, json=STARTING), httpx.Response(200, json={"results": []})
     return {
         "speech": (speech_url, lambda: main.elevenlabs_tts_bytes("Hello", "voice"), spoken),
-        "create": (create_url, lambda: main.buy_prediction(main.HAILUO, {"prompt": "Talk"}, job), created),
+        "create": (create_url, lambda: main.create_prediction(main.HAILUO, PROMPT, main.Job("-")), created),
         "model": (f"{v1}/models/a/b", lambda: main.look_up_model("a/b"), httpx.Response(200, json=MODEL)),
         "list": (f"{v1}/predictions", list_predictions, listed),
         "read": (f"{v1}/predictions/p1", lambda: main.read_prediction(started), httpx.Response(200, json=DONE)),
@@ -315,7 +316,7 @@ async def test_what_must_not_be_sent_twice_has_a_connection_of_its_own(monkeypat
     for _ in range(2):
         await main.look_up_model("a/b")
         assert await main.elevenlabs_tts_bytes("Hello", "voice") == b"ID3speech"
-        assert (await main.buy_prediction(main.HAILUO, {"prompt": "Talk"}, main.Job("-"))).id == "p1"
+        assert (await main.create_prediction(main.HAILUO, PROMPT, main.Job("-"))).id == "p1"
 
 
 async def test_every_repeat_is_logged(providers, calls, caplog):
@@ -392,7 +393,7 @@ async def test_no_error_tells_a_key(providers, calls, caplog):
     url, work, _ = calls["speech"]
     providers.route(url=url).mock(side_effect=httpx.WriteError(f"cannot send {key}"))
     assert (await error_of(work())).detail == "ElevenLabs did not answer: WriteError cannot send ***."
-    assert main.Unforeseen(" and ".join(SECRETS.values())).detail == "*** and *** and ***"
+    assert main.ServiceError(" and ".join(SECRETS.values())).detail == "*** and *** and ***"
     assert key not in main.as_service_error(RuntimeError(f"no place for {key}")).detail
     assert "RuntimeError: no place for ***" in caplog.text
     assert key not in caplog.text

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -140,11 +139,11 @@ def test_a_malformed_value_is_refused_in_one_line(name):
     assert [refusal(name, text) for text in REFUSED[name]] == expected
 
 
-def test_a_speech_format_that_does_not_exist_is_refused_with_those_that_do():
-    """All 28 formats of ElevenLabs stand in the message."""
-    told = refusal("TTS_OUTPUT_FORMAT", "mp3")
-    assert told.startswith("TTS_OUTPUT_FORMAT='mp3': Input should be 'mp3_22050_32', ")
-    assert len(re.findall(r"'\w+_\w+'", told)) == 28
+@pytest.mark.parametrize("text", ["mp3", "mp3_44100_65", "mp3_44100_641", "opus_44100_64", "wav_8000_32", "xulaw_8000"])
+def test_a_speech_format_that_does_not_exist_is_refused_with_those_that_do(text):
+    """How ElevenLabs' formats are written stands in the message."""
+    told = refusal("TTS_OUTPUT_FORMAT", text)
+    assert told.startswith(f"TTS_OUTPUT_FORMAT={text!r}: String should match pattern '^(mp3_22050_32|")
 
 
 @pytest.mark.parametrize("text", ["secret 123", "secret\n123", "secr\u00e9t123"])
