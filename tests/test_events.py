@@ -12,7 +12,6 @@ import anyio
 import httpx
 import pytest
 
-from tests.conftest import StartService
 from tests.jobs import EVENT_STREAM, STAGES, Event, all_events, caller, prompt_job, short_film, speech_job
 from tests.sandbox import Sandbox, Service
 
@@ -221,14 +220,3 @@ async def test_what_cannot_begin_is_refused_in_json(client: httpx.AsyncClient, s
         response = await client.post(path, json=speech_job(sandbox, **changes), headers=EVENT_STREAM)
         assert (response.status_code, response.headers["content-type"]) == (400, "application/json")
         assert "status" not in response.json()
-
-
-async def test_a_late_job_ends_with_one_error(start_service: StartService, sandbox: Sandbox) -> None:
-    """The deadline is told in the stream, and the film is cancelled; without a key, trying again makes sense."""
-    sandbox.outcome("never")
-    async with caller(start_service(JOB_TIMEOUT_SECONDS="1").url) as client:
-        events = await all_events(client, "/jobs_prompt_only", prompt_job(sandbox))
-    assert names(events)[-1] == "error"
-    assert (events[-1].data["status"], events[-1].data["retryable"]) == (500, True)
-    assert "not done after 1 s" in events[-1].data["detail"]
-    assert [prediction.status for prediction in sandbox.predictions.values()] == ["canceled"]

@@ -249,25 +249,18 @@ async def test_a_repeated_film_runs_steadily(film, studio):
 
 @EVERY_FIT
 async def test_the_speech_starts_half_a_second_in(fit, studio):
-    """Silence first, then the whole speech, then silence if the film is longer."""
-    sound = Sound(await studio.clip(USUAL, 3, fit))
+    """Silence first, then the whole speech, then silence; players complain of nothing, and find the index at once."""
+    path = await studio.clip(USUAL, 3, fit)
+    sound, data = Sound(path), path.read_bytes()
     assert (sound.starts_s, sound.ends_s) == pytest.approx((0.5, 3.5), abs=0.06)
+    assert (data[4:8], complaints(path)) == (b"ftyp", "")
+    assert data.index(b"moov") < data.index(b"mdat")
 
 
 async def test_a_films_own_sound_is_not_heard(studio):
     """Of the two tones only the speech's is in the clip."""
     own, heard = Sound(studio.film(SOUNDING)), Sound(await studio.clip(SOUNDING, 9, "shortest"))
     assert (own.hz, heard.hz) == pytest.approx((FILM_HZ, SPEECH_HZ), rel=0.02)
-
-
-@EVERY_FIT
-async def test_the_clip_plays_before_it_is_loaded(fit, studio):
-    """The index stands before the media, and a whole decode has nothing to complain of."""
-    path = await studio.clip(USUAL, 3, fit)
-    data = path.read_bytes()
-    assert data[4:8] == b"ftyp"
-    assert data.index(b"moov") < data.index(b"mdat")
-    assert complaints(path) == ""
 
 
 @pytest.mark.parametrize(
@@ -368,36 +361,29 @@ async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("film", "share", "more"),
+    ("film", "share", "more", "is_whole"),
     [
-        pytest.param(USUAL, 0.5, b"", id="index at the end, half"),
-        pytest.param(INDEX_FIRST, 0.5, b"", id="index first, half"),
-        pytest.param(INDEX_FIRST, 0.9999, b"", id="index first, nearly whole"),
-        pytest.param(INDEX_FIRST, 0.01, b"", id="index cut"),
-        pytest.param(USUAL, 1, struct.pack(">I4sQ", 1, b"free", 1000) + b"less", id="a box with a length in 64 bits"),
+        pytest.param(USUAL, 0.5, b"", False, id="index at the end, half"),
+        pytest.param(INDEX_FIRST, 0.5, b"", False, id="index first, half"),
+        pytest.param(INDEX_FIRST, 0.9999, b"", False, id="index first, nearly whole"),
+        pytest.param(INDEX_FIRST, 0.01, b"", False, id="index cut"),
+        pytest.param(USUAL, 1, struct.pack(">I4sQ", 1, b"free", 1000) + b"less", False, id="a length in 64 bits"),
+        pytest.param(INDEX_FIRST, 1, ODD_BOXES, True, id="index first, and boxes of unusual length"),
+        pytest.param(Film(options=("-movflags", "+frag_keyframe+empty_moov")), 1, b"", True, id="fragments"),
+        pytest.param(Film(options=("-brand", "qt  ")), 1, b"", True, id="QuickTime"),
     ],
 )
-async def test_a_film_that_breaks_off_is_refused(film, share, more, studio, final, tmp_path):
-    """Half a film is not passed on as a short one."""
-    whole, broken = studio.film(film).read_bytes(), tmp_path / "film.mp4"
-    broken.write_bytes(whole[: int(len(whole) * share)] + more)
-    assert await refusal(broken, studio.speech(9), final) == BREAKS_OFF
-
-
-@pytest.mark.parametrize(
-    ("film", "more"),
-    [
-        pytest.param(INDEX_FIRST, ODD_BOXES, id="index first, and boxes of unusual length"),
-        pytest.param(Film(options=("-movflags", "+frag_keyframe+empty_moov")), b"", id="fragments"),
-        pytest.param(Film(options=("-brand", "qt  ")), b"", id="QuickTime"),
-    ],
-)
-async def test_a_whole_film_is_taken(film, more, studio, final, tmp_path):
-    """However an MP4 file is laid out."""
-    whole = tmp_path / "film.mp4"
-    whole.write_bytes(studio.film(film).read_bytes() + more)
-    await main.mux_video_audio(whole, studio.speech(3), final)
-    assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
+async def test_a_whole_film_is_taken_and_one_that_breaks_off_is_not(
+    film, share, more, is_whole, studio, final, tmp_path
+):
+    """However an MP4 file is laid out; half a film is not passed on as a short one."""
+    whole, given = studio.film(film).read_bytes(), tmp_path / "film.mp4"
+    given.write_bytes(whole[: int(len(whole) * share)] + more)
+    if is_whole:
+        await main.mux_video_audio(given, studio.speech(3), final)
+        assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
+    else:
+        assert await refusal(given, studio.speech(9), final) == BREAKS_OFF
 
 
 async def test_a_film_of_many_boxes_is_not_read_to_its_end(studio, final, tmp_path):

@@ -353,7 +353,7 @@ async def test_the_deadline_is_final(start_once: StartService, front: FrontEnd, 
     front.sandbox.outcome("never")
     if not is_noted:  # its write fails, and is not given up
         front.fault("upload", 2, status=503)
-    late = await front.ask(SILENT)
+    late = await front.ask(SILENT, "events" if is_noted else "json")
     [prediction] = front.sandbox.predictions.values()
     assert late.kind == (500, "provider", False)
     assert (prediction.status, front.note["partial"]) == ("canceled", {"prediction_id": prediction.id})
