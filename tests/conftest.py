@@ -151,11 +151,7 @@ class Command(NamedTuple):
 
     def outcome(self) -> tuple[int, str, str]:
         """Its exit code, what it told and what it complained of; it has two minutes from now."""
-        try:
-            told, complaints = self.process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            told, complaints = self.process.communicate()
+        told, complaints = self.process.communicate(timeout=120)
         return self.process.returncode, told, complaints
 
 

@@ -16,21 +16,14 @@ from tests.conftest import Command
 from tests.sandbox.service import ROOT
 
 
-def test_an_unknown_group_is_refused() -> None:
-    """`--rows` takes the names of groups only, and says which there are."""
-    command = [sys.executable, "-m", "tests.bench", "--rows", "speed"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 2
-    assert "growth" in done.stderr
-
-
-def test_without_openssl_it_says_what_is_missing(tmp_path: Path) -> None:
-    """The providers' certificate needs a command; where there is none, the benchmark ends with its name."""
-    command = [sys.executable, "-m", "tests.bench", "--rows", "start", "--json"]
+@pytest.mark.parametrize(("group", "code", "words"), [("speed", 2, "growth"), ("start", 1, "openssl")])
+def test_what_it_cannot_measure_is_told(tmp_path: Path, group: str, code: int, words: str) -> None:
+    """An unknown group, with those there are; that openssl is missing, which makes the providers' certificate."""
+    command = [sys.executable, "-m", "tests.bench", "--rows", group, "--json"]
     environment = {**os.environ, "PATH": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
-    assert done.returncode == 1
-    assert "openssl" in done.stderr
+    assert done.returncode == code
+    assert words in done.stderr
     assert "Traceback" not in done.stderr
 
 

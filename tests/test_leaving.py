@@ -39,13 +39,9 @@ HOLDS: dict[str, list[str]] = {
 }
 MADE = ("create", "video", "download", "mux", "final_upload")  # stages at which there is a prediction
 PARTIAL = {  # what was bought by then; a create that is on its way is waited for
-    "speech": set(),
-    "audio_upload": set(),
-    "create": {"audio_url", "prediction_id"},
-    "video": {"audio_url", "prediction_id"},
-    "download": {"audio_url", "prediction_id", "video_url"},
-    "mux": {"audio_url", "prediction_id", "video_url"},
-    "final_upload": {"audio_url", "prediction_id", "video_url"},
+    **dict.fromkeys(("speech", "audio_upload"), set[str]()),
+    **dict.fromkeys(("create", "video"), {"audio_url", "prediction_id"}),
+    **dict.fromkeys(("download", "mux", "final_upload"), {"audio_url", "prediction_id", "video_url"}),
 }
 
 

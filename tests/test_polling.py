@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from statistics import mean
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ import respx
 
 import main
 from tests.inprocess import REPLICATE_URL, use_settings
+
+pytestmark = pytest.mark.anyio
 
 FILMS = 300
 Durations = Callable[[random.Random, int], float]  # of film number so and so, in seconds
@@ -210,18 +212,12 @@ class Studio:
 
 
 @pytest.fixture
-def studio(monkeypatch: pytest.MonkeyPatch) -> Iterator[Studio]:
-    """Replicate, with reads that may follow each other at once."""
+async def studio(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Studio]:
+    """Replicate, with reads that may follow each other at once, and the application, which knows of no film yet."""
     use_settings(monkeypatch, POLL_MIN_SECONDS="0.001")
     with respx.mock(assert_all_called=False) as router:
-        yield Studio(router)
-
-
-@pytest.fixture
-async def running(studio: Studio) -> AsyncIterator[None]:
-    """The application, which knows of no film yet."""
-    async with main.lifespan(main.app):
-        yield
+        async with main.lifespan(main.app):
+            yield Studio(router)
 
 
 async def film(**changes: Any) -> str:
@@ -229,8 +225,6 @@ async def film(**changes: Any) -> str:
     return await main.hailuo_video_from_prompt(main.JobPromptOnly(**{**BODY, **changes}))
 
 
-@pytest.mark.anyio
-@pytest.mark.usefixtures("running")
 async def test_the_second_film_of_a_kind_is_left_alone_at_first(studio):
     """The first tells how long they take; one of another length is another kind."""
     await film()
@@ -241,8 +235,6 @@ async def test_the_second_film_of_a_kind_is_left_alone_at_first(studio):
     assert all(0.9 * FILM_S <= took_s < 10 for durations in main._running.durations.values() for took_s in durations)
 
 
-@pytest.mark.anyio
-@pytest.mark.usefixtures("running")
 @pytest.mark.parametrize("outcome", ["failed", "canceled"])
 async def test_what_makes_no_film_tells_nothing_of_how_long_films_take(studio, outcome):
     """After a refusal of the picture, the next film is read like the first."""
@@ -252,8 +244,6 @@ async def test_what_makes_no_film_tells_nothing_of_how_long_films_take(studio, o
     assert not main._running.durations
 
 
-@pytest.mark.anyio
-@pytest.mark.usefixtures("running")
 async def test_a_prediction_that_another_request_made_is_read_at_once(studio):
     """Nobody knows how long it has been waited for, so it is read like a first film and tells the next one nothing."""
     studio.made = time.monotonic()

@@ -90,35 +90,28 @@ def running_sandbox() -> Iterator[Sandbox]:
 
 
 @pytest.fixture(scope="module")
-def running_service(running_sandbox: Sandbox) -> Iterator[Service]:
-    """The service on that sandbox."""
-    with Service({**running_sandbox.environment(), **PACE}) as service:
-        yield service
-
-
-@pytest.fixture
-def front(sandbox: Sandbox, service: Service) -> FrontEnd:
-    """A front end with a key that no other test has; films cost little."""
-    sandbox.film(short_film())
-    return FrontEnd(sandbox, service, str(uuid.uuid4()))
-
-
-@pytest.fixture(scope="module")
 def start_once(running_sandbox: Sandbox) -> Iterator[StartService]:
-    """A further instance of the service; tests that want the same settings share it."""
+    """An instance of the service on that sandbox; tests that want the same settings share it."""
     with ExitStack() as services:
 
         @lru_cache
-        def start(number: int = 2, **changes: str) -> Service:
+        def start(number: int = 1, **changes: str) -> Service:
             return services.enter_context(Service({**running_sandbox.environment(), **PACE, **changes}))
 
         yield start
 
 
 @pytest.fixture
+def front(sandbox: Sandbox, start_once: StartService) -> FrontEnd:
+    """A front end with a key that no other test has; films cost little."""
+    sandbox.film(short_film())
+    return FrontEnd(sandbox, start_once(), str(uuid.uuid4()))
+
+
+@pytest.fixture
 def second(start_once: StartService) -> Service:
     """A second instance of the service."""
-    return start_once()
+    return start_once(2)
 
 
 async def together(*fronts: FrontEnd, when: Callable[[], Any] = lambda: True) -> list[Told]:
@@ -499,7 +492,7 @@ async def test_a_speech_that_takes_long_is_not_waited_for_by_two_who_buy(
     front: FrontEnd, start_once: StartService
 ) -> None:
     """Another instance takes the job over meanwhile: the first one sees that before it buys a film, and delivers that one."""
-    fronts = [replace(front, service=start_once(number, PATIENCE_SECONDS="0.8")) for number in (2, 3)]
+    fronts = [replace(front, service=start_once(number, PATIENCE_SECONDS="0.8")) for number in (1, 2)]
     front.sandbox.fault("speech", "slow", seconds=1)
     front.sandbox.video_seconds = 1.0
     told = await together(*fronts, when=lambda: front.sandbox.calls("speech"))
