@@ -182,11 +182,11 @@ class Lane:
         self.service.close()
         self.sandbox.stop()
 
-    async def run(self, client: httpx.AsyncClient, case: Case, film: bytes) -> Seen:
+    async def run(self, client: httpx.AsyncClient, case: Case) -> Seen:
         """One speech job in which something goes wrong."""
         sandbox, place, log_before = self.sandbox, PLACES[case.place], len(self.service.log)
         sandbox.reset()
-        sandbox.film(film)
+        sandbox.film(short_film())
         kind, details = FAULTS[case.fault]
         if case.place == "final upload":
             sandbox.fault("upload", "slow", seconds=0)  # the speech's upload goes well
@@ -195,17 +195,15 @@ class Lane:
         sandbox.fault(place.call, kind, times=case.times, **details)
         started = time.monotonic()
         response = await client.post("/jobs_prompt_tts", json=speech_job(sandbox))
-        seconds = time.monotonic() - started
-        left = [*left_in(self.folder), *children(self.service.pid)]
         return Seen(
             response.status_code,
             response.json(),
-            seconds,
+            time.monotonic() - started,
             len(sandbox.calls(place.call)) - (case.place == "final upload"),
             len(sandbox.calls("speech")),
             [prediction.status for prediction in sandbox.predictions.values()],
             len(sandbox.calls("cancel")),
-            left,
+            [*left_in(self.folder), *children(self.service.pid)],
             self.service.log[log_before:],
         )
 
@@ -232,18 +230,17 @@ def seen(request: pytest.FixtureRequest, lanes: list[Lane]) -> dict[Case, Seen]:
 async def run_all(cases: list[Case], lanes: list[Lane]) -> dict[Case, Seen]:
     """Deal the cases out to the lanes that fit them, each lane one after the other."""
     seen: dict[Case, Seen] = {}
-    film = short_film()
     waiting = {deadline_s: [case for case in cases if case.deadline_s == deadline_s] for deadline_s in LANES}
 
     async def work(lane: Lane) -> None:
         queue = waiting[lane.deadline_s]
         await anyio.to_thread.run_sync(lane.service.start)
         async with caller(lane.service.url) as client:
-            lane.sandbox.film(film)
+            lane.sandbox.film(short_film())
             await client.post("/jobs_prompt_tts", json=speech_job(lane.sandbox))  # what is made once has been made
             while queue:
                 case = queue.pop()
-                seen[case] = await lane.run(client, case, film)
+                seen[case] = await lane.run(client, case)
 
     async with anyio.create_task_group() as tasks:
         for lane in lanes:

@@ -336,12 +336,19 @@ async def refusal(film: Path, speech: Path, final: Path, fit: main.Fit = "shorte
         pytest.param(b"\0\0\0\x08ftyp\0\0\0\0mdat" + NOISE, CANNOT_USE, id="noise in a box"),
         pytest.param(HLS.format("file:///etc/passwd").encode(), NO_FILM, id="HLS of a file"),
         pytest.param(CONCAT.format("/etc/passwd").encode(), NO_FILM, id="ffconcat of a file"),
+        # only a picture in an MP4 is a film, whatever ffmpeg could read
+        pytest.param((*TONE, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound alone"),
+        pytest.param((*TONE, *COVER, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound with a cover picture"),
+        pytest.param((*TONE, *SOUND_FILE, "-f", "matroska"), NO_FILM, id="another container"),
     ],
 )
 async def test_what_is_no_media_is_refused(content, reason, studio, final, tmp_path):
-    """Whatever came in place of film or speech, nothing of it or of this machine becomes a clip."""
+    """Whatever came in place of film or speech, sound for a film or an MP4 for speech: none of it becomes a clip."""
     media = tmp_path / "media"
-    media.write_bytes(content)
+    if isinstance(content, bytes):
+        media.write_bytes(content)
+    else:
+        ffmpeg(*content, media)
     assert await refusal(media, studio.speech(3), final) == reason
     assert await refusal(studio.film(), media, final) == CANNOT_USE
 
@@ -393,21 +400,6 @@ async def test_a_film_of_many_boxes_is_not_read_to_its_end(studio, final, tmp_pa
     began = time.process_time()
     assert await refusal(film, studio.speech(3), final) == BREAKS_OFF
     assert time.process_time() - began < 1  # all boxes: several seconds
-
-
-@pytest.mark.parametrize(
-    ("made_by", "reason"),
-    [
-        pytest.param((*TONE, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound alone"),
-        pytest.param((*TONE, *COVER, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound with a cover picture"),
-        pytest.param((*TONE, *SOUND_FILE, "-f", "matroska"), NO_FILM, id="another container"),
-    ],
-)
-async def test_what_is_no_film_is_refused(made_by, reason, studio, final, tmp_path):
-    """Only a picture in an MP4 is one, whatever ffmpeg could read; nor is a silent film speech."""
-    ffmpeg(*made_by, tmp_path / "film")
-    assert await refusal(tmp_path / "film", studio.speech(3), final) == reason
-    assert await refusal(studio.film(), studio.film(), final) == CANNOT_USE
 
 
 async def test_a_heavy_film_does_not_fill_the_disk(studio, final, tmp_path):

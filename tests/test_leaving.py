@@ -98,12 +98,6 @@ def running(running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) 
         yield held
 
 
-@pytest.fixture(scope="module")
-def film() -> bytes:
-    """A small film."""
-    return short_film(FILM_S)
-
-
 def request_bytes(body: dict[str, Any], accept: str) -> bytes:
     """A speech job as it goes over the wire."""
     content = json.dumps(body).encode()
@@ -113,11 +107,9 @@ def request_bytes(body: dict[str, Any], accept: str) -> bytes:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
-async def test_a_client_that_leaves_ends_its_job(
-    running: Held, sandbox: Sandbox, film: bytes, stage: str, form: str
-) -> None:
+async def test_a_client_that_leaves_ends_its_job(running: Held, sandbox: Sandbox, stage: str, form: str) -> None:
     """Within a second the film is cancelled, ffmpeg reaped and every file gone; nothing further is bought."""
-    sandbox.film(film)
+    sandbox.film(short_film(FILM_S))
     running.prepare(stage, seconds=0.4 if stage == "create" else 3)
     if stage == "video":
         sandbox.outcome("never")
@@ -165,11 +157,11 @@ class Ended(NamedTuple):
 Endings = dict[tuple[str, str], Ended]
 
 
-async def end_one(seen: Endings, folder: Path, film: bytes, patience: str, form: str) -> None:
+async def end_one(seen: Endings, folder: Path, patience: str, form: str) -> None:
     """Start a service, hold a job at every stage, and end it: with enough time or too little, asked in either form."""
     graceful_s, hold_s = (30, FILM_S) if patience == "enough" else (1, 20.0)
     with Sandbox() as sandbox:
-        sandbox.film(film)
+        sandbox.film(short_film(FILM_S))
         held = Held(sandbox, folder / f"{patience}-{form}", graceful_s)
         await anyio.to_thread.run_sync(held.service.start)
         try:
@@ -208,21 +200,21 @@ async def hold_all(held: Held, hold_s: float, form: str) -> Ended:
     return Ended(jobs, code, seconds, is_closed, left, held.service.log)
 
 
-async def end_four(folder: Path, film: bytes) -> Endings:
+async def end_four(folder: Path) -> Endings:
     """Each combination, all at once."""
     seen: Endings = {}
     async with anyio.create_task_group() as tasks:
         for patience in ("enough", "too little"):
             for form in FORMS:
-                tasks.start_soon(end_one, seen, folder, film, patience, form)
+                tasks.start_soon(end_one, seen, folder, patience, form)
     return seen
 
 
 @pytest.fixture(scope="module", autouse=True)
-def all_endings(tmp_path_factory: pytest.TempPathFactory, film: bytes) -> Iterator[Future[Endings]]:
+def all_endings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Endings]]:
     """The four, beside the tests that come before those which judge them: most of it is waiting."""
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(anyio.run, end_four, tmp_path_factory.mktemp("endings"), film)
+        yield pool.submit(anyio.run, end_four, tmp_path_factory.mktemp("endings"))
 
 
 @pytest.fixture(scope="module")

@@ -34,10 +34,10 @@ def instant() -> Iterator[Sandbox]:
         yield sandbox
 
 
-def plan_faults(sandbox: Sandbox, film: bytes) -> None:
+def plan_faults(sandbox: Sandbox) -> None:
     """Faults for a round of a hundred jobs, in the order in which they are met."""
     sandbox.reset()
-    sandbox.film(film)
+    sandbox.film(jobs.short_film())
     for call in ("speech", "upload", "public", "create", "list", "read", "output"):
         sandbox.fault(call, "status", times=2, status=429, headers={"retry-after": "0"})
         for kind in ("cut", "halfway", "lost", "behind", "html", "html", "nonsense", "empty"):
@@ -62,9 +62,9 @@ def requests_of_a_round(sandbox: Sandbox) -> list[dict[str, Any]]:
     return [talking, silent, told, left, silent, bad, look, other, bad, {**talking, "timeout": 0.03}] * 10
 
 
-async def run_round(client: httpx.AsyncClient, sandbox: Sandbox, film: bytes) -> Counter[str]:
+async def run_round(client: httpx.AsyncClient, sandbox: Sandbox) -> Counter[str]:
     """A hundred jobs, some at a time; how many ended how."""
-    plan_faults(sandbox, film)
+    plan_faults(sandbox)
     waiting, ended = requests_of_a_round(sandbox), Counter[str]()
 
     async def work() -> None:
@@ -93,13 +93,13 @@ def held_by(pid: int) -> dict[str, int]:
 @jobs.needs_proc
 async def test_hundreds_of_jobs_leave_nothing_behind(instant: Sandbox, tmp_path: Path) -> None:
     """Memory, open files, connections and threads of the process are where they were; no child and no file is left."""
-    film, ended = jobs.short_film(), Counter[str]()
+    ended = Counter[str]()
     with Service({**instant.environment(), **QUICK, "TMPDIR": str(tmp_path)}) as service:
         async with jobs.caller(service.url) as client:
             for round_number in range(ROUNDS):
                 if round_number == WARM_UP_ROUNDS:
                     before = held_by(service.pid)
-                ended += await run_round(client, instant, film)
+                ended += await run_round(client, instant)
             assert await jobs.until(lambda: not jobs.children(service.pid) and not jobs.left_in(tmp_path))
             after = held_by(service.pid)
         assert "Traceback" not in service.log
@@ -117,8 +117,7 @@ async def test_jobs_leave_no_task_behind(instant: Sandbox, monkeypatch: pytest.M
     for name, value in {**instant.environment(), **QUICK}.items():
         monkeypatch.setenv(name, value)
     main.get_settings.cache_clear()
-    film = jobs.short_film()
     before = len(asyncio.all_tasks())
     async with running_application() as client:
-        await run_round(client, instant, film)
+        await run_round(client, instant)
         assert await jobs.until(lambda: len(asyncio.all_tasks()) == before, 1), asyncio.all_tasks()

@@ -208,11 +208,6 @@ def described(text: str) -> dict[str, Any]:
     return {**FILE, "description": text}
 
 
-def marked(names: list[str], mark: str) -> str | None:
-    """The name that begins with this mark."""
-    return next((name[1:] for name in names if name[0] == mark), None)
-
-
 def choice(*values: Any) -> dict[str, Any]:
     """A field with texts or numbers to choose from."""
     return {"type": "string" if isinstance(values[0], str) else "integer", "enum": list(values)}
@@ -254,7 +249,8 @@ def test_picture_and_speech_are_known_by_their_names(names):
     """Of several files the first picture is the one with a star here, speech the one with a plus."""
     listed = names.split()
     model = unseen({name.lstrip("*+"): FILE for name in listed})
-    assert (model.picture_field, model.speech_field) == (marked(listed, "*"), marked(listed, "+"))
+    marked = [next((name[1:] for name in listed if name[0] == mark), None) for mark in "*+"]
+    assert [model.picture_field, model.speech_field] == marked
 
 
 def test_a_model_without_a_first_picture_is_refused():
