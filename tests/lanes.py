@@ -1,9 +1,9 @@
 """Lanes for the tests: further pytest processes take files from the end while this one takes them from the start.
 
-A file belongs to whoever claims it first, so the lanes end together whatever each file takes. There is one more than
-the machine needs at least, since much of a test's time is waiting. What the other lanes report is told by the first as
-if it were its own: one summary, one exit code. Off with `--lanes 1`, and by itself where there is one core, where only
-one file was chosen, and in a debugger.
+A file belongs to whoever claims it first, so the lanes end together whatever each file takes; much of that is waiting,
+so there are more lanes than two cores need for work alone. What the others report is told by the first as if it were
+its own: one summary, one exit code. Off with `--lanes 1`, and by itself where there is one core, where only one file
+was chosen, and in a debugger.
 """
 
 from __future__ import annotations
