@@ -524,8 +524,8 @@ class Job:
 
     def end(self) -> None:
         """Log what came of the job, and let go of all who wait for it."""
-        error = self.result if isinstance(self.result, ServiceError) else None
-        outcome = self.stopped or error.category if error else "ok" if self.result else "shutdown"
+        is_ok = isinstance(self.result, BaseModel)
+        outcome = "ok" if is_ok else self.stopped or getattr(self.result, "category", "shutdown")
         ms = (time.monotonic() - self.started) * 1000
         logger.info("job outcome=%s ms=%.0f prediction_id=%s", outcome, ms, self.partial.prediction_id)
         for queue in self.listeners:
@@ -567,9 +567,8 @@ def is_public(address: str) -> bool:
         ip = ipaddress.ip_address(address)
     except ValueError:  # with a zone, such as fe80::1%eth0
         return False
-    if ip.version == 6 and ip not in GLOBAL_UNICAST:
-        return False
-    return ip.is_global and not any(ip in network for network in BLOCKED_NETWORKS if network.version == ip.version)
+    blocked = any(ip in network for network in BLOCKED_NETWORKS if network.version == ip.version)
+    return ip.is_global and not blocked and (ip.version == 4 or ip in GLOBAL_UNICAST)
 
 
 def check_public_url(url: httpx.URL) -> None:
@@ -1050,9 +1049,11 @@ class FileBody:
 
 async def download(url: str, target: Path, retry: Retry = PAID_FETCH_RETRY) -> None:
     """Stream a file of up to 100 MB to disk, from the first byte again if it breaks off. Raises ResourceFailed."""
-    host = httpx.URL(url).host
     try:
+        host = httpx.URL(check_http_url(url)).host
         answer = await send("GET", url, retry, perform=partial(save, target))
+    except ValueError as exc:
+        raise ResourceFailed("The address of a file to download makes no sense.", retryable=False) from exc
     except httpx.RequestError as exc:
         raise ResourceFailed(f"The download from {host} failed: {summary(exc)}.") from exc
     except UrlBlocked as exc:
@@ -1160,8 +1161,7 @@ def new_note(route: str, body: BaseModel) -> Note:
     for name in SPEECH_JOB_SETTINGS if isinstance(body, JobPromptTTS) else SPEECH_JOB_SETTINGS[1:]:  # all but speech's
         get_settings().required(name)
     sent = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
-    now = time.time()
-    return Note(body=keyed_digest(sent), started=now, written=now, writer=PROCESS_ID)
+    return Note(body=keyed_digest(sent), started=time.time(), written=time.time(), writer=PROCESS_ID)
 
 
 def keyed_digest(text: str) -> str:
@@ -1184,10 +1184,7 @@ async def save_job(job: Job, retry: Retry = STORE_RETRY, is_needed: bool = True,
 
 
 async def found_note(job: Job) -> Note | None:
-    """What the file of a job's key holds, once no other instance is at work; None if there is no file, or no key.
-
-    Raises InvalidInput (the key belongs to another body), ResourceFailed.
-    """
+    """What the file of a job's key holds, once no other instance is at work. Raises InvalidInput, ResourceFailed."""
     while job.note:
         try:
             url = storage_url(job.owner, "authenticated/")
@@ -1568,10 +1565,9 @@ async def hailuo_video_from_prompt(body: JobPromptOnly, job: Job | None = None) 
 async def replicate_video_from_prompt(
     body: JobPromptOnly, audio_url: str | None = None, job: Job | None = None, model: VideoModel | None = None
 ) -> str:
-    """The URL, which lives an hour, of a film made by `body.model`, with `audio_url` if it takes speech.
+    """The URL, which lives an hour, of a film by `body.model`, with `audio_url` if it takes speech; or of the job's own.
 
-    The job's own prediction is gone on with. Raises ProviderRefused (also: failed, canceled, aborted, film gone),
-    InvalidInput, ProviderFailed, SettingMissing.
+    Raises ProviderRefused (also: failed, canceled, aborted, film gone), InvalidInput, ProviderFailed, SettingMissing.
     """
     job, model = job or Job("-"), model or await find_model(body.model)
     values = fit_input(model, body, audio_url)
@@ -1698,10 +1694,7 @@ async def read_prediction(prediction: Prediction) -> Prediction:
 
 
 async def wait_for_prediction(prediction: Prediction, job: Job, kind: str = "") -> Prediction:
-    """Read a prediction until it has ended, as often as all jobs of the process together may.
-
-    How long films of its `kind` take is remembered; empty: nobody knows since when this one is made.
-    """
+    """Read a prediction until it has ended, and remember how long films of its `kind` take (empty: begun elsewhere)."""
     started = time.monotonic()
     async with shared() as resources:
         resources.polls += 1
@@ -1863,15 +1856,14 @@ class Context:
             return await self.app(scope, receive, send)
         told = Headers(scope=scope).get("x-request-id", "")
         request_id = told if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", told) else uuid.uuid4().hex
-        state = scope.setdefault("state", {})
-        state["job"] = Job(request_id, request_id)
+        scope.setdefault("state", {})["job"] = Job(request_id, request_id)
         current_request_id.set(request_id)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
-                if timings := state["job"].timings.items():
+                if timings := scope["state"]["job"].timings.items():  # of the job that it may have joined
                     headers["Server-Timing"] = ", ".join(f"{name};dur={s * 1000:.1f}" for name, s in timings)
             await send(message)
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import Command
 
-KILLS = 6
+KILLS = 10
 COMMAND = ("-m", "tests.chaos", "--kills", str(KILLS))
 ON_TWO = pytest.mark.beside(*COMMAND, "--services", "2")
 

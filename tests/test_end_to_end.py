@@ -338,6 +338,8 @@ async def test_a_folder_that_takes_no_file_costs_nothing(housed: Housed, sandbox
 async def test_a_disk_that_fills_while_ffmpeg_writes() -> None:
     """It is not the media's fault, and can go well later."""
     silence = ("-v", "error", "-f", "lavfi", "-i", "anullsrc", "-t", "1", "-f", "wav", "-y", "file:/dev/full")
-    error = await error_of(main.run_ffmpeg([*silence], 10))
+    with pytest.raises(OSError, match="No space left") as caught:
+        await main.run_ffmpeg([*silence], 10)
+    error = main.as_service_error(caught.value)
     assert error.detail == "The service's own machine failed the job: No space left on device."
     assert (error.category, error.retryable) == ("resource", True)

@@ -82,16 +82,6 @@ async def test_a_failed_upload_is_repeated_from_the_first_byte(content):
         assert [call.request.content for call in route.calls] == [SPEECH] * 3
 
 
-async def test_nothing_is_not_stored(supabase, tmp_path):
-    """Supabase would take an empty file; whoever plays it would not."""
-    (tmp_path / "empty").touch()
-    for content in (b"", tmp_path / "empty"):
-        error = await error_of(upload(content))
-        assert told(error) == (500, "resource", "supabase")
-        assert error.detail == "There is nothing to store: the file is empty."
-    assert not supabase.called
-
-
 # What Supabase refuses: HTTP 400 to nearly everything, the truth in the body
 
 
