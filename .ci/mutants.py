@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = ("test_bench.py", "test_live.py", "test_sandbox.py")  # they are about something else than main.py
 QUICK_S = 5.0  # a failure in a file that takes longer is doubted: where time counts, a busy machine fails as well
 UNUSED = ("cacheprovider", "schemathesis", "hypothesispytest", "playwright", "base_url")  # they take long to load
-PYTEST = ("-m", "pytest", "-xq", "--tb=no", *(f"-pno:{plugin}" for plugin in UNUSED))
+PYTEST = ("-m", "pytest", "-xq", "--tb=no", "--lanes=1", *(f"-pno:{plugin}" for plugin in UNUSED))
 HANG = ("-o", "faulthandler_timeout=120", "-o", "faulthandler_exit_on_timeout=true")  # of one test
 BOUND = partial(resource.setrlimit, resource.RLIMIT_DATA, (4 << 30,) * 2)  # should a mutant grow without end
 
@@ -88,7 +88,7 @@ class Source:
     def __init__(self) -> None:
         self.text = (ROOT / "main.py").read_text(encoding="utf-8")
         self.lines, self.tree = self.text.splitlines(keepends=True), ast.parse(self.text)
-        banners = re.finditer(r"^# -{100,}\n# (\w[^\n:]+)", self.text, re.MULTILINE)
+        banners = re.finditer(r"^# ---- (\w[^\n:-]+)", self.text, re.MULTILINE)
         self.sections = {0: "Start", **{self.text.count("\n", 0, at.start()) + 1: at[1] for at in banners}}
         self.mutants: list[Row] = []
         for part in self.tree.body:
