@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import MEASUREMENTS, Row, Sizes, film_times_s, percentile
+from tests.bench import MEASUREMENTS, Row, film_times_s, percentile
 from tests.conftest import Command
 from tests.sandbox.service import ROOT
 
@@ -57,11 +57,6 @@ def test_a_percentile_is_one_of_the_numbers() -> None:
     """The nearest rank, counted from the smallest and rounded up."""
     asked = {(1, 99): 1, (100, 99): 99, (101, 99): 100, (4, 50): 2}
     assert {(n, percent): percentile([*range(n, 0, -1)], percent) for n, percent in asked} == asked
-
-
-def test_the_providers_own_time_is_the_sum_of_their_delays() -> None:
-    """Speech, its upload, the film, its download, the final upload."""
-    assert Sizes(speech_s=1, transfer_s=0.25).providers_s(6) == pytest.approx(7.75)
 
 
 @pytest.mark.beside("-m", "tests.bench", "--smoke", "--json")

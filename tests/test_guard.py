@@ -25,7 +25,6 @@ Serve = Callable[[Answers], Server]
 Refused = Callable[[str], Awaitable[list[str]]]
 
 NOT_PUBLIC = "The URL leads to an address that is not public."
-LOCAL = NOT_PUBLIC  # where the URL itself names such an address, or localhost
 NOT_PLAIN = "The URL's address is not written in its plain form."
 NOT_A_HOST = "The URL's host is not a plain name or address."
 NOT_A_PORT = "Only the ports 80 and 443 are fetched from."
@@ -88,7 +87,7 @@ def test_public_addresses_are_public() -> None:
 # URLs
 
 REFUSED_HOSTS = {
-    LOCAL: "pets.example@127.0.0.1 localhost LOCALHOST. pets.localhost a.b.localhost. 127.0.0.1 127.0.0.1. 127.0.0.1.. 0.0.0.0 10.0.0.1 169.254.169.254 127。0。0。1 [::1] [::] [0:0:0:0:0:0:0:1] "
+    NOT_PUBLIC: "pets.example@127.0.0.1 localhost LOCALHOST. pets.localhost a.b.localhost. 127.0.0.1 127.0.0.1. 127.0.0.1.. 0.0.0.0 10.0.0.1 169.254.169.254 127。0。0。1 [::1] [::] [0:0:0:0:0:0:0:1] "
     "[::ffff:7f00:1] [::7f00:1] [64:ff9b::7f00:1] [2002:7f00:1::] [2001:0:7f00:1::] [fd00::1] [fe80::1] [ff02::1]",
     NOT_PLAIN: "2130706433 2130706433. 134744072 017700000001 0x7f000001 0X7F000001 0x pets.example.0x7f 0x7f.0.0.1 "
     "127.0.0.0x1 127.1 127.0.1 0 1.2.3.4.5 [::ffff:127.0.0.1] [::127.0.0.1]",
@@ -202,12 +201,21 @@ async def test_a_name_is_looked_up_once_and_that_address_used(pets: Server, inte
     assert (internet.looked_up, internet.connected) == (["pets.example"], [PUBLIC])
 
 
-async def test_the_next_address_is_tried(client: httpx.AsyncClient, pets: Server, internet: Internet) -> None:
-    """Of several public addresses the first that takes the connection is used."""
-    internet.names["pets.example"] = [["2606:4700:4700::1111", PUBLIC]]
-    internet.addresses["2606:4700:4700::1111"] = None
-    assert (await head(client)).json()["status"] == 200
-    assert internet.connected == ["2606:4700:4700::1111", PUBLIC]
+@pytest.mark.parametrize("first", ["refuses", "stays silent"])
+async def test_the_next_address_is_tried(
+    first: str, pets: Server, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of several public addresses the first that takes the connection in its time is used."""
+    internet.names["pets.example"], internet.addresses["8.8.8.8"] = [["8.8.8.8", PUBLIC]], None
+
+    async def connect(remote_host: Any, *args: Any, **options: Any) -> Any:
+        await asyncio.sleep(60 if (remote_host, first) == ("8.8.8.8", "stays silent") else 0)
+        return await internet.connect(remote_host, *args, **options)
+
+    monkeypatch.setattr("anyio.connect_tcp", connect)
+    monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(5, connect=0.3))
+    await main.download(URL, tmp_path / "film.mp4")
+    assert (internet.looked_up, internet.connected[-1]) == (["pets.example"], PUBLIC)
 
 
 async def test_tls_asks_for_the_name(client: httpx.AsyncClient, internet: Internet) -> None:
@@ -257,10 +265,10 @@ async def test_a_slow_look_up_has_the_time_of_a_connection(
 @pytest.mark.parametrize(
     ("hop", "reason"),
     [
-        *((redirect("http://127.0.0.1/", status), LOCAL) for status in (301, 302, 303, 307, 308)),
-        (redirect("http://169.254.169.254/latest/meta-data/"), LOCAL),
-        (redirect("http://[::ffff:7f00:1]/"), LOCAL),
-        (redirect("//127.0.0.1/"), LOCAL),
+        *((redirect("http://127.0.0.1/", status), NOT_PUBLIC) for status in (301, 302, 303, 307, 308)),
+        (redirect("http://169.254.169.254/latest/meta-data/"), NOT_PUBLIC),
+        (redirect("http://[::ffff:7f00:1]/"), NOT_PUBLIC),
+        (redirect("//127.0.0.1/"), NOT_PUBLIC),
         (redirect("http://inner.example/"), NOT_PUBLIC),
         (redirect("http://2130706433/"), NOT_PLAIN),
         (redirect("http://pets.example:8000/"), NOT_A_PORT),
@@ -409,24 +417,7 @@ async def test_no_cookie_is_kept(client: httpx.AsyncClient, pets: Server) -> Non
     assert "cookie:" not in pets.heard[1].lower()
 
 
-# Several addresses, and the end of every connection
-
-
-async def test_an_address_that_stays_silent_is_given_up_for_the_next(
-    serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A connection that takes too long counts like one that is refused."""
-    internet.add("pets.example", serve({PATH: reply(200, b"film")}))
-    internet.names["pets.example"] = [["2606:4700:4700::1111", PUBLIC]]
-
-    async def slow_at_first(remote_host: Any, *args: Any, **options: Any) -> Any:
-        await asyncio.sleep(0 if remote_host == PUBLIC else 60)
-        return await internet.connect(remote_host, *args, **options)
-
-    monkeypatch.setattr("anyio.connect_tcp", slow_at_first)
-    monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(5, connect=0.3))
-    await main.download(URL, tmp_path / "film.mp4")
-    assert (internet.looked_up, internet.connected) == (["pets.example"], [PUBLIC])
+# The end of every connection
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ async def test_a_client_that_leaves_ends_its_job(running: Held, sandbox: Sandbox
     if stage in ("create", "video"):
         assert await until(lambda: [film.status for film in films] == ["canceled"], 1.5)
     assert await until(lambda: children(running.service.pid) == left_in(running.folder) == [], 1)
-    assert await until(lambda: "outcome=left" in running.service.log[log_before:], 1)
+    assert await until(lambda: " job outcome=left ms=" in running.service.log[log_before:], 1)
     assert time.monotonic() - left_at < (1.5 if stage == "create" else 1.0)
     bought = len(sandbox.requests)
     await anyio.sleep(0.08)  # four reads

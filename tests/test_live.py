@@ -26,17 +26,6 @@ def owners_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     main.get_settings.cache_clear()
 
 
-async def test_the_bucket_is_public() -> None:
-    """The key opens the bucket, and everyone may read from it: URLs of a private one would be dead."""
-    settings = main.get_settings()
-    key = settings.required("supabase_service_role")
-    url = f"{settings.required('supabase_url')}/storage/v1/bucket/{settings.supabase_bucket}"
-    async with httpx.AsyncClient() as http:
-        answer = await http.get(url, headers={"Authorization": f"Bearer {key}", "apikey": key})
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["public"] is True
-
-
 async def test_a_pet_talks(client: httpx.AsyncClient) -> None:
     """A whole job: three URLs, and the last one is a film that can be fetched."""
     assert os.environ.get("LIVE_VOICE_ID"), "set LIVE_VOICE_ID to one of your ElevenLabs voices"
