@@ -1,6 +1,6 @@
 """Talking Pet: a picture of a pet and a line of text go in, a video in which the pet says it comes out.
 
-One synchronous FastAPI service. A front end POSTs a job, waits, and gets the URLs in the answer:
+One FastAPI service without a queue. A front end POSTs a job, waits, and gets the URLs in the answer:
 
     POST /jobs_prompt_only   picture + prompt         -> video_url
     POST /jobs_prompt_tts    picture + prompt + text  -> audio_url, video_url, final_url
@@ -85,7 +85,7 @@ CHUNK_BYTES = 128 * 1024  # to and from disk at a time: TLS gives 16 KB, and eac
 # Of what strangers write: models' schemas, outputs and films.
 MAX_SCHEMA_PARTS = 4  # of one property: an enum stands behind one, what may be null behind two
 MAX_SCHEMA_FIELDS = 300  # well-known models have up to fifteen
-MAX_OUTPUT_TEXTS = 1_000  # a film's URL is among the first few
+MAX_OUTPUT_URLS = 1_000  # a film's URL is among the first few
 MAX_BOXES = 10_000  # of an MP4 at its top level; a film in fragments has some hundreds
 
 # Seconds of silence on a connection, not of a whole call.
@@ -102,8 +102,8 @@ SIXTH = 1 / 6  # 20 s: jobs with a key at the end of the process
 TWELFTH = 1 / 12  # 10 s: the look for a prediction whose create had no answer
 
 POLL_SHARE = 0.025  # a wait between two reads, as a share of the time waited so far
-POLL_MAX_S = 2.0
-KEPT_DURATIONS = 30  # of the last films of a kind, which tell when the next one is due
+POLL_MAX_S = 2.0  # while nothing is known of its kind
+KEPT_DURATIONS = 30  # of the last films of a kind, which tell when the next one is due (see due_delay_s)
 DURATION_SPREAD = 0.02  # how far around one of them the next one may be, as a share of it
 READ_WORTH_S = 1 / 80  # one more read is made where it finds a film this much sooner on average
 EARLY_SHARE = 0.1  # the longest wait, as a share of the shortest duration known, or of the time waited if longer
@@ -273,7 +273,7 @@ class JobPromptOnly(BaseModel):
     @classmethod
     def refuse_misnamed(cls, body: Any) -> Any:
         """Refuse a field that is nearly one of ours; all others are ignored, those of the other job as well."""
-        ours = JobPromptTTS.model_fields  # the other job's as well
+        ours = JobPromptTTS.model_fields
         for name in body if isinstance(body, dict) else ():
             for near in get_close_matches(name.lower(), [*ours, *OTHER_NAMES], n=1, cutoff=0.8):
                 meant = OTHER_NAMES.get(near, near)
@@ -367,15 +367,17 @@ class StageEvent(BaseModel):
 
 # ---- Errors ----------------------------------------------------------------------------------------------------
 
-Kind = tuple[int, Category, bool]  # HTTP status, category, and whether such an error is retryable if it does not say
+ErrorKind = tuple[
+    int, Category, bool
+]  # HTTP status, category, and whether such an error is retryable if it does not say
 
 
 class ServiceError(Exception):
     """A failure that is told to the client; by itself: of the service. `answer` is the provider's, if there was one."""
 
-    kind: Kind = (500, "internal", True)
+    kind: ErrorKind = (500, "internal", True)
 
-    def __init_subclass__(cls, kind: Kind | None = None) -> None:
+    def __init_subclass__(cls, kind: ErrorKind | None = None) -> None:
         cls.kind = kind or cls.kind
 
     def __init__(
@@ -462,7 +464,7 @@ def as_service_error(exc: BaseException) -> ServiceError:
 # Whose failure it is when a stage does not end in time; None: the check, where a model is looked up.
 STAGE_PROVIDERS: dict[Stage | None, Provider] = {None: "replicate", "speech": "elevenlabs", "video": "replicate"}
 STAGE_PROVIDERS |= {"audio_upload": "supabase", "final_upload": "supabase"}
-Events = asyncio.Queue["StageEvent | None"]  # None: there are no more
+Events = asyncio.Queue[StageEvent | None]  # None: there are no more
 
 
 @dataclass(eq=False)
@@ -470,7 +472,7 @@ class Job:
     """The work of one request, and of those that join it: its stages, what exists already, and who listens."""
 
     request_id: str
-    owner: str = ""  # whose its prediction is: the file's of its key (its name cannot be guessed), or the request's
+    identity: str = ""  # the path of its file in the bucket if it has a key, else a random one; see Shared.held
     started: float = field(default_factory=time.monotonic)
     timings: dict[Stage, float] = field(default_factory=dict)  # seconds, in the order of the stages
     stage_started: float = 0.0
@@ -478,10 +480,10 @@ class Job:
     partial: Partial = field(default_factory=Partial)
     events: list[StageEvent] = field(default_factory=list)
     listeners: list[Events] = field(default_factory=list)
-    task: "asyncio.Task[None] | None" = None
+    task: asyncio.Task[None] | None = None
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)  # of its work
     stopped: Literal["left", "shutdown"] | None = None
-    result: "BaseModel | ServiceError | None" = None
+    result: BaseModel | ServiceError | None = None
     # Of a job with an Idempotency-Key:
     note: "Note | None" = None  # what its file in the bucket holds, or is about to
     lost: tuple[float, float] | None = None  # clock times between which a prediction may appear that nobody has noted
@@ -499,7 +501,7 @@ class Job:
             seconds = self.timings[name] = time.monotonic() - self.stage_started
             logger.info("stage=%s outcome=%s ms=%.0f", name, outcome, seconds * 1000)
         self.tell("done")
-        self.current = None
+        self.current = None  # after a failure it stays: unfinished() names it
 
     def tell(self, state: Literal["started", "progress", "done"], **more: Any) -> None:
         """Tell an event to all who listen, and keep it for those who join; of progress, the last is enough."""
@@ -507,8 +509,9 @@ class Job:
         event = StageEvent(stage=self.current or "video", state=state, seconds=seconds, **more)
         if self.events and self.events[-1].state == event.state == "progress":
             self.events.pop()
-        for queue in (self.events.append, *(listener.put_nowait for listener in self.listeners)):
-            queue(event)
+        self.events.append(event)
+        for listener in self.listeners:
+            listener.put_nowait(event)
 
     def listen(self) -> Events:
         """The events so far, and then each as it is told."""
@@ -592,11 +595,11 @@ def check_public_url(url: httpx.URL) -> None:
 
 
 def is_trusted(url: httpx.URL) -> bool:
-    """True for the owner's own addresses: both APIs and the storage, private or not."""
+    """True for the owner's own addresses, both APIs and the storage; for any with ALLOW_PRIVATE_URLS."""
     own = get_settings()
     bases = (own.eleven_base_url, own.replicate_base_url, f"{own.supabase_url}/storage/v1/object")
     is_below = any(str(url).startswith(f"{base}/") for base in bases)
-    # One that is encoded could lead out of there.
+    # A ".." that httpx left encoded could lead out of there.
     return own.allow_private_urls or (is_below and ".." not in unquote(str(url)))
 
 
@@ -682,9 +685,9 @@ class Shared:
     ffmpeg_slots: asyncio.Semaphore
     requests: int = 0  # that have no answer yet
     keyed: dict[str, Job] = field(default_factory=dict)  # running jobs with a key, by the name of their file
-    held: "deque[tuple[str, str]]" = field(default_factory=lambda: deque(maxlen=10_000))  # predictions, and whose
+    held: deque[tuple[str, str]] = field(default_factory=lambda: deque(maxlen=10_000))  # prediction ids, Job.identity
     polls: int = 0  # predictions being waited for
-    durations: dict[str, "deque[float]"] = field(default_factory=dict)  # the last films' in seconds, by their kind
+    durations: dict[str, deque[float]] = field(default_factory=dict)  # the last films' in seconds, by their kind
     models: dict[str, "asyncio.Task[VideoModel]"] = field(default_factory=dict)  # by the name that was asked for
 
 
@@ -710,7 +713,7 @@ SERVER_ERRORS = frozenset(range(500, 600))  # Supabase has a 544
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
-def told_under(value: Any, *keys: str) -> Any:
+def dig(value: Any, *keys: str) -> Any:
     """What stands in JSON objects under these keys, one in the other; None if it is not there."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
@@ -769,15 +772,15 @@ class Retry:
         if attempts >= tries.attempts or failing_s >= patience_s(tries.patience):
             return None
         first_s, longest_s = get_settings().retry_first_seconds, patience_s(QUARTER)
-        if asked_s is not None and asked_s > longest_s:
+        if asked_s is None:
+            return min(first_s * 2.0 ** min(attempts - 1, 10), MAX_BACKOFF_S) * random.uniform(0.75, 1)
+        if asked_s > longest_s:
             return longest_s if self.is_paid else None
-        if asked_s is not None:
-            return max(asked_s, first_s)
-        return min(first_s * 2.0 ** min(attempts - 1, 10), MAX_BACKOFF_S) * random.uniform(0.75, 1)
+        return max(asked_s, first_s)
 
 
 each = dict[int, Tries].fromkeys
-# Before the film is bought a job can still be given up; after that, what is paid for is waited for.
+# Before the film is bought a job can be given up, after that it is waited for. Minutes: at PATIENCE_SECONDS=120.
 THREE, FOUR = Tries(attempts=3), Tries(attempts=4)
 HALF_MINUTE, MINUTE, TWO_MINUTES, ALWAYS = Tries(patience=QUARTER), Tries(patience=HALF), Tries(patience=WHOLE), Tries()
 # A speech after a 5xx may be paid twice, some cents: most are not charged, and a person waits. A broken connection
@@ -797,7 +800,7 @@ PAID_FETCH_RETRY = Retry(each({404, 429, *SERVER_ERRORS}, TWO_MINUTES), TWO_MINU
 
 def meant_status(answer: Answer) -> int:
     """The status an answer means: Supabase Storage hides its own as a text in the body of a 400."""
-    told = told_under(answer.json(), "statusCode") if answer.status == 400 else None
+    told = dig(answer.json(), "statusCode") if answer.status == 400 else None
     return int(str(told)) if re.fullmatch(r"\d{3}", str(told)) else answer.status
 
 
@@ -805,8 +808,8 @@ def asked_wait_s(answer: Answer, now: float) -> float | None:
     """Seconds the provider asks us to wait, at clock time `now`; None if it does not say, or nonsense."""
     # Replicate writes `retry_after` or "resets in ~30s" into the body; others send Retry-After, seconds or a date.
     body = answer.json()
-    told = told_under(body, "retry_after") or answer.headers.get("retry-after") or ""
-    if not told and (resets := re.search(r"resets in ~(\d+)s", str(told_under(body, "detail")))):
+    told = dig(body, "retry_after") or answer.headers.get("retry-after") or ""
+    if not told and (resets := re.search(r"resets in ~(\d+)s", str(dig(body, "detail")))):
         told = resets[1]
     if re.fullmatch(r"\d+(\.\d+)?", str(told).strip()):
         return float(told)
@@ -817,7 +820,7 @@ def asked_wait_s(answer: Answer, now: float) -> float | None:
 
 def provider_message(answer: Answer) -> str:
     """The provider's own words, on one line, whatever its body holds; never empty."""
-    words = told_in(answer.json())
+    words = message_in(answer.json())
     if not words and (b"<" in answer.body[:1000] or answer.headers.get("content-type", "").startswith("text/")):
         page = answer.body[:4_000].decode("utf-8", "replace")
         words = html.unescape(re.sub(r"(?s)<(script|style)\b.*?</\1>|<[^>]*>", " ", page))
@@ -831,14 +834,14 @@ def shortened(message: str) -> str:
     return redact(" ".join(message.split()))[:MAX_DETAIL_CHARS]
 
 
-def told_in(value: Any, depth: int = 5) -> str:
+def message_in(value: Any, depth: int = 5) -> str:
     """The message inside an error body: text, object or list, one in the other."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and depth:
-        return "; ".join(filter(None, (told_in(part, depth - 1) for part in value)))
+        return "; ".join(filter(None, (message_in(part, depth - 1) for part in value)))
     if isinstance(value, dict) and depth:
-        told = (told_in(value.get(key), depth - 1) for key in ("detail", "message", "msg", "error", "title"))
+        told = (message_in(value.get(key), depth - 1) for key in ("detail", "message", "msg", "error", "title"))
         return next(filter(None, told), "")
     return ""
 
@@ -866,7 +869,7 @@ async def send(
 
     `options` are those of httpx's build_request. Raises httpx.RequestError if the last attempt had no answer.
     """
-    attempts, since = Counter[Tries](), dict[Tries, float]()  # of each kind of failure by itself
+    attempts, since = Counter[Tries](), dict[Tries, float]()  # by their Tries: failures with equal ones count together
     async with shared() as resources:
         while True:
             request = resources.http.build_request(method, url, **options)
@@ -915,7 +918,7 @@ def summary(outcome: Outcome) -> str:
 
 
 def refusal(provider: Provider, answer: Answer, is_about_content: bool = True) -> ServiceError:
-    """The error for an answer that is not a success: 400, 404 and 422 can be about the content, the rest is about us."""
+    """The error for an answer that is no success: 400, 404 and 422 can be about the content, the rest is about us."""
     detail, status = f"{PROVIDER_NAMES[provider]} answered {summary(answer)}", meant_status(answer)
     error: type[ServiceError] = ResourceFailed if provider == "supabase" else ProviderFailed
     if provider != "supabase" and is_about_content and status in (400, 404, 422):
@@ -933,8 +936,8 @@ def nonsense(provider: Provider, what: str) -> ServiceError:
 # ---- ElevenLabs: text -> speech --------------------------------------------------------------------------------
 
 
-class SpeechFile(NamedTuple):
-    """How the speech of one codec is kept."""
+class SpeechFormat(NamedTuple):
+    """The kind of file in which the speech of a codec is kept."""
 
     extension: str  # and ffmpeg's name of the format
     content_type: str
@@ -942,18 +945,18 @@ class SpeechFile(NamedTuple):
 
 
 MP3_FRAMES = (b"\xff" + bytes([sync]) for sync in b"\xfa\xfb\xf2\xf3\xe2\xe3")
-MP3 = SpeechFile("mp3", "audio/mpeg", (b"ID3", *MP3_FRAMES))
-WAV = SpeechFile("wav", "audio/wav", (b"RIFF",))
-OGG = SpeechFile("ogg", "audio/ogg", (b"OggS",))
-SPEECH_FILES = {"mp3": MP3, "wav": WAV, "opus": OGG, "pcm": WAV, "ulaw": WAV, "alaw": WAV}
+MP3 = SpeechFormat("mp3", "audio/mpeg", (b"ID3", *MP3_FRAMES))
+WAV = SpeechFormat("wav", "audio/wav", (b"RIFF",))
+OGG = SpeechFormat("ogg", "audio/ogg", (b"OggS",))
+SPEECH_FORMATS = {"mp3": MP3, "wav": WAV, "opus": OGG, "pcm": WAV, "ulaw": WAV, "alaw": WAV}
 
 # Sent without a header by ElevenLabs: the WAVE format tag (RFC 2361) and bytes per sample to give them one.
 RAW_CODECS = {"pcm": (1, 2), "alaw": (6, 1), "ulaw": (7, 1)}
 
 
-def speech_file() -> SpeechFile:
+def speech_format() -> SpeechFormat:
     """How speech is kept under the present TTS_OUTPUT_FORMAT."""
-    return SPEECH_FILES[get_settings().tts_output_format.split("_")[0]]
+    return SPEECH_FORMATS[get_settings().tts_output_format.split("_")[0]]
 
 
 def with_wav_header(samples: bytes, codec: str, rate: int) -> bytes:
@@ -979,11 +982,11 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
     try:
         answer = await call("elevenlabs", "POST", url, SPEECH_RETRY, **options)
     except (ProviderRefused, ProviderFailed) as exc:  # its codes name the field: voice_not_found, text_too_long ...
-        told = told_under(exc.answer.json(), "detail") if exc.answer else None
-        code = str(told_under(told, "code") or told_under(told, "status") or (isinstance(told, list) and told))
+        told = dig(exc.answer.json(), "detail") if exc.answer else None
+        code = str(told if isinstance(told, list) else dig(told, "code") or dig(told, "status"))
         is_voice, is_text = re.search("voice|invalid_uid", code), re.search("text|character_limit", code)
         if is_voice or is_text:
-            exc.at("voice_id" if is_voice else "text", shortened(told_in(told)))
+            exc.at("voice_id" if is_voice else "text", shortened(message_in(told)))
         raise
     return playable(answer.body, settings.tts_output_format)
 
@@ -993,7 +996,7 @@ def playable(speech: bytes, output_format: str) -> bytes:
     codec, rate = output_format.split("_")[:2]
     if codec in RAW_CODECS and speech and not re.match(rb'\s*(<!doctype|<html|\{\s*")', speech, re.IGNORECASE):
         return with_wav_header(speech, codec, int(rate))
-    if not speech.startswith(SPEECH_FILES[codec].starts):
+    if not speech.startswith(SPEECH_FORMATS[codec].starts):
         raise nonsense("elevenlabs", f"speech in the format {output_format}")
     return speech
 
@@ -1017,7 +1020,7 @@ async def supabase_upload(
     }
     body = FileBody(content) if isinstance(content, Path) else content
     answer = await call("supabase", "POST", storage_url(path), retry, headers=headers, content=body)
-    if not told_under(answer.json(), "Key"):  # some other server's 200
+    if not dig(answer.json(), "Key"):  # some other server's 200
         raise ResourceFailed("Supabase Storage answered without having stored the file.", "supabase")
     return storage_url(path, "public/")
 
@@ -1051,7 +1054,7 @@ async def download(url: str, target: Path, retry: Retry = PAID_FETCH_RETRY) -> N
     """Stream a file of up to 100 MB to disk, from the first byte again if it breaks off. Raises ResourceFailed."""
     try:
         host = httpx.URL(check_http_url(url)).host
-        answer = await send("GET", url, retry, perform=partial(save, target))
+        answer = await send("GET", url, retry, perform=partial(download_once, target))
     except ValueError as exc:
         raise ResourceFailed("The address of a file to download makes no sense.", retryable=False) from exc
     except httpx.RequestError as exc:
@@ -1062,12 +1065,12 @@ async def download(url: str, target: Path, retry: Retry = PAID_FETCH_RETRY) -> N
         raise ResourceFailed(f"The download from {host} was answered {summary(answer)}.", answer=answer)
 
 
-async def save(target: Path, client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
+async def download_once(target: Path, client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
     """One attempt at a download: the file goes to `target`, the body of a refusal into the answer."""
     async with follow_redirects(client, request) as response:
         if response.status_code != 200:
             return await read_answer(response, limit)
-        check_size(told_size(response) or 0)
+        check_size(declared_size(response) or 0)
         with target.open("wb") as file:
             async for chunk in response.aiter_raw(CHUNK_BYTES):
                 check_size(file.tell() + len(chunk))
@@ -1097,7 +1100,7 @@ def check_size(size: int, what: str = "A file to download") -> None:
         raise ResourceFailed(f"{what} is larger than 100 MB.", retryable=False)
 
 
-def told_size(response: httpx.Response) -> int | None:
+def declared_size(response: httpx.Response) -> int | None:
     """The length of a body in bytes, if the answer tells a plausible one."""
     told = response.headers.get("content-length", "")
     return int(told) if re.fullmatch(r"\d{1,18}", told) else None
@@ -1109,19 +1112,19 @@ async def head(url: str, limit_s: float) -> HeadResult:
         async with shared() as resources:
             with anyio.fail_after(limit_s):
                 # A server that refuses HEAD is asked for the first byte.
-                for method, headers in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
-                    request = resources.http.build_request(method, url, headers=headers, extensions={ASKED_FOR: True})
+                for method, extra in (("HEAD", {}), ("GET", {"Range": "bytes=0-0"})):
+                    request = resources.http.build_request(method, url, headers=extra, extensions={ASKED_FOR: True})
                     async with follow_redirects(resources.http, request) as response:
-                        status, size, told = response.status_code, told_size(response), response.headers
+                        status, size, headers = response.status_code, declared_size(response), response.headers
                     if status < 400:
                         break
     except (httpx.RequestError, TimeoutError) as exc:
         why = f": {summary(exc)}" if isinstance(exc, httpx.RequestError) else f" within {limit_s:g} s"
         raise ResourceFailed(f"The URL did not answer{why}.") from exc
     if status == 206:  # a part tells the size of the whole, if it can
-        whole = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", told.get("content-range", ""))
+        whole = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", headers.get("content-range", ""))
         size = int(whole[1]) if whole else None
-    return HeadResult(status=status, content_type=told.get("content-type", "")[:200] or None, bytes=size)
+    return HeadResult(status=status, content_type=headers.get("content-type", "")[:200] or None, bytes=size)
 
 
 async def check_picture(url: str) -> None:
@@ -1148,7 +1151,7 @@ OTHER_BODY = "belongs to a request with another body; a new job needs a new one"
 class Note(BaseModel):
     """What the file holds: enough to go on, and nothing of what was asked for."""
 
-    body: str  # keyed digest
+    body: str  # keyed digest of the route and of what the client sent
     started: float  # clock time; a prediction without an id here was made since then
     written: float
     writer: str  # process; empty: it has given the job up
@@ -1176,7 +1179,7 @@ async def save_job(job: Job, retry: Retry = STORE_RETRY, is_needed: bool = True,
     job.note = job.note.model_copy(update={"written": time.time(), "partial": job.partial, **changes})
     content = job.note.model_dump_json(exclude_none=True).encode()
     try:
-        await supabase_upload(job.owner, content, "application/json", retry, cache="max-age=0")
+        await supabase_upload(job.identity, content, "application/json", retry, cache="max-age=0")
     except ServiceError as exc:
         if is_needed:
             raise
@@ -1187,16 +1190,15 @@ async def found_note(job: Job) -> Note | None:
     """What the file of a job's key holds, once no other instance is at work. Raises InvalidInput, ResourceFailed."""
     while job.note:
         try:
-            url = storage_url(job.owner, "authenticated/")
-            note = Note.model_validate_json(
-                (await call("supabase", "GET", url, STORE_RETRY, headers=storage_keys())).body
-            )
+            url = storage_url(job.identity, "authenticated/")
+            answer = await call("supabase", "GET", url, STORE_RETRY, headers=storage_keys())
+            note = Note.model_validate_json(answer.body)
         except ResourceFailed as exc:
             if exc.answer is None or meant_status(exc.answer) != 404:
                 raise
             break
         except ValidationError as exc:
-            message = f"The file {job.owner} in the bucket is not one of this service's; remove it."
+            message = f"The file {job.identity} in the bucket is not one of this service's; remove it."
             raise ResourceFailed(message, "supabase", retryable=False) from exc
         if note.body != job.note.body:
             raise unfit("Idempotency-Key", OTHER_BODY, "header")
@@ -1210,7 +1212,7 @@ async def found_note(job: Job) -> Note | None:
 def adopt(job: Job, note: Note) -> None:
     """Go on with a job from what an earlier request, or another instance, has left."""
     job.note, job.partial = note.model_copy(update={"writer": PROCESS_ID}), note.partial
-    job.lost = (note.started, note.written + patience_s(TWELFTH) * bool(note.writer))
+    job.lost = (note.started, note.written + (patience_s(TWELFTH) if note.writer else 0))
 
 
 async def with_key(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
@@ -1223,7 +1225,7 @@ async def with_key(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseMo
     try:
         result = await work()
     except BaseException:
-        with anyio.move_on_after(patience_s(TWELFTH), shield=True):  # nobody is to wait for this process
+        with anyio.move_on_after(patience_s(TWELFTH), shield=True):  # no writer: other instances need not wait
             await save_job(job, is_needed=False, writer="")
         raise
     with suppress(asyncio.CancelledError):  # done is done, also at the deadline
@@ -1258,7 +1260,7 @@ class VideoModel:
     """A model on Replicate: where its predictions are created, and what it takes."""
 
     name: str
-    version: str | None  # None: official, runs by name
+    version: str | None  # to run: its id, or owner/name:id if one was asked for; None: official, runs by name
     fields: dict[str, Property]
     required: tuple[str, ...]
 
@@ -1338,7 +1340,7 @@ def resolved(schema: Any, schemas: Any, depth: int = 4) -> Property:
 
 def video_model(name: str, version: str | None, schemas: Any) -> VideoModel:
     """A model from the `components.schemas` that it publishes. Raises ProviderFailed if they are unreadable."""
-    properties, required = (told_under(schemas, "Input", key) for key in ("properties", "required"))
+    properties, required = (dig(schemas, "Input", key) for key in ("properties", "required"))
     if not isinstance(properties, dict) or len(properties) > MAX_SCHEMA_FIELDS:
         raise nonsense("replicate", f"an input schema of {name} that a person could fill in")
     fields = {field: resolved(prop, schemas) for field, prop in properties.items()}
@@ -1365,21 +1367,6 @@ def fit_input(model: VideoModel, job: JobPromptOnly, audio_url: str | None = Non
     if model is HAILUO and values["duration"] == 10 and values["resolution"] == "1080p":
         raise unfit("resolution", "with 10 seconds it can be 512p or 768p")
     return values
-
-
-def name_faults(model: VideoModel, error: ServiceError) -> None:
-    """Say which fields of ours Replicate refuses: its `input.duration` is our `seconds`."""
-    told = error.answer.json() if error.answer else None
-    ours = {model.picture_field: "image_url", model.prompt_field: "prompt", model.speech_field: "text"}
-    ours.update(dict.fromkeys([*SECONDS_NAMES, *FRAMES_NAMES], "seconds"), **dict.fromkeys(SIZE_NAMES, "resolution"))
-    named = told_under(told, "invalid_fields")
-    for part in named if isinstance(named, list) else ():
-        where, why = str(told_under(part, "field")), str(told_under(part, "description"))
-        name = why.split(" ")[0] if where == "input" else where.removeprefix("input.")  # "prompt is required"
-        if name in ours:
-            error.at(ours[name], shortened(why))
-    if error.answer and (error.answer.status == 404 or "version" in str(told_under(told, "title"))):
-        error.at("model", provider_message(error.answer))
 
 
 def length_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
@@ -1443,7 +1430,7 @@ def size_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
 def bounds(prop: Property, rate: float = 1.0) -> str:
     """A field's bounds, for people, in units of which `rate` make one of the field's."""
     named = (("at least", "minimum"), ("at most", "maximum"))
-    return " and ".join(f"{words} {prop[key] / rate:.0f}" for words, key in named if key in prop)
+    return " and ".join(f"{phrase} {prop[key] / rate:.0f}" for phrase, key in named if key in prop)
 
 
 def lines(size: Any) -> int:
@@ -1483,7 +1470,7 @@ class Prediction(BaseModel):
         """The film: the first URL in the output, which is a text, a list or an object."""
         with suppress(RecursionError):  # as deep as nobody's film is
             told = json.dumps(self.output, ensure_ascii=False)
-            for text in islice(re.finditer(r'"(https?://[^"\s\\]+)"(?!: )', told), MAX_OUTPUT_TEXTS):
+            for text in islice(re.finditer(r'"(https?://[^"\s\\]+)"(?!: )', told), MAX_OUTPUT_URLS):
                 with suppress(ValueError):
                     return check_http_url(text[1])
         return None
@@ -1548,12 +1535,12 @@ async def look_up_model(name: str) -> VideoModel:
         told = (await call_replicate("GET", path, MODEL_RETRY)).json()
     except ProviderRefused as exc:  # it does not repeat the name
         raise ProviderRefused(f"model {name}: {exc.detail}", "replicate").at("model", exc.detail) from exc
-    latest = told if version else told_under(told, "latest_version")
-    is_official = not version and told_under(told, "is_official") is True
-    runs_by = name if version else told_under(latest, "id")
+    latest = told if version else dig(told, "latest_version")
+    is_official = not version and dig(told, "is_official") is True
+    runs_by = name if version else dig(latest, "id")
     if not is_official and not isinstance(runs_by, str):
         raise nonsense("replicate", f"a version of {name}")
-    schemas = told_under(latest, "openapi_schema", "components", "schemas")
+    schemas = dig(latest, "openapi_schema", "components", "schemas")
     return video_model(plain_name, None if is_official else runs_by, schemas)
 
 
@@ -1565,7 +1552,7 @@ async def hailuo_video_from_prompt(body: JobPromptOnly, job: Job | None = None) 
 async def replicate_video_from_prompt(
     body: JobPromptOnly, audio_url: str | None = None, job: Job | None = None, model: VideoModel | None = None
 ) -> str:
-    """The URL, which lives an hour, of a film by `body.model`, with `audio_url` if it takes speech; or of the job's own.
+    """The URL, good for an hour, of the film `job` has begun, else of a new one; `audio_url`: for a model that speaks.
 
     Raises ProviderRefused (also: failed, canceled, aborted, film gone), InvalidInput, ProviderFailed, SettingMissing.
     """
@@ -1574,14 +1561,14 @@ async def replicate_video_from_prompt(
     kind = str([model.name, *map(values.get, (*SECONDS_NAMES, *FRAMES_NAMES, *SIZE_NAMES))])
     try:
         if known := job.partial.prediction_id:
-            note_prediction(job, known)
+            hold_prediction(job, known)
             prediction, kind = await read_prediction(Prediction(id=known, status="starting")), ""
         else:
             prediction = await create_prediction(model, values, job)
             with anyio.CancelScope(shield=True):
                 await save_job(job, is_needed=False)
         prediction = await wait_for_prediction(prediction, job, kind)
-    except asyncio.CancelledError:  # so is the prediction, unless the next request goes on with it
+    except asyncio.CancelledError:  # the prediction too, unless a request with the same key can go on with it
         if made := job.partial.prediction_id:
             if not job.note or time.monotonic() - job.started >= get_settings().job_timeout_seconds:
                 await cancel_prediction(made)
@@ -1592,7 +1579,7 @@ async def replicate_video_from_prompt(
 def film_of(prediction: Prediction) -> str:
     """The URL of the film of a prediction that has ended. Raises ProviderRefused, ProviderFailed."""
     if prediction.status != "succeeded":
-        told = shortened(told_in(prediction.error)) or "no reason given"
+        told = shortened(message_in(prediction.error)) or "no reason given"
         raise ProviderRefused(f"No film was made, the prediction ended as {prediction.status}: {told}", "replicate")
     if video_url := prediction.video_url:
         return video_url
@@ -1624,6 +1611,21 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
         raise
 
 
+def name_faults(model: VideoModel, error: ServiceError) -> None:
+    """Say which fields of ours Replicate refuses: its `input.duration` is our `seconds`."""
+    told = error.answer.json() if error.answer else None
+    ours = {model.picture_field: "image_url", model.prompt_field: "prompt", model.speech_field: "text"}
+    ours.update(dict.fromkeys([*SECONDS_NAMES, *FRAMES_NAMES], "seconds"), **dict.fromkeys(SIZE_NAMES, "resolution"))
+    named = dig(told, "invalid_fields")
+    for part in named if isinstance(named, list) else ():
+        where, why = str(dig(part, "field")), str(dig(part, "description"))
+        name = why.split(" ")[0] if where == "input" else where.removeprefix("input.")  # "prompt is required"
+        if name in ours:
+            error.at(ours[name], shortened(why))
+    if error.answer and (error.answer.status == 404 or "version" in str(dig(told, "title"))):
+        error.at("model", provider_message(error.answer))
+
+
 async def post_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Answer:
     """Send the create; Replicate itself ends the prediction at the job's time limit."""
     path = "predictions" if model.version else f"models/{model.name}/predictions"
@@ -1636,22 +1638,22 @@ async def post_prediction(model: VideoModel, values: dict[str, Any], job: Job) -
 
 async def create_exchange(job: Job, client: httpx.AsyncClient, request: httpx.Request, limit: int) -> Answer:
     """One create. A cancelled job still waits for its answer: only that tells which prediction to cancel."""
-    if job.note and time.time() - job.note.written > patience_s(QUARTER) / 3:  # throttled: still at work
+    if job.note and time.time() - job.note.written > patience_s(QUARTER) / 3:  # throttled: tell other instances
         await save_job(job, is_needed=False)
     with anyio.CancelScope(shield=True):
         answer = await exchange(client, request, limit)
     if prediction := prediction_in(answer.json()):
-        note_prediction(job, prediction.id)
+        hold_prediction(job, prediction.id)
     return answer
 
 
-def note_prediction(job: Job, prediction_id: str) -> None:
-    """Keep the id of what is being paid for."""
+def hold_prediction(job: Job, prediction_id: str) -> None:
+    """Log the id of what is being paid for, and keep it in `partial` and Shared.held."""
     if job.partial.prediction_id != prediction_id:
         logger.info("prediction_id=%s", prediction_id)
         job.partial.prediction_id = prediction_id
     if _running is not None:
-        _running.held.append((prediction_id, job.owner))
+        _running.held.append((prediction_id, job.identity))
 
 
 async def find_lost(
@@ -1661,11 +1663,11 @@ async def find_lost(
     async with shared() as resources:
         while True:
             async for told in predictions_since(since):
-                is_ours = told_under(told, "model") == model.name and told_under(told, "input") == values
-                is_version = model.version is None or str(told_under(told, "version")) in model.version
+                is_ours = dig(told, "model") == model.name and dig(told, "input") == values
+                is_version = model.version is None or str(dig(told, "version")) in model.version
                 if is_ours and is_version and (found := prediction_in(told)):
-                    if all(known != found.id or whose == job.owner for known, whose in resources.held):
-                        note_prediction(job, found.id)  # before anybody else looks
+                    if all(known != found.id or whose == job.identity for known, whose in resources.held):
+                        hold_prediction(job, found.id)  # before anybody else looks
                         return found
             if time.time() >= until:
                 return None
@@ -1679,7 +1681,7 @@ async def predictions_since(moment: float) -> AsyncIterator[Any]:
     base, path = f"{get_settings().replicate_base_url}/v1/", "predictions"
     for _ in range(MAX_LIST_PAGES):
         page = (await call_replicate("GET", path, LIST_RETRY, limit=MAX_PREDICTION_BYTES, **options)).json()
-        listed, following = told_under(page, "results"), str(told_under(page, "next"))
+        listed, following = dig(page, "results"), str(dig(page, "next"))
         for told in listed if isinstance(listed, list) else ():
             yield told
         if not following.startswith(base):
@@ -1738,7 +1740,7 @@ def ffmpeg_path() -> str:
 
 
 def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path) -> list[str]:
-    """ffmpeg's arguments: the film's picture as it is, our speech half a second in, ended as `fit` says."""
+    """ffmpeg's arguments: the film's frames as they are, our speech half a second in, ended as `fit` says."""
     delay = f"adelay={SPEECH_DELAY_MS}:all=1"
     # The demuxer is forced and only files are opened: a playlist named .mp4 stays noise.
     local_only = ["-protocol_whitelist", "file"]
@@ -1748,7 +1750,7 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
         *(("-stream_loop", "-1") if fit == "speech" else ()),
         *(*local_only, "-threads", "1", "-f", "mov", "-i", f"file:{video}"),
         *(*local_only, "-threads", "1", "-f", demuxer, "-i", f"file:{speech}"),
-        *("-map", "0:V:0", "-map", "1:a:0"),  # the model's picture and our speech, whatever else the film brings
+        *("-map", "0:V:0", "-map", "1:a:0"),  # the model's frames and our speech, whatever else the film brings
         *("-c:v", "copy", "-c:a", "aac", "-b:a", "128k", "-threads", "1"),
         *("-aac_coder", "fast"),  # at this rate nearer to the speech than the default, for two thirds of its time
         *("-af", f"{delay},apad" if fit == "video" else delay),
@@ -1762,7 +1764,7 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
 async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "shortest") -> None:
     """Put speech (in TTS_OUTPUT_FORMAT) and film together. Raises ResourceFailed, also over a minute or 100 MB."""
     await asyncio.to_thread(check_film, video)
-    arguments = mux_arguments(video, speech, speech_file().extension, fit, final)
+    arguments = mux_arguments(video, speech, speech_format().extension, fit, final)
     async with shared() as resources, resources.ffmpeg_slots:
         await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S)
     check_size(os.path.getsize(final), "The talking film")  # noqa: ASYNC240  a moment; ffmpeg has stopped there
@@ -1839,13 +1841,14 @@ async def end_jobs(resources: Shared) -> None:
     # uvicorn has just cancelled the requests still running: their predictions are being cancelled.
     started = time.monotonic()
     while (resources.requests or resources.keyed) and time.monotonic() - started < SHUTDOWN_WAIT_S:
-        for job in resources.keyed.values() if time.monotonic() - started > patience_s(SIXTH) else ():
-            job.stop("shutdown")
+        if time.monotonic() - started > patience_s(SIXTH):
+            for job in resources.keyed.values():
+                job.stop("shutdown")
         await asyncio.sleep(0.05)
 
 
 @dataclass(frozen=True)
-class Context:
+class JobMiddleware:
     """The outermost layer: each request gets its Job, each answer X-Request-ID and Server-Timing."""
 
     app: ASGIApp
@@ -1854,9 +1857,9 @@ class Context:
         """Answer one request."""
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        told = Headers(scope=scope).get("x-request-id", "")
-        request_id = told if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", told) else uuid.uuid4().hex
-        scope.setdefault("state", {})["job"] = Job(request_id, request_id)
+        sent_id = Headers(scope=scope).get("x-request-id", "")
+        request_id = sent_id if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", sent_id) else uuid.uuid4().hex
+        scope.setdefault("state", {})["job"] = Job(request_id, identity=uuid.uuid4().hex)
         current_request_id.set(request_id)
 
         async def send_with_headers(message: Message) -> None:
@@ -1971,7 +1974,7 @@ app.add_middleware(
     allow_headers=["*"],
     expose_headers=["X-Request-ID", "Server-Timing", "Idempotency-Replayed"],
 )
-app.add_middleware(Context)
+app.add_middleware(JobMiddleware)
 
 
 # ---- Running a job: its deadline, a client that leaves, its two forms of answer --------------------------------
@@ -1980,7 +1983,7 @@ Body = TypeVar("Body", bound=JobPromptOnly)
 Work = Callable[[Body, Job], Awaitable[BaseModel]]
 
 
-async def answer_job(request: Request, body: Body, key: str | None, work: "Work[Body]") -> Response:
+async def answer_job(request: Request, body: Body, key: str | None, work: Work[Body]) -> Response:
     """Run a job, or join the one that runs with this key, and answer as the client asked: JSON, or events."""
     job = await start_job(request, body, key, work)
     is_stream, events = prefers_events(request.headers.get("accept", "")), job.listen()
@@ -1988,7 +1991,7 @@ async def answer_job(request: Request, body: Body, key: str | None, work: "Work[
     if job.task:
         job.task.add_done_callback(lambda _: leaving.cancel())
     while (part := await next_part(job, events)) and not is_stream:
-        pass
+        pass  # JSON waits for the end, where part is None; a stream for its first part only
     if part is None and not isinstance(job.result, BaseModel):  # an error before any event is a plain one
         raise job.result or ServiceError("The client has left.")
     headers = {"Idempotency-Replayed": "true"} if job.result and not job.timings else {}  # no stage was gone through
@@ -2008,13 +2011,13 @@ def prefers_events(accept: str) -> bool:
     return qualities.get("text/event-stream", 0) >= max([0.001, *for_json[:1]])
 
 
-async def start_job(request: Request, body: Body, key: str | None, work: "Work[Body]") -> Job:
+async def start_job(request: Request, body: Body, key: str | None, work: Work[Body]) -> Job:
     """The job of a request: a new one, or the one that runs with the same key already. Raises InvalidInput."""
     job: Job = request.state.job
     async with shared() as resources:
-        if key is not None:
-            job.note, job.owner = new_note(request.url.path, body), f"jobs/{keyed_digest(key)}.json"
-            running = resources.keyed.setdefault(job.owner, job)
+        if key:
+            job.note, job.identity = new_note(request.url.path, body), f"jobs/{keyed_digest(key)}.json"
+            running = resources.keyed.setdefault(job.identity, job)
             if running.note and running.note.body != job.note.body:
                 raise unfit("Idempotency-Key", OTHER_BODY, "header")
             if running is not job:
@@ -2026,16 +2029,16 @@ async def start_job(request: Request, body: Body, key: str | None, work: "Work[B
     return job
 
 
-async def run_job(job: Job, work: Awaitable[BaseModel], resources: Shared) -> None:
+async def run_job(job: Job, doing: Awaitable[BaseModel], resources: Shared) -> None:
     """Bring a job to its end, in a task of its own: a result, or the error to tell to all who wait for it."""
     try:
         with job.scope, anyio.move_on_after(get_settings().job_timeout_seconds):
-            job.result = await work
+            job.result = await doing
         job.result = job.result or job.unfinished()
     except Exception as exc:  # noqa: BLE001  whatever happened is told
         job.result = as_service_error(exc)
     finally:
-        resources.keyed.pop(job.owner, None)  # from now on only its file tells of it
+        resources.keyed.pop(job.identity, None)  # from now on only its file tells of it
         job.end()
 
 
@@ -2133,7 +2136,7 @@ async def speak(body: JobPromptTTS, job: Job, speech: Path) -> str:
             spoken = await elevenlabs_tts_bytes(body.text, body.voice_id)
     with job.stage("audio_upload"):
         if audio_url is None:
-            kept_as = speech_file()
+            kept_as = speech_format()
             audio_path = f"audio/{uuid.uuid4()}.{kept_as.extension}"
             audio_url = job.partial.audio_url = await supabase_upload(audio_path, spoken, kept_as.content_type)
         try:
@@ -2151,7 +2154,7 @@ async def speak(body: JobPromptTTS, job: Job, speech: Path) -> str:
 
 
 async def animate(body: JobPromptOnly, model: VideoModel, job: Job, audio_url: str | None = None) -> str:
-    """Have the film made and return its URL."""
+    """Have the film made, unless the job's file names one meanwhile, and return its URL."""
     with job.stage("video"):
         if (note := await found_note(job)) and note.writer != PROCESS_ID:
             adopt(job, note)  # another instance has taken the job meanwhile
@@ -2174,7 +2177,7 @@ FILM_URL = "https://replicate.delivery/xezq/film.mp4"
 SPEECH_URL = EXAMPLE_PICTURE.replace("pet.jpg", "audio/0b1f3a52-8d6e-4c6f-9a53-2f4f3c1f7a10.mp3")
 TALKING_URL = EXAMPLE_PICTURE.replace("pet.jpg", "videos/5e0f9d0c-7f0b-4a39-9c1c-7f1f1f0f2b11.mp4")
 EXAMPLE_SPEECH = SpeechResult(audio_url=SPEECH_URL, video_url=FILM_URL, final_url=TALKING_URL)
-EVENTS_IN_WORDS = """With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing happens,
+EVENTS_TEXT = """With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing happens,
 then one `result` (the JSON body) or one `error` (the error body and `status`)."""
 
 
@@ -2186,7 +2189,7 @@ def job_answers(example: BaseModel) -> dict[int | str, dict[str, Any]]:
     kinds = [{"$ref": f"#/components/schemas/{kind}"} for kind in ("StageEvent", type(example).__name__, "ErrorEvent")]
     data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": kinds}}
     fields = {"event": {"type": "string", "enum": ["stage", "result", "error"]}, "data": data}
-    item = {"type": "object", "description": EVENTS_IN_WORDS, "required": [*fields], "properties": fields}
+    item = {"type": "object", "description": EVENTS_TEXT, "required": [*fields], "properties": fields}
     stream = {"itemSchema": item, "example": text}  # an event, described as FastAPI describes them
     good = {"content": {"application/json": {"example": example.model_dump()}, "text/event-stream": stream}}
     return {200: good, **ERRORS}

@@ -100,7 +100,7 @@ class Sizes:
     growth: tuple[int, ...] = (10, 50, 100, 200)
     growth_s: float = 10.0
     watched: int = 10  # films at once: more would be read less often
-    watched_waves: int = 2  # after one from which their model is known
+    watched_waves: int = 5  # after one from which their model is known
     watched_s: float = 30.0  # the median
     growth_poll_s: float = 2.0  # the longest wait between two reads, but for what the crowd itself imposes
 

@@ -130,7 +130,7 @@ async def test_how_speech_is_stored(client, monkeypatch, output_format, extensio
     assert re.fullmatch(rf"/storage/v1/object/pets/audio/[0-9a-f-]{{36}}\.{extension}", request.url.path)
     assert request.headers["content-type"] == content_type
     assert partial == {"audio_url": str(request.url).replace("/object/", "/object/public/")}
-    assert main.speech_file().extension == extension
+    assert main.speech_format().extension == extension
 
 
 # What is no speech
