@@ -144,7 +144,7 @@ def check_http_url(value: str) -> str:
 
 def check_base_url(value: str) -> str:
     """The URL as httpx writes it, without a slash at its end. Raises ValueError if it is no absolute http(s) URL."""
-    with suppress(httpx.InvalidURL, ValueError):
+    with suppress(ValueError):
         url = httpx.URL(check_http_url(value))
         if not (url.userinfo or url.query or url.fragment):
             return str(url).rstrip("/")
@@ -566,10 +566,7 @@ GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # leaves out mapped, compatib
 
 def is_public(address: str) -> bool:
     """True for an address of the public internet, as getaddrinfo writes it."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:  # with a zone, such as fe80::1%eth0
-        return False
+    ip = ipaddress.ip_address(address)
     blocked = any(ip in network for network in BLOCKED_NETWORKS if network.version == ip.version)
     return ip.is_global and not blocked and (ip.version == 4 or ip in GLOBAL_UNICAST)
 

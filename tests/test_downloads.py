@@ -57,6 +57,7 @@ async def failure(target: Path) -> str:
     """What a download that fails says."""
     with pytest.raises(main.ResourceFailed) as failed:
         await asyncio.wait_for(main.download(URL, target), 10)
+    assert failed.value.retryable == ("larger" not in failed.value.detail)
     return failed.value.detail
 
 

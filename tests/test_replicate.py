@@ -239,8 +239,11 @@ def test_the_film_is_found_in_the_output(output, film):
     made = main.Prediction(id="p1", status="succeeded", output=output)
     assert made.video_url == film
     if film is None:
-        with pytest.raises(main.ProviderFailed, match="^The prediction succeeded, but Replicate tells no film"):
+        with pytest.raises(
+            main.ProviderFailed, match="^The prediction succeeded, but Replicate tells no film"
+        ) as failed:
             main.film_of(made)
+        assert (failed.value.provider, failed.value.retryable) == ("replicate", False)
 
 
 SECRET = SECRETS["REPLICATE_API_TOKEN"]

@@ -89,7 +89,7 @@ def test_a_talking_film(client: httpx.Client, service: Service, sandbox: Sandbox
     assert re.fullmatch(bucket + r"/audio/[0-9a-f-]{36}\.mp3", answer["audio_url"])
     assert re.fullmatch(bucket + r"/videos/[0-9a-f-]{36}\.mp4", answer["final_url"])
     timings = re.findall(r"(\w+);dur=([\d.]+)", response.headers["server-timing"])
-    assert (tuple(name for name, _ in timings), min(float(dur) for _, dur in timings) > 0) == (STAGES, True)
+    assert (tuple(name for name, _ in timings), all(0 < float(dur) < 9_000 for _, dur in timings)) == (STAGES, True)
     lines = [line.partition(" request_id=log-lines ")[2] for line in service.log.splitlines()]
     told = [match[1] for line in lines if (match := re.fullmatch(r"stage=(\w+) outcome=done ms=\d+", line))]
     [job] = [line for line in lines if line.startswith("job ")]
