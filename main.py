@@ -453,9 +453,9 @@ def as_service_error(exc: BaseException) -> ServiceError:
     """The error to tell; the traceback of an unforeseen one goes to the log."""
     if isinstance(exc, ServiceError):
         return exc
+    logger.error("unforeseen error\n%s", "".join(traceback.format_exception(exc)))
     if isinstance(exc, OSError) and exc.strerror:  # a disk that is full, a folder that is read-only ...
         return ResourceFailed(f"The service's own machine failed the job: {exc.strerror}.")
-    logger.error("unforeseen error\n%s", "".join(traceback.format_exception(exc)))
     return ServiceError("Something unforeseen went wrong inside the service; its log has the request id.")
 
 
@@ -527,8 +527,7 @@ class Job:
 
     def end(self) -> None:
         """Log what came of the job, and let go of all who wait for it."""
-        is_ok = isinstance(self.result, BaseModel)
-        outcome = "ok" if is_ok else self.stopped or getattr(self.result, "category", "shutdown")
+        outcome = "ok" if isinstance(self.result, BaseModel) else self.stopped or getattr(self.result, "category", None)
         ms = (time.monotonic() - self.started) * 1000
         logger.info("job outcome=%s ms=%.0f prediction_id=%s", outcome, ms, self.partial.prediction_id)
         for queue in self.listeners:
@@ -536,7 +535,7 @@ class Job:
 
     def unfinished(self) -> ServiceError:
         """The error of a job that was stopped, or has not ended by its deadline."""
-        if self.stopped:
+        if self.stopped or time.monotonic() - self.started < get_settings().job_timeout_seconds:
             again = "send the same request again" if self.note else "try again"
             return ServiceError(f"The service is restarting and could not finish the job; {again}.")
         limit = f"The job was not done after {get_settings().job_timeout_seconds:g} s"
@@ -566,9 +565,11 @@ GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # leaves out mapped, compatib
 
 def is_public(address: str) -> bool:
     """True for an address of the public internet, as getaddrinfo writes it."""
-    ip = ipaddress.ip_address(address)
-    blocked = any(ip in network for network in BLOCKED_NETWORKS if network.version == ip.version)
-    return ip.is_global and not blocked and (ip.version == 4 or ip in GLOBAL_UNICAST)
+    with suppress(ValueError):
+        ip = ipaddress.ip_address(address)
+        blocked = any(ip in network for network in BLOCKED_NETWORKS if network.version == ip.version)
+        return ip.is_global and not blocked and (ip.version == 4 or ip in GLOBAL_UNICAST)
+    return False
 
 
 def check_public_url(url: httpx.URL) -> None:
@@ -681,7 +682,7 @@ class Shared:
     http: httpx.AsyncClient
     ffmpeg_slots: asyncio.Semaphore
     requests: int = 0  # that have no answer yet
-    keyed: dict[str, Job] = field(default_factory=dict)  # running jobs with a key, by the name of their file
+    jobs: dict[str, Job] = field(default_factory=dict)  # running ones, by their identity
     held: deque[tuple[str, str]] = field(default_factory=lambda: deque(maxlen=10_000))  # prediction ids, Job.identity
     polls: int = 0  # predictions being waited for
     durations: dict[str, deque[float]] = field(default_factory=dict)  # the last films' in seconds, by their kind
@@ -1467,7 +1468,7 @@ class Prediction(BaseModel):
         """The film: the first URL in the output, which is a text, a list or an object."""
         with suppress(RecursionError):  # as deep as nobody's film is
             told = json.dumps(self.output, ensure_ascii=False)
-            for text in islice(re.finditer(r'"(https?://[^"\s\\]+)"(?!: )', told), MAX_OUTPUT_URLS):
+            for text in islice(re.finditer(r'(?i)"(https?://[^"\s\\]+)"(?!: )', told), MAX_OUTPUT_URLS):
                 with suppress(ValueError):
                     return check_http_url(text[1])
         return None
@@ -1562,7 +1563,7 @@ async def replicate_video_from_prompt(
             prediction, kind = await read_prediction(Prediction(id=known, status="starting")), ""
         else:
             prediction = await create_prediction(model, values, job)
-            with anyio.CancelScope(shield=True):
+            with anyio.move_on_after(patience_s(QUARTER), shield=True):
                 await save_job(job, is_needed=False)
         prediction = await wait_for_prediction(prediction, job, kind)
     except asyncio.CancelledError:  # the prediction too, unless a request with the same key can go on with it
@@ -1603,8 +1604,9 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
         if is_refused or isinstance(exc.__cause__, NOT_SENT):
             raise
         logger.warning("a prediction is looked for whose create failed: %s", exc.detail)
-        if found := await find_lost(model, values, job, started, time.time() + patience_s(TWELFTH)):
-            return found
+        with anyio.CancelScope(shield=not job.note):  # what is found is cancelled, if nobody waits or comes back for it
+            if found := await find_lost(model, values, job, started, time.time() + patience_s(TWELFTH)):
+                return found
         raise
 
 
@@ -1837,9 +1839,9 @@ async def end_jobs(resources: Shared) -> None:
     """Let jobs with a key that nobody waits for end by themselves for a while, then leave them to the next request."""
     # uvicorn has just cancelled the requests still running: their predictions are being cancelled.
     started = time.monotonic()
-    while (resources.requests or resources.keyed) and time.monotonic() - started < SHUTDOWN_WAIT_S:
-        if time.monotonic() - started > patience_s(SIXTH):
-            for job in resources.keyed.values():
+    while (resources.requests or resources.jobs) and time.monotonic() - started < SHUTDOWN_WAIT_S:
+        for job in resources.jobs.values():
+            if not job.note or time.monotonic() - started > patience_s(SIXTH):
                 job.stop("shutdown")
         await asyncio.sleep(0.05)
 
@@ -1991,7 +1993,7 @@ async def answer_job(request: Request, body: Body, key: str | None, work: Work[B
         pass  # JSON waits for the end, where part is None; a stream for its first part only
     if part is None and not isinstance(job.result, BaseModel):  # an error before any event is a plain one
         raise job.result or ServiceError("The client has left.")
-    headers = {"Idempotency-Replayed": "true"} if job.result and not job.timings else {}  # no stage was gone through
+    headers = {"Idempotency-Replayed": "true"} if job.note and job.note.answer and not job.timings else {}
     if isinstance(job.result, BaseModel) and not is_stream:
         return Response(job.result.model_dump_json(), media_type="application/json", headers=headers)
     headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx: pass them on at once
@@ -2014,13 +2016,13 @@ async def start_job(request: Request, body: Body, key: str | None, work: Work[Bo
     async with shared() as resources:
         if key:
             job.note, job.identity = new_note(request.url.path, body), f"jobs/{keyed_digest(key)}.json"
-            running = resources.keyed.setdefault(job.identity, job)
-            if running.note and running.note.body != job.note.body:
-                raise unfit("Idempotency-Key", OTHER_BODY, "header")
-            if running is not job:
-                logger.info("joins the job of request_id=%s", running.request_id)
-                request.state.job = running
-                return running
+        running = resources.jobs.setdefault(job.identity, job)
+        if running.note and job.note and running.note.body != job.note.body:
+            raise unfit("Idempotency-Key", OTHER_BODY, "header")
+        if running is not job:
+            logger.info("joins the job of request_id=%s", running.request_id)
+            request.state.job = running
+            return running
         doing = with_key(job, lambda: work(body, job)) if key else work(body, job)
         job.task = asyncio.create_task(run_job(job, doing, resources))
     return job
@@ -2031,11 +2033,11 @@ async def run_job(job: Job, doing: Awaitable[BaseModel], resources: Shared) -> N
     try:
         with job.scope, anyio.move_on_after(get_settings().job_timeout_seconds):
             job.result = await doing
-        job.result = job.result or job.unfinished()
     except Exception as exc:  # noqa: BLE001  whatever happened is told
         job.result = as_service_error(exc)
     finally:
-        resources.keyed.pop(job.identity, None)  # from now on only its file tells of it
+        job.result = job.result or job.unfinished()
+        resources.jobs.pop(job.identity, None)  # from now on only its file tells of it
         job.end()
 
 
