@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests.bench import MEASUREMENTS, Row, film_times_s, percentile
 from tests.conftest import Command
-from tests.sandbox.service import ROOT
-
-
-@pytest.mark.parametrize(("group", "code", "words"), [("speed", 2, "growth"), ("start", 1, "openssl")])
-def test_what_it_cannot_measure_is_told(tmp_path: Path, group: str, code: int, words: str) -> None:
-    """An unknown group, with those there are; that openssl is missing, which makes the providers' certificate."""
-    command = [sys.executable, "-m", "tests.bench", "--rows", group, "--json"]
-    environment = {**os.environ, "PATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30)
-    assert done.returncode == code
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_films_of_one_model_differ_the_same_way_in_every_run() -> None:

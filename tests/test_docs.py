@@ -62,18 +62,14 @@ def test_render_asks_for_the_secrets_and_sets_the_defaults() -> None:
     assert {key: told for key, told in known.items() if key not in asked}.items() <= DEFAULTS.items()
 
 
-def test_render_gives_jobs_time_to_end() -> None:
-    """uvicorn's own limit ends before Render's, with time to cancel what still runs."""
+def test_render_runs_one_process_that_has_time_to_end() -> None:
+    """Pacing is per process; the health check always answers; uvicorn's limit ends before Render's."""
+    variables = render_variables()
+    assert (variables["WEB_CONCURRENCY"], variables["PYTHON_VERSION"][:2]) == ("1", "3.")
+    assert "healthCheckPath: /health" in RENDER
     [render_s] = re.findall(r"maxShutdownDelaySeconds: (\d+)", RENDER)
     [uvicorn_s] = re.findall(r"--timeout-graceful-shutdown (\d+)", RENDER)
     assert int(uvicorn_s) + main.SHUTDOWN_WAIT_S < int(render_s) == 300
-
-
-def test_render_runs_one_process_with_a_health_check() -> None:
-    """Pacing is per process; the health check is the route that always answers."""
-    assert render_variables()["WEB_CONCURRENCY"] == "1"
-    assert re.fullmatch(r"3\.\d+\.\d+", render_variables()["PYTHON_VERSION"])
-    assert "healthCheckPath: /health" in RENDER
 
 
 def test_readme_has_every_route_with_its_fields() -> None:

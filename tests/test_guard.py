@@ -87,7 +87,7 @@ def test_public_addresses_are_public() -> None:
 # URLs
 
 REFUSED_HOSTS = {
-    NOT_PUBLIC: "pets.example@127.0.0.1 localhost LOCALHOST. pets.localhost a.b.localhost. 127.0.0.1 127.0.0.1. 127.0.0.1.. 0.0.0.0 10.0.0.1 169.254.169.254 127。0。0。1 [::1] [::] [0:0:0:0:0:0:0:1] "
+    NOT_PUBLIC: "pets.example@127.0.0.1 localhost LOCALHOST. pets.localhost a.b.localhost. 127.0.0.1 127.0.0.1. 127.0.0.1.. 0.0.0.0 10.0.0.1 169.254.169.254 999.1.1.1. 127。0。0。1 [::1] [::] [0:0:0:0:0:0:0:1] "
     "[::ffff:7f00:1] [::7f00:1] [64:ff9b::7f00:1] [2002:7f00:1::] [2001:0:7f00:1::] [fd00::1] [fe80::1] [ff02::1]",
     NOT_PLAIN: "2130706433 2130706433. 134744072 017700000001 0x7f000001 0X7F000001 0x pets.example.0x7f 0x7f.0.0.1 "
     "127.0.0.0x1 127.1 127.0.1 0 1.2.3.4.5 [::ffff:127.0.0.1] [::127.0.0.1]",

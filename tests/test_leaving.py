@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import anyio.to_thread
 import imageio_ffmpeg
 import pytest
 
+import main
 from tests.conftest import PACE
 from tests.jobs import Told, ask, children, left_in, needs_proc, short_film, speech_job, until
 from tests.sandbox import Sandbox, Service
@@ -272,3 +274,20 @@ async def test_a_client_that_leaves_an_ending_process_leaves_no_film(sandbox: Sa
         assert await anyio.to_thread.run_sync(service.process.wait, 10) in (0, -signal.SIGTERM)
     assert [film.status for film in sandbox.predictions.values()] == ["canceled"]
     assert len(sandbox.calls("cancel")) == 3
+
+
+@pytest.mark.parametrize("is_native", [True, False], ids=["Ctrl-C twice", "unwatched"])
+async def test_the_end_of_the_process_ends_every_job(settings: None, is_native: bool) -> None:
+    """Also one whose request has ended without a word; whoever still waits is told."""
+    job = main.Job("-", "-")
+    async with main.lifespan(main.app):
+        assert main._running is not None
+        main._running.jobs["-"] = job
+        task = asyncio.create_task(main.run_job(job, asyncio.sleep(60), main._running))
+        await asyncio.sleep(0)
+        if is_native:
+            task.cancel()
+            await asyncio.wait({task})
+    await asyncio.wait({task}, timeout=1)
+    assert "the service is restarting" in str(job.result).lower()
+    assert (task.cancelled(), job.stopped) == (is_native, None if is_native else "shutdown")

@@ -428,14 +428,15 @@ async def test_a_cancel_is_repeated(monkeypatch, replicate, caplog, failures, wo
 ON_ITS_WAY: list[tuple[Any, ...]] = [
     ("made", httpx.Response(201, json=prediction("starting")), 1),
     ("refused", httpx.Response(402), 0),
-    ("nonsense", httpx.Response(201, content=b"noise"), 0),
-    ("cut", httpx.ReadError("reset"), 0),
+    ("nonsense", httpx.Response(201, content=b"noise"), 1),
+    ("cut", httpx.ReadError("reset"), 1),
 ]
 
 
 @pytest.mark.parametrize(("outcome", "cancels"), rows(ON_ITS_WAY))
 async def test_a_create_that_is_on_its_way_is_waited_for_and_cancelled(replicate, outcome, cancels):
-    """Only its answer tells which prediction to cancel; the caller's end is all that is heard of it."""
+    """Only its answer tells which prediction to cancel, or else the list; the caller's end is all that is heard of it."""
+    replicate.lists([prediction("starting")])
     is_sent, may_answer = asyncio.Event(), asyncio.Event()
 
     async def slowly(request: httpx.Request) -> httpx.Response:
