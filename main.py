@@ -1836,8 +1836,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def end_jobs(resources: Shared) -> None:
-    """Let jobs with a key that nobody waits for end by themselves for a while, then leave them to the next request."""
-    # uvicorn has just cancelled the requests still running: their predictions are being cancelled.
+    """Stop the jobs that still run, those with a key after a while: the next request goes on with them."""
+    # uvicorn has just cancelled the requests still running, and with them their jobs; but not all can hear of that.
     started = time.monotonic()
     while (resources.requests or resources.jobs) and time.monotonic() - started < SHUTDOWN_WAIT_S:
         for job in resources.jobs.values():
