@@ -203,9 +203,10 @@ async def test_a_name_is_looked_up_once_and_that_address_used(pets: Server, inte
 
 @pytest.mark.parametrize("first", ["refuses", "stays silent"])
 async def test_the_next_address_is_tried(
-    first: str, pets: Server, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    first: str, serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Of several public addresses the first that takes the connection in its time is used."""
+    internet.add("pets.example", serve({PATH: reply(200, b"film")}))
     internet.names["pets.example"], internet.addresses["8.8.8.8"] = [["8.8.8.8", PUBLIC]], None
 
     async def connect(remote_host: Any, *args: Any, **options: Any) -> Any:
