@@ -67,7 +67,8 @@ class OtherLane:
     def __init__(self, config: pytest.Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         folder.mkdir()
-        command = [sys.executable, "-m", "pytest", *config.invocation_params.args]
+        # Not the folder that all runs share: at its end each would clear away what another is just clearing away.
+        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, f"--basetemp={folder / 'files'}"]
         environment, where = {**os.environ, LANE: str(folder)}, config.invocation_params.dir
         with (folder / "output").open("wb") as output:
             self.process = subprocess.Popen(command, cwd=where, env=environment, stdout=output, stderr=output)
