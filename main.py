@@ -367,9 +367,7 @@ class StageEvent(BaseModel):
 
 # ---- Errors ----------------------------------------------------------------------------------------------------
 
-ErrorKind = tuple[
-    int, Category, bool
-]  # HTTP status, category, and whether such an error is retryable if it does not say
+ErrorKind = tuple[int, Category, bool]  # HTTP status, category, and whether it is retryable if it does not say
 
 
 class ServiceError(Exception):
@@ -548,8 +546,8 @@ class Job:
         """The body of an error (see ErrorBody): `partial` and `errors` only if there is something to say."""
         told = {name: getattr(error, name) for name in ("detail", "category", "provider", "retryable")}
         partial, errors = self.partial.model_dump(exclude_none=True), [fault.model_dump() for fault in error.errors]
-        more = {"partial": partial} if partial else {}
-        return {**told, "request_id": self.request_id, **more, **({"errors": errors} if errors else {})}
+        more = {"partial": partial, "errors": errors}
+        return {**told, "request_id": self.request_id, **{name: value for name, value in more.items() if value}}
 
 
 # ---- Network: one pool of connections, and a guard where they are made -----------------------------------------
@@ -1052,9 +1050,10 @@ async def download(url: str, target: Path, retry: Retry = PAID_FETCH_RETRY) -> N
     """Stream a file of up to 100 MB to disk, from the first byte again if it breaks off. Raises ResourceFailed."""
     try:
         host = httpx.URL(check_http_url(url)).host
-        answer = await send("GET", url, retry, perform=partial(download_once, target))
     except ValueError as exc:
         raise ResourceFailed("The address of a file to download makes no sense.", retryable=False) from exc
+    try:
+        answer = await send("GET", url, retry, perform=partial(download_once, target))
     except httpx.RequestError as exc:
         raise ResourceFailed(f"The download from {host} failed: {summary(exc)}.") from exc
     except UrlBlocked as exc:
