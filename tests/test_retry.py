@@ -172,11 +172,6 @@ def read_table() -> Iterator[Any]:
                 yield pytest.param(call, kind, attempts, id=f"{call}, {kind}")
 
 
-async def list_predictions() -> list[Any]:
-    """The list call."""
-    return [told async for told in main.predictions_since(time.time())]
-
-
 @pytest.fixture
 def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, Work, httpx.Response]]:
     """Each call of a job: where it goes, the work that makes it, and an answer that it is content with."""
@@ -194,7 +189,7 @@ def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, W
         "speech": (speech_url, lambda: main.elevenlabs_tts_bytes("Hello", "voice"), spoken),
         "create": (create_url, lambda: main.create_prediction(main.HAILUO, PROMPT, main.Job("-")), created),
         "model": (f"{v1}/models/a/b", lambda: main.look_up_model("a/b"), httpx.Response(200, json=MODEL)),
-        "list": (f"{v1}/predictions", list_predictions, listed),
+        "list": (f"{v1}/predictions", lambda: anext(main.predictions_since(time.time()), None), listed),
         "read": (f"{v1}/predictions/p1", lambda: main.read_prediction(started), httpx.Response(200, json=DONE)),
         "upload": (upload_url, partial(upload, main.STORE_RETRY), stored),
         "fetch": (file_url, partial(fetch, main.FETCH_RETRY), httpx.Response(200, content=b"film")),
