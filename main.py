@@ -8,9 +8,9 @@ One FastAPI service without a queue. A front end POSTs a job, waits, and gets th
     GET  /health                                      -> {"ok": true}
 
 A speech job, in sequence: ElevenLabs speaks the text, Supabase Storage keeps the speech, Replicate animates the
-picture, ffmpeg puts speech and film together, Supabase Storage keeps the result. With `Accept: text/event-stream`
+picture, ffmpeg puts speech and video together, Supabase Storage keeps the result. With `Accept: text/event-stream`
 the same request is answered as events, so that the wait is visible. With an `Idempotency-Key` it can be sent again
-until there is an answer: one film is bought, and it is delivered.
+until there is an answer: one video is bought, and it is delivered.
 
 Run it:      uvicorn main:app              (the keys: see .env.example)
 Without keys: python -m tests.sandbox      (the three providers as local stand-ins)
@@ -76,17 +76,17 @@ logger = logging.getLogger("talking_pet")
 
 MAX_REQUEST_BYTES = 64 * 1024
 MAX_SPEECH_BYTES = 9_500_000
-MAX_DOWNLOAD_BYTES = 100_000_000  # a talking film has no more either
+MAX_DOWNLOAD_BYTES = 100_000_000  # a talking video has no more either
 MAX_ANSWER_BYTES = 2_000_000  # of a provider's JSON answer; the largest model schemas have some 100 kB
 MAX_PREDICTION_BYTES = 8_000_000  # of one with its whole log, or of a hundred in a list
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
 CHUNK_BYTES = 128 * 1024  # to and from disk at a time: TLS gives 16 KB, and each piece takes a turn of a thread
 
-# Of what strangers write: models' schemas, outputs and films.
+# Of what strangers write: models' schemas, outputs and videos.
 MAX_SCHEMA_PARTS = 4  # of one property: an enum stands behind one, what may be null behind two
 MAX_SCHEMA_FIELDS = 300  # well-known models have up to fifteen
-MAX_OUTPUT_URLS = 1_000  # a film's URL is among the first few
-MAX_BOXES = 10_000  # of an MP4 at its top level; a film in fragments has some hundreds
+MAX_OUTPUT_URLS = 1_000  # a video's URL is among the first few
+MAX_BOXES = 10_000  # of an MP4 at its top level; a video in fragments has some hundreds
 
 # Seconds of silence on a connection, not of a whole call.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
@@ -103,9 +103,9 @@ TWELFTH = 1 / 12  # 10 s: the look for a prediction whose create had no answer
 
 POLL_SHARE = 0.025  # a wait between two reads, as a share of the time waited so far
 POLL_MAX_S = 2.0  # while nothing is known of its kind
-KEPT_DURATIONS = 30  # of the last films of a kind, which tell when the next one is due (see due_delay_s)
+KEPT_DURATIONS = 30  # of the last videos of a kind, which tell when the next one is due (see due_delay_s)
 DURATION_SPREAD = 0.02  # how far around one of them the next one may be, as a share of it
-READ_WORTH_S = 1 / 80  # one more read is made where it finds a film this much sooner on average
+READ_WORTH_S = 1 / 80  # one more read is made where it finds a video this much sooner on average
 EARLY_SHARE = 0.1  # the longest wait, as a share of the shortest duration known, or of the time waited if longer
 READS_PER_MINUTE = 2_400  # of one process; Replicate allows 3,000 (docs rate-limits, read 2026-11-22)
 MIN_CANCEL_AFTER_S = 5  # what Replicate's Cancel-After takes, up to a day (changelog 2025-10-16)
@@ -117,7 +117,7 @@ DEFAULT_FPS = 24.0  # where a model counts frames and names no rate
 SPEECH_DELAY_MS = 500
 FFMPEG_TIMEOUT_S = 60.0
 MAX_FFMPEG = 4  # at once, and no more than cores: a container sees those of its host, and each takes some 50 MB
-FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of a film's frame has less, of a 16K one more
+FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of a video's frame has less, of a 16K one more
 
 HEAD_TIMEOUT_S = 10.0
 PICTURE_TIMEOUT_S = 3.0
@@ -252,7 +252,7 @@ NonBlank = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, 
 Size = Annotated[str, StringConstraints(strict=True, pattern=SIZE_PATTERN)]
 VoiceId = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, pattern=VOICE_PATTERN)]
 ModelName = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, max_length=200, pattern=MODEL_PATTERN)]
-# What other services call our fields: with the default in its place, a film of the wrong length would be bought.
+# What other services call our fields: with the default in its place, a video of the wrong length would be bought.
 OTHER_NAMES = {"duration": "seconds", "length": "seconds", "image": "image_url", "voice": "voice_id"}
 
 
@@ -261,8 +261,8 @@ class JobPromptOnly(BaseModel):
 
     image_url: HttpUrl = Field(description="Public address of the picture", examples=[EXAMPLE_PICTURE])
     prompt: NonBlank = Field(description="What should happen", examples=["The dog looks up and talks"])
-    seconds: int = Field(6, strict=True, ge=1, le=600, description="Length of the film; the default model: 6 or 10")
-    resolution: Size = Field("768p", description="Film size; the default model: 512p, 768p, or 1080p with 6 seconds")
+    seconds: int = Field(6, strict=True, ge=1, le=600, description="Length of the video; the default model: 6 or 10")
+    resolution: Size = Field("768p", description="Video size; the default model: 512p, 768p, or 1080p with 6 seconds")
     model: ModelName | None = Field(
         None,
         description="Replicate model, owner/name or owner/name:version; null: minimax/hailuo-02",
@@ -289,8 +289,8 @@ class JobPromptTTS(JobPromptOnly):
     voice_id: VoiceId = Field(description="ElevenLabs voice", examples=["JBFqnCBsd6RMkjVDRZzb"])
     fit: Fit = Field(
         "shortest",
-        description="What ends the clip. shortest: film or speech; video: the film, then silence if it is longer than "
-        "the speech; speech: the speech, the film repeats until then",
+        description="What ends the clip. shortest: video or speech; video: the video, then silence if it is longer than "
+        "the speech; speech: the speech, the video repeats until then",
     )
 
 
@@ -301,7 +301,7 @@ class HeadRequest(BaseModel):
 
 
 class VideoResult(BaseModel):
-    """A silent film."""
+    """A silent video."""
 
     video_url: str = Field(description="Replicate's own URL, gone after an hour")
 
@@ -310,8 +310,8 @@ class SpeechResult(BaseModel):
     """A talking pet."""
 
     audio_url: str = Field(description="The speech, in your storage")
-    video_url: str = Field(description="The silent film: Replicate's own URL, gone after an hour")
-    final_url: str = Field(description="The talking film, in your storage")
+    video_url: str = Field(description="The silent video: Replicate's own URL, gone after an hour")
+    final_url: str = Field(description="The talking video, in your storage")
 
 
 class HeadResult(BaseModel):
@@ -327,7 +327,7 @@ class Partial(BaseModel):
 
     audio_url: str | None = None
     video_url: str | None = None
-    prediction_id: str | None = Field(default=None, description="The film's id at Replicate, which keeps it an hour")
+    prediction_id: str | None = Field(default=None, description="The video's id at Replicate, which keeps it an hour")
 
 
 class InputError(BaseModel):
@@ -411,7 +411,7 @@ class AddressNotPublic(UrlBlocked):
 
 
 class ProviderRefused(ServiceError, kind=(400, "provider", False)):
-    """ElevenLabs or Replicate do not want this content, or a film could not be made."""
+    """ElevenLabs or Replicate do not want this content, or a video could not be made."""
 
 
 class ProviderFailed(ServiceError, kind=(500, "provider", True)):
@@ -539,7 +539,7 @@ class Job:
         limit = f"The job was not done after {get_settings().job_timeout_seconds:g} s"
         provider = STAGE_PROVIDERS.get(self.current)
         error = ProviderFailed if provider in ("elevenlabs", "replicate") else ResourceFailed
-        is_final = self.note and self.partial.prediction_id and self.current == "video"  # a cancelled film stays so
+        is_final = self.note and self.partial.prediction_id and self.current == "video"  # a cancelled video stays so
         return error(f"{limit} and was ended in the stage {self.current or 'check'}.", provider, retryable=not is_final)
 
     def error_json(self, error: ServiceError) -> dict[str, Any]:
@@ -632,7 +632,7 @@ class PublicNetwork(httpcore.AnyIOBackend):
 
 
 # Extensions of a request that choose its pool.
-ASKED_FOR = "talking_pet_asked_for"  # by anyone, through /debug/head or as a picture: no film waits for it
+ASKED_FOR = "talking_pet_asked_for"  # by anyone, through /debug/head or as a picture: no video waits for it
 FRESH = "talking_pet_fresh"  # it must not be sent twice, so not on a connection that is just being closed
 
 
@@ -683,7 +683,7 @@ class Shared:
     jobs: dict[str, Job] = field(default_factory=dict)  # running ones, by their identity
     held: deque[tuple[str, str]] = field(default_factory=lambda: deque(maxlen=10_000))  # prediction ids, Job.identity
     polls: int = 0  # predictions being waited for
-    durations: dict[str, deque[float]] = field(default_factory=dict)  # the last films' in seconds, by their kind
+    durations: dict[str, deque[float]] = field(default_factory=dict)  # the last videos' in seconds, by their kind
     models: dict[str, "asyncio.Task[VideoModel]"] = field(default_factory=dict)  # by the name that was asked for
 
 
@@ -776,7 +776,7 @@ class Retry:
 
 
 each = dict[int, Tries].fromkeys
-# Before the film is bought a job can be given up, after that it is waited for. Minutes: at PATIENCE_SECONDS=120.
+# Before the video is bought a job can be given up, after that it is waited for. Minutes: at PATIENCE_SECONDS=120.
 THREE, FOUR = Tries(attempts=3), Tries(attempts=4)
 HALF_MINUTE, MINUTE, TWO_MINUTES, ALWAYS = Tries(patience=QUARTER), Tries(patience=HALF), Tries(patience=WHOLE), Tries()
 # A speech after a 5xx may be paid twice, some cents: most are not charged, and a person waits. A broken connection
@@ -1263,7 +1263,7 @@ class VideoModel:
 
     @property
     def speech_field(self) -> str | None:
-        """The field for speech, if the model makes a film that speaks by itself."""
+        """The field for speech, if the model makes a video that speaks by itself."""
         named = (name for name, prop in self.fields.items() if is_uri(prop) and words(name) & SPEECH_WORDS)
         return next((name for name in named if not words(name) & OTHER_WORDS), None)
 
@@ -1367,7 +1367,7 @@ def fit_input(model: VideoModel, job: JobPromptOnly, audio_url: str | None = Non
 
 
 def length_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
-    """The field for the film's length, in seconds or frames; empty if the model has none."""
+    """The field for the video's length, in seconds or frames; empty if the model has none."""
     for name in (*SECONDS_NAMES, *FRAMES_NAMES):
         prop = model.fields.get(name, {})
         options = {number: value for value in prop.get("enum") or () if (number := as_number(value)) is not None}
@@ -1407,7 +1407,7 @@ def clamped(number: float, prop: Property) -> float:
 
 
 def size_input(model: VideoModel, job: JobPromptOnly) -> dict[str, Any]:
-    """The field for the film's size: one the model lists, or within its bounds; empty if the model has none."""
+    """The field for the video's size: one the model lists, or within its bounds; empty if the model has none."""
     is_sent, wanted = "resolution" in job.model_fields_set, lines(job.resolution)
     for name in SIZE_NAMES:
         prop = model.fields.get(name, {})
@@ -1441,7 +1441,7 @@ def lines(size: Any) -> int:
     return int(plain[1]) if plain else 0
 
 
-# ---- Replicate: picture -> film --------------------------------------------------------------------------------
+# ---- Replicate: picture -> video --------------------------------------------------------------------------------
 
 FINAL_STATUSES = ("succeeded", "failed", "canceled", "aborted")
 
@@ -1464,8 +1464,8 @@ class Prediction(BaseModel):
 
     @property
     def video_url(self) -> str | None:
-        """The film: the first URL in the output, which is a text, a list or an object."""
-        with suppress(RecursionError):  # as deep as nobody's film is
+        """The video: the first URL in the output, which is a text, a list or an object."""
+        with suppress(RecursionError):  # as deep as nobody's video is
             told = json.dumps(self.output, ensure_ascii=False)
             for text in islice(re.finditer(r'(?i)"(https?://[^"\s\\]+)"(?!: )', told), MAX_OUTPUT_URLS):
                 with suppress(ValueError):
@@ -1474,21 +1474,21 @@ class Prediction(BaseModel):
 
 
 def poll_delay_s(waited_s: float, polls: int, durations: Collection[float] = ()) -> float:
-    """Seconds until the next read of a film, with `polls` of them open; `durations`: of the last ones of its kind."""
+    """Seconds until the next read of a video, with `polls` of them open; `durations`: of the last ones of its kind."""
     delay_s = due_delay_s(waited_s, durations) if durations else min(waited_s * POLL_SHARE, POLL_MAX_S)
     return max(delay_s, get_settings().poll_min_seconds, polls * 60 / READS_PER_MINUTE)
 
 
 def due_delay_s(waited_s: float, durations: Collection[float]) -> float:
-    """Seconds until the next read of a film of a kind that took `durations` lately: seldom at first, often when due.
+    """Seconds until the next read of a video of a kind that took `durations` lately: seldom at first, often when due.
 
-    Each duration stands for a Cauchy distribution, narrow with long tails for what was not seen yet. Where a film not
+    Each duration stands for a Cauchy distribution, narrow with long tails for what was not seen yet. Where a video not
     ready is ready within a second with chance h, waits of sqrt(2 * READ_WORTH_S / h) find it soonest for their number.
     """
     around = [(known * DURATION_SPREAD, waited_s - known) for known in durations]
     unready = sum(math.atan2(spread, past) for spread, past in around)
     due = sum(spread / (spread**2 + past**2) for spread, past in around)
-    # Failures come in the first seconds, and a film may be faster than all before.
+    # Failures come in the first seconds, and a video may be faster than all before.
     longest_s = min(POLL_MAX_S + waited_s, EARLY_SHARE * max(waited_s, min(durations)))
     return min(math.sqrt(2 * READ_WORTH_S * unready / due), longest_s)
 
@@ -1542,16 +1542,16 @@ async def look_up_model(name: str) -> VideoModel:
 
 
 async def hailuo_video_from_prompt(body: JobPromptOnly, job: Job | None = None) -> str:
-    """The URL of a film made by the default model. Raises as run_prediction does."""
+    """The URL of a video made by the default model. Raises as run_prediction does."""
     return await replicate_video_from_prompt(body, job=job, model=HAILUO)
 
 
 async def replicate_video_from_prompt(
     body: JobPromptOnly, audio_url: str | None = None, job: Job | None = None, model: VideoModel | None = None
 ) -> str:
-    """The URL, good for an hour, of the film `job` has begun, else of a new one; `audio_url`: for a model that speaks.
+    """The URL, good for an hour, of the video `job` has begun, else of a new one; `audio_url`: for a model that speaks.
 
-    Raises ProviderRefused (also: failed, canceled, aborted, film gone), InvalidInput, ProviderFailed, SettingMissing.
+    Raises ProviderRefused (also: failed, canceled, aborted, video gone), InvalidInput, ProviderFailed, SettingMissing.
     """
     job, model = job or Job("-"), model or await find_model(body.model)
     values = fit_input(model, body, audio_url)
@@ -1570,19 +1570,19 @@ async def replicate_video_from_prompt(
             if not job.note or time.monotonic() - job.started >= get_settings().job_timeout_seconds:
                 await cancel_prediction(made)
         raise
-    return film_of(prediction)
+    return video_of(prediction)
 
 
-def film_of(prediction: Prediction) -> str:
-    """The URL of the film of a prediction that has ended. Raises ProviderRefused, ProviderFailed."""
+def video_of(prediction: Prediction) -> str:
+    """The URL of the video of a prediction that has ended. Raises ProviderRefused, ProviderFailed."""
     if prediction.status != "succeeded":
         told = shortened(message_in(prediction.error)) or "no reason given"
-        raise ProviderRefused(f"No film was made, the prediction ended as {prediction.status}: {told}", "replicate")
+        raise ProviderRefused(f"No video was made, the prediction ended as {prediction.status}: {told}", "replicate")
     if video_url := prediction.video_url:
         return video_url
     if prediction.data_removed:
-        raise ProviderRefused("The film is gone: Replicate keeps it an hour. A new job makes a new one.", "replicate")
-    raise ProviderFailed("The prediction succeeded, but Replicate tells no film.", "replicate", retryable=False)
+        raise ProviderRefused("The video is gone: Replicate keeps it an hour. A new job makes a new one.", "replicate")
+    raise ProviderFailed("The prediction succeeded, but Replicate tells no video.", "replicate", retryable=False)
 
 
 async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Prediction:
@@ -1694,7 +1694,7 @@ async def read_prediction(prediction: Prediction) -> Prediction:
 
 
 async def wait_for_prediction(prediction: Prediction, job: Job, kind: str = "") -> Prediction:
-    """Read a prediction until it has ended, and remember how long films of its `kind` take (empty: begun elsewhere)."""
+    """Read a prediction until it has ended, and remember how long videos of its `kind` take (empty: begun elsewhere)."""
     started = time.monotonic()
     async with shared() as resources:
         resources.polls += 1
@@ -1725,7 +1725,7 @@ async def cancel_prediction(prediction_id: str) -> None:
         logger.warning("prediction_id=%s not cancelled: %s", prediction_id, str(exc) or "no answer in time")
 
 
-# ---- ffmpeg: film + speech -> talking film ---------------------------------------------------------------------
+# ---- ffmpeg: video + speech -> talking video ---------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -1738,7 +1738,7 @@ def ffmpeg_path() -> str:
 
 
 def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path) -> list[str]:
-    """ffmpeg's arguments: the film's frames as they are, our speech half a second in, ended as `fit` says."""
+    """ffmpeg's arguments: the video's frames as they are, our speech half a second in, ended as `fit` says."""
     delay = f"adelay={SPEECH_DELAY_MS}:all=1"
     # The demuxer is forced and only files are opened: a playlist named .mp4 stays noise.
     local_only = ["-protocol_whitelist", "file"]
@@ -1748,24 +1748,24 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
         *(("-stream_loop", "-1") if fit == "speech" else ()),
         *(*local_only, "-threads", "1", "-f", "mov", "-i", f"file:{video}"),
         *(*local_only, "-threads", "1", "-f", demuxer, "-i", f"file:{speech}"),
-        *("-map", "0:V:0", "-map", "1:a:0"),  # the model's frames and our speech, whatever else the film brings
+        *("-map", "0:V:0", "-map", "1:a:0"),  # the model's frames and our speech, whatever else the video brings
         *("-c:v", "copy", "-c:a", "aac", "-b:a", "96k", "-threads", "1"),
         *("-aac_coder", "fast"),  # a voice is 39 dB over its error; by default 29 dB at 128k, for 1.6 times the CPU
         *("-af", f"{delay},apad" if fit == "video" else delay),
         # By default what is copied may run ten seconds ahead, and then ends where it is, not with the shortest.
         *("-shortest", "-shortest_buf_duration", "3600"),
-        *("-fs", str(MAX_DOWNLOAD_BYTES + 1)),  # a short film that is heavy would grow without end as it repeats
+        *("-fs", str(MAX_DOWNLOAD_BYTES + 1)),  # a short video that is heavy would grow without end as it repeats
         *("-movflags", "+faststart", "-f", "mp4", f"file:{final}"),
     ]
 
 
 async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "shortest") -> None:
-    """Put speech (in TTS_OUTPUT_FORMAT) and film together. Raises ResourceFailed, also over a minute or 100 MB."""
-    await asyncio.to_thread(check_film, video)
+    """Put speech (in TTS_OUTPUT_FORMAT) and video together. Raises ResourceFailed, also over a minute or 100 MB."""
+    await asyncio.to_thread(check_video, video)
     arguments = mux_arguments(video, speech, speech_format().extension, fit, final)
     async with shared() as resources, resources.ffmpeg_slots:
         await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S)
-    check_size(os.path.getsize(final), "The talking film")  # noqa: ASYNC240  a moment; ffmpeg has stopped there
+    check_size(os.path.getsize(final), "The talking video")  # noqa: ASYNC240  a moment; ffmpeg has stopped there
 
 
 async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
@@ -1784,19 +1784,19 @@ async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
             with suppress(ProcessLookupError):
                 process.kill()
             if isinstance(exc, TimeoutError):
-                raise ResourceFailed(f"The film could not be put together within {timeout_s:g} s.") from exc
+                raise ResourceFailed(f"The video could not be put together within {timeout_s:g} s.") from exc
             raise
     if process.returncode != 0:
         told = " | ".join(tail.decode("utf-8", "replace").split("\n")).strip(" |")
         logger.warning("ffmpeg ended with %s: %s", process.returncode, told)
         if os.strerror(errno.ENOSPC) in told:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        message = "Film and speech could not be put together; ffmpeg cannot use one of them."
+        message = "Video and speech could not be put together; ffmpeg cannot use one of them."
         raise ResourceFailed(message, retryable=False)
 
 
-def check_film(video: Path) -> None:
-    """Refuse a file that is no MP4, or breaks off; ffmpeg would make a shorter film of it. Raises ResourceFailed."""
+def check_video(video: Path) -> None:
+    """Refuse a file that is no MP4, or breaks off; ffmpeg would make a shorter video of it. Raises ResourceFailed."""
     first_boxes = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip")  # QuickTime's may begin without ftyp
     size, offset = video.stat().st_size, 0
     with video.open("rb") as file:
@@ -1806,11 +1806,11 @@ def check_film(video: Path) -> None:
             file.seek(offset)
             length, name, long_length = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
             if offset == 0 and name not in first_boxes:
-                raise ResourceFailed("What the model made is not an MP4 film.", "replicate", retryable=False)
+                raise ResourceFailed("What the model made is not an MP4 video.", "replicate", retryable=False)
             # ISO/IEC 14496-12: 0 is a box to the file's end, 1 one whose length follows.
             offset = size if length == 0 else offset + max(8, long_length if length == 1 else length)
     if offset != size or size == 0:
-        raise ResourceFailed("The film that the model made breaks off.", "replicate", retryable=False)
+        raise ResourceFailed("The video that the model made breaks off.", "replicate", retryable=False)
 
 
 # ---- Application -----------------------------------------------------------------------------------------------
@@ -1825,7 +1825,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     if missing := [name.upper() for name in SPEECH_JOB_SETTINGS if getattr(get_settings(), name) is None]:
         logger.warning("not set: %s; requests that need them are answered 500", ", ".join(missing))
-    await asyncio.to_thread(ffmpeg_path)  # fails here rather than after a film was paid for
+    await asyncio.to_thread(ffmpeg_path)  # fails here rather than after a video was paid for
     async with shared() as _running:
         try:
             yield
@@ -2086,13 +2086,13 @@ async def next_part(job: Job, events: Events) -> bytes | None:
 
 
 async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
-    """A silent film."""
+    """A silent video."""
     model = await check_job(body, job, ("replicate_api_token",))
     return VideoResult(video_url=await animate(body, model, job))
 
 
 async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
-    """A talking film: the cheap step comes first, so that a bad text, voice, bucket or disk costs no film."""
+    """A talking video: the cheap step comes first, so that a bad text, voice, bucket or disk costs no video."""
     if len(body.text) > (most := get_settings().tts_max_chars):
         raise unfit("text", f"has {len(body.text)} characters, at most {most} are spoken")
     model = await check_job(body, job, SPEECH_JOB_SETTINGS, audio_url="made in a moment")
@@ -2100,11 +2100,11 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
         folder = Path(name)
         audio_url = await speak(body, job, folder / "speech")
         video_url = await animate(body, model, job, audio_url)
-        final = folder / "film.mp4"
+        final = folder / "video.mp4"
         with job.stage("download"):
             await download(video_url, final)
-            await asyncio.to_thread(check_film, final)
-        if not model.speech_field:  # else the film speaks by itself
+            await asyncio.to_thread(check_video, final)
+        if not model.speech_field:  # else the video speaks by itself
             with job.stage("mux"):
                 silent, final = final, folder / "talking.mp4"
                 await mux_video_audio(silent, folder / "speech", final, body.fit)
@@ -2152,7 +2152,7 @@ async def speak(body: JobPromptTTS, job: Job, speech: Path) -> str:
 
 
 async def animate(body: JobPromptOnly, model: VideoModel, job: Job, audio_url: str | None = None) -> str:
-    """Have the film made, unless the job's file names one meanwhile, and return its URL."""
+    """Have the video made, unless the job's file names one meanwhile, and return its URL."""
     with job.stage("video"):
         if (note := await found_note(job)) and note.writer != PROCESS_ID:
             adopt(job, note)  # another instance has taken the job meanwhile
@@ -2171,10 +2171,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"description": "The service or a provider failed; `partial` holds what was made", "model": ErrorBody},
     "default": {"description": "No such route or method", "model": ErrorBody},
 }
-FILM_URL = "https://replicate.delivery/xezq/film.mp4"
+VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
 SPEECH_URL = EXAMPLE_PICTURE.replace("pet.jpg", "audio/0b1f3a52-8d6e-4c6f-9a53-2f4f3c1f7a10.mp3")
 TALKING_URL = EXAMPLE_PICTURE.replace("pet.jpg", "videos/5e0f9d0c-7f0b-4a39-9c1c-7f1f1f0f2b11.mp4")
-EXAMPLE_SPEECH = SpeechResult(audio_url=SPEECH_URL, video_url=FILM_URL, final_url=TALKING_URL)
+EXAMPLE_SPEECH = SpeechResult(audio_url=SPEECH_URL, video_url=VIDEO_URL, final_url=TALKING_URL)
 EVENTS_TEXT = """With `Accept: text/event-stream`: `stage` events as the job goes on, comments while nothing happens,
 then one `result` (the JSON body) or one `error` (the error body and `status`)."""
 
@@ -2193,7 +2193,7 @@ def job_answers(example: BaseModel) -> dict[int | str, dict[str, Any]]:
     return {200: good, **ERRORS}
 
 
-KEY_IN_WORDS = "One for each job. Send the same request with it until there is an answer: one film is bought."
+KEY_IN_WORDS = "One for each job. Send the same request with it until there is an answer: one video is bought."
 KEY_EXAMPLE = "8e03978e-40d5-43e8-bc93-6894a57f9324"
 IdempotencyKey = Annotated[
     str | None, Header(alias="Idempotency-Key", pattern=KEY_PATTERN, description=KEY_IN_WORDS, examples=[KEY_EXAMPLE])
@@ -2207,15 +2207,15 @@ async def health() -> dict[Literal["ok"], bool]:
     return {"ok": True}
 
 
-@app.post("/jobs_prompt_only", response_model=VideoResult, responses=job_answers(VideoResult(video_url=FILM_URL)))
+@app.post("/jobs_prompt_only", response_model=VideoResult, responses=job_answers(VideoResult(video_url=VIDEO_URL)))
 async def jobs_prompt_only(body: JobPromptOnly, request: Request, key: IdempotencyKey = None) -> Response:
-    """Bring a picture to life: a silent film from a picture and a prompt."""
+    """Bring a picture to life: a silent video from a picture and a prompt."""
     return await answer_job(request, body, key, video_job)
 
 
 @app.post("/jobs_prompt_tts", response_model=SpeechResult, responses=job_answers(EXAMPLE_SPEECH))
 async def jobs_prompt_tts(body: JobPromptTTS, request: Request, key: IdempotencyKey = None) -> Response:
-    """Make a picture talk: a film in which the picture says a text."""
+    """Make a picture talk: a video in which the picture says a text."""
     return await answer_job(request, body, key, speech_job)
 
 

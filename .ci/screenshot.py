@@ -12,17 +12,17 @@ from tests.sandbox import Sandbox, Service
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "tests" / "sandbox" / "page.png"
 SIZE: ViewportSize = {"width": 1180, "height": 860}
-MOMENT = 0.8  # of the film, in seconds
+MOMENT = 0.8  # of the video, in seconds
 
 
 def finish_a_job(page: Page, url: str) -> None:
-    """Run one job on the page, then hold its film at a good moment."""
+    """Run one job on the page, then hold its video at a good moment."""
     page.goto(url)
     page.click("#start")
     page.wait_for_selector("#job[data-state=done]", timeout=60_000)
-    page.wait_for_function(f"film.currentTime > {MOMENT}")
-    page.evaluate(f"film.pause(), film.currentTime = {MOMENT}, scrollTo(0, 0)")
-    page.wait_for_function("!film.seeking")
+    page.wait_for_function(f"video.currentTime > {MOMENT}")
+    page.evaluate(f"video.pause(), video.currentTime = {MOMENT}, scrollTo(0, 0)")
+    page.wait_for_function("!video.seeking")
     page.mouse.move(0, 0)
 
 

@@ -21,7 +21,7 @@ def wait_for(page: Page, state: str) -> None:
     page.wait_for_selector(f"#job[data-state={state}]", timeout=JOB_MS)
 
 
-def make_film(page: Page, **fields: str) -> None:
+def make_video(page: Page, **fields: str) -> None:
     """Fill in fields by their id and start the job."""
     for name, value in fields.items():
         page.fill(f"#{name}", value)
@@ -31,23 +31,23 @@ def make_film(page: Page, **fields: str) -> None:
 def failure(page: Page, *, key: bool = True, **fields: str) -> str:
     """Run a job that fails; what the page then says. Without a key it fails at once also where it could be repeated."""
     page.set_checked("#keep", key)
-    make_film(page, **fields)
+    make_video(page, **fields)
     return page.locator(FAILURES_SHOWN).inner_text(timeout=JOB_MS)
 
 
-def films_bought(sandbox: Sandbox) -> int:
+def videos_bought(sandbox: Sandbox) -> int:
     """Predictions made."""
     return len(sandbox.predictions)
 
 
-def slow_film(sandbox: Sandbox, seconds: float = 1.5) -> None:
-    """Let the next films take long enough for something to happen meanwhile."""
+def slow_video(sandbox: Sandbox, seconds: float = 1.5) -> None:
+    """Let the next videos take long enough for something to happen meanwhile."""
     sandbox.video_seconds = seconds
 
 
-def filming(page: Page) -> None:
-    """Wait until the film is being made."""
-    expect(page.locator("#stages li[data-state=started]")).to_contain_text("Film the picture", timeout=JOB_MS)
+def making_video(page: Page) -> None:
+    """Wait until the video is being made."""
+    expect(page.locator("#stages li[data-state=started]")).to_contain_text("Video the picture", timeout=JOB_MS)
 
 
 def overflow(page: Page) -> int:
@@ -56,12 +56,12 @@ def overflow(page: Page) -> int:
 
 
 SEEN_AND_HEARD = """(({ videoWidth, webkitAudioDecodedByteCount, muted }) =>
-    [videoWidth, webkitAudioDecodedByteCount, muted])(document.getElementById("film"))"""
+    [videoWidth, webkitAudioDecodedByteCount, muted])(document.getElementById("video"))"""
 
 
 def plays(page: Page, *, sound: bool = True) -> None:
-    """Make sure that the film moves on, has a picture, and that its sound is decoded."""
-    page.wait_for_function("document.getElementById('film').currentTime > 0.8", timeout=10_000)
+    """Make sure that the video moves on, has a picture, and that its sound is decoded."""
+    page.wait_for_function("document.getElementById('video').currentTime > 0.8", timeout=10_000)
     picture, heard, muted = page.evaluate(SEEN_AND_HEARD)
     assert picture > 0
     assert (heard > 0) is sound
@@ -71,9 +71,9 @@ def plays(page: Page, *, sound: bool = True) -> None:
 # ---- A job from beginning to end
 
 
-def test_a_job_runs_to_a_film_that_plays_with_sound(page: Page, sandbox: Sandbox) -> None:
-    """One click, six steps with their times, then the film plays by itself and the three addresses can be copied."""
-    make_film(page)
+def test_a_job_runs_to_a_video_that_plays_with_sound(page: Page, sandbox: Sandbox) -> None:
+    """One click, six steps with their times, then the video plays by itself and the three addresses can be copied."""
+    make_video(page)
     wait_for(page, "done")
     plays(page)
     assert page.locator("#stages li[data-state=done]").count() == 6
@@ -86,7 +86,7 @@ def test_a_job_runs_to_a_film_that_plays_with_sound(page: Page, sandbox: Sandbox
 def test_the_bar_shows_the_percentage_of_the_video(page: Page, sandbox: Sandbox) -> None:
     """While the video is made, the bar has the percentage that the model's log tells."""
     sandbox.reads_to_finish, sandbox.video_seconds = 8, 1.5
-    make_film(page)
+    make_video(page)
     page.wait_for_function(
         "(bar => bar && bar.value > 0 && bar.value < 100)(document.querySelector('progress'))", timeout=JOB_MS
     )
@@ -95,11 +95,11 @@ def test_the_bar_shows_the_percentage_of_the_video(page: Page, sandbox: Sandbox)
     assert page.locator("progress").count() == 0
 
 
-def test_without_a_text_the_film_is_silent(page: Page, sandbox: Sandbox) -> None:
-    """An empty text asks for the film alone: no voice is bought, one step is shown."""
+def test_without_a_text_the_video_is_silent(page: Page, sandbox: Sandbox) -> None:
+    """An empty text asks for the video alone: no voice is bought, one step is shown."""
     page.fill("#text", "")
-    expect(page.locator("#start")).to_have_text("Make a film without speech")
-    make_film(page)
+    expect(page.locator("#start")).to_have_text("Make a video without speech")
+    make_video(page)
     wait_for(page, "done")
     plays(page, sound=False)
     assert page.locator("#stages li").count() == 1
@@ -109,7 +109,7 @@ def test_without_a_text_the_film_is_silent(page: Page, sandbox: Sandbox) -> None
 def test_settings_reach_the_model_and_empty_ones_are_left_out(page: Page, sandbox: Sandbox) -> None:
     """A filled-in field is sent as it is; an empty one leaves the choice to the service."""
     with page.expect_request("**/jobs_prompt_tts") as sent:
-        make_film(page, seconds="10", resolution="512p")
+        make_video(page, seconds="10", resolution="512p")
     wait_for(page, "done")
     job = json.loads(sent.value.post_data or "")
     assert (job["seconds"], job["resolution"], job["fit"]) == (10, "512p", "shortest")
@@ -118,10 +118,10 @@ def test_settings_reach_the_model_and_empty_ones_are_left_out(page: Page, sandbo
 
 
 def test_a_browser_without_streams_gets_plain_json(open_page: OpenPage) -> None:
-    """The page then asks for JSON: no steps, the same film."""
+    """The page then asks for JSON: no steps, the same video."""
     page = open_page(script="delete Response.prototype.body")
     with page.expect_request("**/jobs_prompt_tts") as sent:
-        make_film(page)
+        make_video(page)
     wait_for(page, "done")
     assert sent.value.headers["accept"] == "application/json"
     plays(page)
@@ -136,7 +136,7 @@ def test_a_picture_can_be_chosen_and_pasted(page: Page, sandbox: Sandbox, tmp_pa
     page.evaluate(PASTE, list(pet.read_bytes()))
     page.wait_for_function("before => document.getElementById('image_url').value !== before", arg=chosen)
     assert chosen.startswith(f"{sandbox.url}/pictures/")
-    make_film(page)
+    make_video(page)
     wait_for(page, "done")
     assert page.input_value("#image_url").encode() in sandbox.calls("create")[0].body
 
@@ -170,23 +170,23 @@ def test_models_and_voices_are_chosen_from_lists_or_typed(page: Page, sandbox: S
     assert "Model: " in said
 
 
-# ---- One film, whatever happens on the way
+# ---- One video, whatever happens on the way
 
 
 def test_a_reload_goes_on_with_the_job(page: Page, sandbox: Sandbox) -> None:
-    """The new page sends the same job with the same key, shows the steps so far, and one film is bought."""
-    slow_film(sandbox)
+    """The new page sends the same job with the same key, shows the steps so far, and one video is bought."""
+    slow_video(sandbox)
     with page.expect_request("**/jobs_prompt_tts") as first:
-        make_film(page, text="Before and after.", seconds="10")
-    filming(page)
+        make_video(page, text="Before and after.", seconds="10")
+    making_video(page)
     with page.expect_request("**/jobs_prompt_tts") as second:
         page.reload()
-    filming(page)
+    making_video(page)
     expect(page.locator("#stages li[data-state=done]")).to_have_count(2)
     assert page.input_value("#text") == "Before and after."
     wait_for(page, "done")
     assert (first.value.post_data, sent_key(first.value)) == (second.value.post_data, sent_key(second.value))
-    assert (len(sandbox.calls("speech")), films_bought(sandbox)) == (1, 1)
+    assert (len(sandbox.calls("speech")), videos_bought(sandbox)) == (1, 1)
     page.reload()
     wait_for(page, "rest")
 
@@ -198,91 +198,91 @@ def sent_key(request: Request) -> str:
 
 @pytest.mark.parametrize("answered", [True, False], ids=["a proxy's error page", "no connection"])
 def test_a_lost_connection_is_made_again(page: Page, sandbox: Sandbox, answered: bool) -> None:
-    """The page says why and when it asks again, and then has the film."""
+    """The page says why and when it asks again, and then has the video."""
 
     def spoil(route: Route) -> None:
         route.fulfill(status=502, body="<h1>Bad gateway</h1>") if answered else route.abort("connectionfailed")
 
     page.route("**/jobs_prompt_tts", spoil, times=1)
-    make_film(page)
+    make_video(page)
     expect(page.locator("#status")).to_contain_text("Asking again in 1 s")
     expect(page.locator("#aside")).to_contain_text("502" if answered else "The connection failed")
     wait_for(page, "done")
-    assert films_bought(sandbox) == 1
+    assert videos_bought(sandbox) == 1
 
 
 def test_a_service_that_dies_and_comes_back_goes_on(page: Page, sandbox: Sandbox, start_service: StartService) -> None:
-    """Killed while the film is made: the page asks until a new process answers, and the steps of before stay done."""
+    """Killed while the video is made: the page asks until a new process answers, and the steps of before stay done."""
     service = start_service()
-    slow_film(sandbox)
-    make_film(page, service=service.url)
-    filming(page)
+    slow_video(sandbox)
+    make_video(page, service=service.url)
+    making_video(page)
     service.stop(signal.SIGKILL)
     expect(page.locator("#status")).to_contain_text("Asking again")
     service.start()
     wait_for(page, "done")
     expect(page.locator("#stages li[data-state=done]")).to_have_count(6)
-    assert (len(sandbox.calls("speech")), films_bought(sandbox)) == (1, 1)
+    assert (len(sandbox.calls("speech")), videos_bought(sandbox)) == (1, 1)
 
 
-def test_a_copied_tab_waits_for_the_same_film(page: Page, sandbox: Sandbox) -> None:
-    """A browser copies what a tab keeps; both tabs show the one film."""
-    slow_film(sandbox)
-    make_film(page)
-    filming(page)
+def test_a_copied_tab_waits_for_the_same_video(page: Page, sandbox: Sandbox) -> None:
+    """A browser copies what a tab keeps; both tabs show the one video."""
+    slow_video(sandbox)
+    make_video(page)
+    making_video(page)
     with page.expect_popup() as opened:  # unlike a link, this copies the tab's session
         page.evaluate("open(location.href)")
     for tab in (page, opened.value):
         wait_for(tab, "done")
     assert page.input_value("#final_url") == opened.value.input_value("#final_url")
-    assert films_bought(sandbox) == 1
+    assert videos_bought(sandbox) == 1
 
 
 def test_to_stop_waiting_stops_nothing_else(page: Page, sandbox: Sandbox) -> None:
-    """The page says before and after that the job goes on and is paid for; the button then gets the film."""
-    slow_film(sandbox)
-    make_film(page)
-    filming(page)
+    """The page says before and after that the job goes on and is paid for; the button then gets the video."""
+    slow_video(sandbox)
+    make_video(page)
+    making_video(page)
     expect(page.locator("#cancel")).to_have_text("Stop waiting")
     expect(page.locator("#aside")).to_contain_text("it is paid for")
     page.click("#cancel")
     expect(page.locator("#status")).to_have_text("Not waiting any more")
     expect(page.locator("#failure")).to_contain_text("Paid for: the speech")
     page.reload()
-    expect(page.locator("#start")).to_have_text("Go on with this film")
+    expect(page.locator("#start")).to_have_text("Go on with this video")
     page.click("#start")
     wait_for(page, "done")
-    assert films_bought(sandbox) == 1
+    assert videos_bought(sandbox) == 1
     assert [prediction.status for prediction in sandbox.predictions.values()] == ["succeeded"]
 
 
 def test_another_job_gets_another_key(page: Page, sandbox: Sandbox) -> None:
-    """A changed form is a new film, and so is the same form once its film is there."""
-    slow_film(sandbox)
-    make_film(page)
-    filming(page)
+    """A changed form is a new video, and so is the same form once its video is there."""
+    slow_video(sandbox)
+    make_video(page)
+    making_video(page)
     page.click("#cancel")
     page.fill("#text", "Something else.")
-    expect(page.locator("#start")).to_have_text("Make the film")
-    make_film(page)
+    expect(page.locator("#start")).to_have_text("Make the video")
+    make_video(page)
     wait_for(page, "done")
     with page.expect_request("**/jobs_prompt_tts"):
-        make_film(page)
+        make_video(page)
     wait_for(page, "done")
-    assert films_bought(sandbox) == 3
+    assert videos_bought(sandbox) == 3
 
 
 def test_after_a_refusal_the_same_form_is_a_new_try(page: Page, sandbox: Sandbox) -> None:
     """The old key would give the old refusal; the old error is gone as soon as the new job starts."""
     sandbox.outcome("failed", error="flagged")
     failure(page)
-    expect(page.locator("#start")).to_have_text("Make the film")
-    slow_film(sandbox, 0.5)
-    make_film(page)
-    filming(page)
+    expect(page.locator("#start")).to_have_text("Make the video")
+    slow_video(sandbox, 0.5)
+    make_video(page)
+    making_video(page)
     expect(page.locator("#failure")).to_be_hidden()
     wait_for(page, "done")
-    assert films_bought(sandbox) == 2
+    assert videos_bought(sandbox) == 2
 
 
 def test_without_a_key_cancel_stops_the_job_at_the_provider(page: Page, sandbox: Sandbox) -> None:
@@ -290,12 +290,12 @@ def test_without_a_key_cancel_stops_the_job_at_the_provider(page: Page, sandbox:
     sandbox.outcome("never")
     page.uncheck("#keep")
     with page.expect_request("**/jobs_prompt_tts") as sent:
-        make_film(page)
-    filming(page)
+        make_video(page)
+    making_video(page)
     expect(page.locator("#aside")).to_contain_text("ends the job")
     page.click("#cancel")
     expect(page.locator("#status")).to_have_text("Cancelled")
-    expect(page.locator("#failure")).to_contain_text("Paid for: the speech and the part of the film")
+    expect(page.locator("#failure")).to_contain_text("Paid for: the speech and the part of the video")
     expect(page.locator("#start")).to_be_enabled()
     page.wait_for_timeout(1000)
     assert [prediction.status for prediction in sandbox.predictions.values()] == ["canceled"]
@@ -308,8 +308,8 @@ def test_who_leaves_a_job_without_a_key_is_asked_and_told(page: Page, sandbox: S
     page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
     sandbox.outcome("never")
     page.uncheck("#keep")
-    make_film(page)
-    filming(page)
+    make_video(page)
+    making_video(page)
     page.reload()
     expect(page.locator("#failure")).to_contain_text("Paid for: the speech")
     assert asked == ["beforeunload"]
@@ -338,7 +338,7 @@ def test_a_validation_error_marks_the_field(page: Page, sandbox: Sandbox) -> Non
     page.locator("#failure a", has_text="Voice").click()
     expect(page.locator("#voice_id")).to_be_focused()
     assert sandbox.calls("speech") == []
-    make_film(page, voice_id=sandbox.voice_id, seconds="")
+    make_video(page, voice_id=sandbox.voice_id, seconds="")
     wait_for(page, "done")
     assert page.locator("[aria-invalid]").count() == 0
 
@@ -353,12 +353,12 @@ def test_a_field_that_a_provider_refuses_is_marked(page: Page, sandbox: Sandbox)
 
 
 def test_a_provider_error_says_whose_and_keeps_the_speech(page: Page, sandbox: Sandbox) -> None:
-    """A film that failed: the model's own words, the step that failed, and the speech that was paid for."""
+    """A video that failed: the model's own words, the step that failed, and the speech that was paid for."""
     sandbox.outcome("failed", error="The picture was flagged as sensitive")
     said = failure(page)
     assert "Replicate did not accept this job" in said
     assert "flagged as sensitive" in said
-    assert "Film the picture" in page.locator("li[data-state=failed]").inner_text()
+    assert "Video the picture" in page.locator("li[data-state=failed]").inner_text()
     expect(page.locator("label[for=audio_url]")).to_contain_text("still usable")
     assert page.request.get(page.input_value("#audio_url")).ok
 
@@ -375,8 +375,8 @@ def test_a_provider_that_is_down_is_told_from_a_refusal(page: Page, sandbox: San
 
 
 def test_a_resource_error_keeps_what_was_made(page: Page, sandbox: Sandbox) -> None:
-    """A film that ffmpeg cannot use: speech and film are still there to take."""
-    sandbox.film(b"this is no film")
+    """A video that ffmpeg cannot use: speech and video are still there to take."""
+    sandbox.video(b"this is no video")
     said = failure(page)
     assert "A file could not be stored, fetched or used" in said
     assert page.locator("#links li").count() == 2
@@ -387,8 +387,8 @@ def test_an_internal_error_gives_the_request_number(page: Page, sandbox: Sandbox
     service = start_service(graceful_s=1)
     sandbox.outcome("never")
     page.uncheck("#keep")
-    make_film(page, service=service.url)
-    filming(page)
+    make_video(page, service=service.url)
+    making_video(page)
     service.stop()
     said = page.locator(FAILURES_SHOWN).inner_text(timeout=JOB_MS)
     assert "The service could not finish the job" in said
@@ -413,7 +413,7 @@ def test_a_stream_that_breaks_off_is_said_so(page: Page) -> None:
         "**/jobs_prompt_tts", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=half)
     )
     said = failure(page, key=False)
-    assert "ended before the film was there" in said
+    assert "ended before the video was there" in said
     assert "Paid for: the speech, if it was made in time." in said
 
 
@@ -440,7 +440,7 @@ def test_the_page_fits_a_phone(open_page: OpenPage, sandbox: Sandbox) -> None:
     page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     sandbox.reads_to_finish, sandbox.video_seconds = 8, 1.0
     widths = {"rest": overflow(page)}
-    make_film(page)
+    make_video(page)
     page.wait_for_selector("progress", timeout=JOB_MS)
     widths["working"] = overflow(page)
     page.reload()
@@ -453,7 +453,7 @@ def test_the_page_fits_a_phone(open_page: OpenPage, sandbox: Sandbox) -> None:
     widths["failed"] = overflow(page)
     failure(page, voice_id="NobodysVoice00000001")
     widths["failed in a field"] = overflow(page)
-    make_film(page, voice_id=sandbox.voice_id)
+    make_video(page, voice_id=sandbox.voice_id)
     page.click("#cancel")
     widths["left"] = overflow(page)
     assert widths == dict.fromkeys(widths, 0)
@@ -472,7 +472,7 @@ def test_the_keyboard_alone_is_enough(open_page: OpenPage, sandbox: Sandbox) -> 
     assert reached[:4] == ["image_url", "file", "prompt", "text"]
     page.keyboard.press("Enter")
     wait_for(page, "done")
-    assert page.evaluate(focused) == "film"
+    assert page.evaluate(focused) == "video"
     page.focus("#final_url")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
@@ -500,10 +500,10 @@ def test_every_field_has_a_name(page: Page) -> None:
 
 
 def test_calm_for_those_who_ask_for_it(open_page: OpenPage) -> None:
-    """With reduced motion nothing is animated, and the film waits for its viewer."""
+    """With reduced motion nothing is animated, and the video waits for its viewer."""
     page = open_page(reduced_motion="reduce")
-    make_film(page)
+    make_video(page)
     assert page.evaluate("document.getAnimations().length") == 0
     wait_for(page, "done")
     page.wait_for_timeout(300)
-    assert page.evaluate("document.getElementById('film').paused")
+    assert page.evaluate("document.getElementById('video').paused")

@@ -19,18 +19,18 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.conftest import StartService
-from tests.jobs import short_film, speech_job
+from tests.jobs import short_video, speech_job
 from tests.sandbox import Sandbox, Service
 
 CLIENT = Path(__file__).parent.parent / "tests" / "sandbox" / "client.js"
 NODE_S = 60.0
 JOB = {"image_url": "https://example.com/pet.jpg", "prompt": "It nods", "text": "Feed me!", "voice_id": "Rex"}
-FILM = {"audio_url": "https://a", "video_url": "https://v", "final_url": "https://f"}
+VIDEO = {"audio_url": "https://a", "video_url": "https://v", "final_url": "https://f"}
 KEY = "a-key-of-one-job"
 
 # What a front end would write: one call, and what its job's answer or error tells. `hurry` divides every wait.
 CALL = """
-import { FilmError, makeFilm } from "./client.js";
+import { VideoError, makeVideo } from "./client.js";
 const { job, options, abortAt, stumble, hurry, tabs } = JSON.parse(process.argv[2]);
 if (hurry) {
   const wait = globalThis.setTimeout;
@@ -38,7 +38,7 @@ if (hurry) {
 }
 /** What the user, or the page by itself, does about an error: read from its data, never from its words. */
 function toDo(error) {
-  if (!(error instanceof FilmError)) return "nothing: the user has left";
+  if (!(error instanceof VideoError)) return "nothing: the user has left";
   if (error.errors.length) return `change ${error.errors.map(({ loc }) => loc.at(-1)).join(", ")}`;
   if (error.retryable) return "send it again";
   if (error.category === "network") return "check the address of the service";
@@ -61,9 +61,9 @@ async function call() {
   };
   leave("start");
   try {
-    told.film = await makeFilm(job, { ...options, signal: leaving.signal, onStage, onRetry });
+    told.video = await makeVideo(job, { ...options, signal: leaving.signal, onStage, onRetry });
   } catch (error) {
-    told.is_film_error = error instanceof FilmError;
+    told.is_video_error = error instanceof VideoError;
     told.to_do = toDo(error);
     told.error = { name: error.name, detail: error.message, ...error };
   }
@@ -75,15 +75,15 @@ console.log(JSON.stringify(await Promise.all(Array.from({ length: tabs }, call))
 
 @dataclass
 class Told:
-    """What one call of makeFilm came to: a film or an error, and what it told on the way."""
+    """What one call of makeVideo came to: a video or an error, and what it told on the way."""
 
     stages: list[dict[str, Any]]
     retries: list[float]
     causes: list[str]
-    film: dict[str, str] | None = None
+    video: dict[str, str] | None = None
     error: dict[str, Any] = field(default_factory=dict)
-    is_film_error: bool = False
-    to_do: str = "show the film"
+    is_video_error: bool = False
+    to_do: str = "show the video"
 
 
 class Caller:
@@ -114,7 +114,7 @@ class Caller:
 
 
 @pytest.fixture(scope="session")
-def make_film(tmp_path_factory: pytest.TempPathFactory) -> Caller:
+def make_video(tmp_path_factory: pytest.TempPathFactory) -> Caller:
     """Calls the client."""
     return Caller(tmp_path_factory.mktemp("front-end"))
 
@@ -255,13 +255,13 @@ STARTED = {"stage": "speech", "state": "started", "seconds": 0}
 STARTING = event("stage", STARTED)
 BODY = {"category": "provider", "provider": "replicate", "request_id": "r-2", "retryable": True, "detail": "Busy."}
 PAGE = "<!doctype html><h1>502 Bad Gateway</h1>"
-FILM_STREAM: Script = [STREAM_HEAD, STARTING, b": still at work\n\n", event("result", FILM)]
+VIDEO_STREAM: Script = [STREAM_HEAD, STARTING, b": still at work\n\n", event("result", VIDEO)]
 
 BREAKS: dict[str, Script] = {
     "ends early": [STREAM_HEAD, STARTING],
-    "ends in an event": [STREAM_HEAD, STARTING + event("result", FILM)[:-1]],
+    "ends in an event": [STREAM_HEAD, STARTING + event("result", VIDEO)[:-1]],
     "cut in a chunk": [CHUNKED_HEAD, b"ffff\r\n" + STARTING],
-    "cut in JSON": [plain(200, FILM)[0][:-1]],  # type: ignore[index]
+    "cut in JSON": [plain(200, VIDEO)[0][:-1]],  # type: ignore[index]
     "closed at once": [],
     "a proxy's page": plain(502, PAGE, "text/html"),
     "a portal's page": plain(200, PAGE, "text/html"),
@@ -274,118 +274,118 @@ breaks = pytest.mark.parametrize("script", BREAKS.values(), ids=BREAKS)
 # ---- An answer, whole or broken
 
 
-def test_events_end_in_a_film(make_film: Caller, stand_in: Way) -> None:
-    """The stages are told as they came, comments are not, and the result is the film."""
-    stand_in.answers.append(FILM_STREAM)
-    told = make_film(JOB, stand_in.url)
-    assert (told.film, told.stages) == (FILM, [STARTED])
+def test_events_end_in_a_video(make_video: Caller, stand_in: Way) -> None:
+    """The stages are told as they came, comments are not, and the result is the video."""
+    stand_in.answers.append(VIDEO_STREAM)
+    told = make_video(JOB, stand_in.url)
+    assert (told.video, told.stages) == (VIDEO, [STARTED])
 
 
-def test_the_connection_is_closed_with_the_result(make_film: Caller, stand_in: Way) -> None:
+def test_the_connection_is_closed_with_the_result(make_video: Caller, stand_in: Way) -> None:
     """A proxy may keep it open after that; Node would not end before it is closed."""
-    stand_in.answers.append([STREAM_HEAD, event("result", FILM), 2 * NODE_S])
-    assert make_film(JOB, stand_in.url).film == FILM
+    stand_in.answers.append([STREAM_HEAD, event("result", VIDEO), 2 * NODE_S])
+    assert make_video(JOB, stand_in.url).video == VIDEO
 
 
-def test_the_request_is_the_one_of_the_contract(make_film: Caller, stand_in: Way) -> None:
+def test_the_request_is_the_one_of_the_contract(make_video: Caller, stand_in: Way) -> None:
     """The body as given, an event stream asked for, the key in its header; a slash after the service's address is fine."""
-    stand_in.answers.append(FILM_STREAM)
-    make_film(JOB, f"{stand_in.url}/", key=KEY)
+    stand_in.answers.append(VIDEO_STREAM)
+    make_video(JOB, f"{stand_in.url}/", key=KEY)
     [request] = stand_in.arrived
     assert (request.path, json.loads(request.body)) == ("/jobs_prompt_tts", JOB)
     sent = [request.headers.get(name) for name in ("content-type", "accept", "idempotency-key")]
     assert sent == ["application/json", "text/event-stream", KEY]
 
 
-def test_without_a_text_the_film_is_silent(make_film: Caller, stand_in: Way) -> None:
+def test_without_a_text_the_video_is_silent(make_video: Caller, stand_in: Way) -> None:
     """The other route; without a key no such header."""
     stand_in.answers.append([STREAM_HEAD, event("result", {"video_url": "https://v"})])
-    told = make_film({"image_url": JOB["image_url"], "prompt": "It nods"}, stand_in.url)
-    assert told.film == {"video_url": "https://v"}
+    told = make_video({"image_url": JOB["image_url"], "prompt": "It nods"}, stand_in.url)
+    assert told.video == {"video_url": "https://v"}
     assert stand_in.arrived[0].path == "/jobs_prompt_only"
     assert "idempotency-key" not in stand_in.arrived[0].headers
 
 
-def test_json_is_an_answer_too(make_film: Caller, stand_in: Way) -> None:
+def test_json_is_an_answer_too(make_video: Caller, stand_in: Way) -> None:
     """A proxy that drops Accept makes the service answer so."""
-    stand_in.answers.append(plain(200, FILM))
-    told = make_film(JOB, stand_in.url)
-    assert (told.film, told.stages) == (FILM, [])
+    stand_in.answers.append(plain(200, VIDEO))
+    told = make_video(JOB, stand_in.url)
+    assert (told.video, told.stages) == (VIDEO, [])
 
 
-def test_a_refusal_is_data(make_film: Caller, stand_in: Way) -> None:
+def test_a_refusal_is_data(make_video: Caller, stand_in: Way) -> None:
     """Every part of the body is a property, and its status; even with a key it is not sent again."""
     fault = {"loc": ["body", "voice_id"], "msg": "Field required"}
     body = {**BODY, "category": "validation", "provider": None, "retryable": False, "errors": [fault]}
     stand_in.answers.append(plain(400, body))
-    told = make_film(JOB, stand_in.url, key=KEY)
-    assert told.is_film_error
+    told = make_video(JOB, stand_in.url, key=KEY)
+    assert told.is_video_error
     assert told.error == {
-        **{"name": "FilmError", "detail": "Busy.", "category": "validation", "retryable": False, "errors": [fault]},
+        **{"name": "VideoError", "detail": "Busy.", "category": "validation", "retryable": False, "errors": [fault]},
         **{"partial": {}, "provider": None, "requestId": "r-2", "status": 400},
     }
     assert len(stand_in.arrived) == 1
 
 
-def test_an_error_event_is_the_same_class(make_film: Caller, stand_in: Way) -> None:
+def test_an_error_event_is_the_same_class(make_video: Caller, stand_in: Way) -> None:
     """With the status that the event carries, and what was paid for."""
     body = {**BODY, "status": 400, "retryable": False, "partial": {"audio_url": "https://a"}}
     stand_in.answers.append([STREAM_HEAD, STARTING, event("error", body)])
-    told = make_film(JOB, stand_in.url, key=KEY)
-    assert told.is_film_error
+    told = make_video(JOB, stand_in.url, key=KEY)
+    assert told.is_video_error
     assert (told.error["status"], told.error["partial"]) == (400, {"audio_url": "https://a"})
     assert len(stand_in.arrived) == 1
 
 
 @breaks
-def test_a_broken_answer_is_an_error_of_the_network(make_film: Caller, stand_in: Way, script: Script) -> None:
+def test_a_broken_answer_is_an_error_of_the_network(make_video: Caller, stand_in: Way, script: Script) -> None:
     """Without a key the job is not sent again, since each time is paid for; the error says that it could be."""
     stand_in.answers.append(script)
-    told = make_film(JOB, stand_in.url)
-    assert told.is_film_error
+    told = make_video(JOB, stand_in.url)
+    assert told.is_video_error
     assert (told.error["category"], told.error["retryable"]) == ("network", True)
     assert (len(stand_in.arrived), told.retries) == (1, [])
 
 
 @breaks
-def test_with_a_key_a_broken_answer_is_asked_for_again(make_film: Caller, stand_in: Way, script: Script) -> None:
+def test_with_a_key_a_broken_answer_is_asked_for_again(make_video: Caller, stand_in: Way, script: Script) -> None:
     """The same request, key and body, and its answer counts."""
-    stand_in.answers.extend([script, FILM_STREAM])
-    told = make_film(JOB, stand_in.url, {"hurry": 10}, key=KEY)
+    stand_in.answers.extend([script, VIDEO_STREAM])
+    told = make_video(JOB, stand_in.url, {"hurry": 10}, key=KEY)
     first, second = stand_in.arrived
-    assert told.film == FILM
+    assert told.video == VIDEO
     assert (first.path, first.body, first.headers) == (second.path, second.body, second.headers)
 
 
-def test_what_the_service_calls_retryable_is_sent_again_with_a_key(make_film: Caller, stand_in: Way) -> None:
+def test_what_the_service_calls_retryable_is_sent_again_with_a_key(make_video: Caller, stand_in: Way) -> None:
     """Both as an event and as plain JSON; the stages so far are told again."""
-    stand_in.answers.extend([[STREAM_HEAD, STARTING, event("error", BODY)], plain(500, BODY), FILM_STREAM])
-    told = make_film(JOB, stand_in.url, {"hurry": 10}, key=KEY)
-    assert (told.film, told.causes, told.stages) == (FILM, ["Busy.", "Busy."], [STARTED, STARTED])
+    stand_in.answers.extend([[STREAM_HEAD, STARTING, event("error", BODY)], plain(500, BODY), VIDEO_STREAM])
+    told = make_video(JOB, stand_in.url, {"hurry": 10}, key=KEY)
+    assert (told.video, told.causes, told.stages) == (VIDEO, ["Busy.", "Busy."], [STARTED, STARTED])
 
 
-def test_without_a_key_nothing_is_sent_again(make_film: Caller, stand_in: Way) -> None:
-    """Whatever the service says: a second job would be a second film."""
+def test_without_a_key_nothing_is_sent_again(make_video: Caller, stand_in: Way) -> None:
+    """Whatever the service says: a second job would be a second video."""
     stand_in.answers.append(plain(500, BODY))
-    told = make_film(JOB, stand_in.url)
+    told = make_video(JOB, stand_in.url)
     assert (told.error["retryable"], len(stand_in.arrived)) == (True, 1)
 
 
 @pytest.mark.parametrize("status", [401, 404, 413])
-def test_another_servers_refusal_is_not_asked_for_again(make_film: Caller, stand_in: Way, status: int) -> None:
+def test_another_servers_refusal_is_not_asked_for_again(make_video: Caller, stand_in: Way, status: int) -> None:
     """A wrong address, a sign-in, a proxy's limit: it will be the same the next time."""
     stand_in.answers.append(plain(status, PAGE, "text/html"))
-    told = make_film(JOB, stand_in.url, key=KEY)
+    told = make_video(JOB, stand_in.url, key=KEY)
     assert (told.error["category"], told.error["retryable"], told.error["status"]) == ("network", False, status)
     assert told.error["requestId"] == "r-1"
 
 
-def test_waits_grow_to_15_s_and_end_after_ten_minutes(make_film: Caller, stand_in: Way) -> None:
+def test_waits_grow_to_15_s_and_end_after_ten_minutes(make_video: Caller, stand_in: Way) -> None:
     """Each up to a quarter shorter than 1, 2, 4, 8, 15 s, by chance; the last error is thrown, with all that is known."""
     paid = {"prediction_id": "p-1"}
     stand_in.answers.append(plain(500, {**BODY, "partial": paid}))
     stand_in.answers.extend([plain(502, PAGE, "text/html")] * 60)
-    told = make_film(JOB, stand_in.url, {"hurry": 1000}, key=KEY)
+    told = make_video(JOB, stand_in.url, {"hurry": 1000}, key=KEY)
     longest = [1, 2, 4, 8, *[15] * (len(told.retries) - 4)]
     assert all(0.75 * most <= wait <= most for most, wait in zip(longest, told.retries, strict=True))
     assert len(set(told.retries)) > 20
@@ -393,54 +393,54 @@ def test_waits_grow_to_15_s_and_end_after_ten_minutes(make_film: Caller, stand_i
     assert (told.error["status"], told.error["partial"]) == (502, paid)
 
 
-def test_patience_can_be_set(make_film: Caller, stand_in: Way) -> None:
+def test_patience_can_be_set(make_video: Caller, stand_in: Way) -> None:
     """Two seconds are one wait."""
     stand_in.answers.extend([plain(502, PAGE, "text/html")] * 3)
-    told = make_film(JOB, stand_in.url, {"hurry": 10}, key=KEY, patience=2)
+    told = make_video(JOB, stand_in.url, {"hurry": 10}, key=KEY, patience=2)
     assert (len(stand_in.arrived), told.error["status"]) == (2, 502)
 
 
-def test_a_service_that_is_down_is_asked_until_it_is_up(make_film: Caller) -> None:
+def test_a_service_that_is_down_is_asked_until_it_is_up(make_video: Caller) -> None:
     """Nobody listens at first, and a second later somebody does."""
     with Way(listens=False) as late:
-        late.answers.append(FILM_STREAM)
+        late.answers.append(VIDEO_STREAM)
         start = threading.Timer(1.0, lambda: (late.server_activate(), late.serve_forever(poll_interval=0.02)))
         start.start()
-        told = make_film(JOB, late.url, {"hurry": 10}, key=KEY)
+        told = make_video(JOB, late.url, {"hurry": 10}, key=KEY)
         late.shutdown()
         start.join()
-    assert (told.film, set(told.causes)) == (FILM, {"The connection failed before the film was there."})
+    assert (told.video, set(told.causes)) == (VIDEO, {"The connection failed before the video was there."})
 
 
-def test_a_dead_connection_of_a_job_with_a_key_is_left(make_film: Caller, stand_in: Way) -> None:
+def test_a_dead_connection_of_a_job_with_a_key_is_left(make_video: Caller, stand_in: Way) -> None:
     """Nothing comes, nothing closes: a phone that has changed its network."""
-    stand_in.answers.extend([[STREAM_HEAD, STARTING, 2 * NODE_S], FILM_STREAM])
-    told = make_film(JOB, stand_in.url, {"hurry": 10}, key=KEY, silence=3)
-    assert (told.film, told.causes) == (FILM, ["The answer ended before the film was there."])
+    stand_in.answers.extend([[STREAM_HEAD, STARTING, 2 * NODE_S], VIDEO_STREAM])
+    told = make_video(JOB, stand_in.url, {"hurry": 10}, key=KEY, silence=3)
+    assert (told.video, told.causes) == (VIDEO, ["The answer ended before the video was there."])
 
 
-def test_a_silent_job_without_a_key_is_waited_for(make_film: Caller, stand_in: Way) -> None:
+def test_a_silent_job_without_a_key_is_waited_for(make_video: Caller, stand_in: Way) -> None:
     """A proxy may hold the stream back, and leaving would cancel the job."""
-    stand_in.answers.append([STREAM_HEAD, STARTING, 1.0, event("result", FILM)])
-    assert make_film(JOB, stand_in.url, {"hurry": 10}, silence=3).film == FILM
+    stand_in.answers.append([STREAM_HEAD, STARTING, 1.0, event("result", VIDEO)])
+    assert make_video(JOB, stand_in.url, {"hurry": 10}, silence=3).video == VIDEO
 
 
 @pytest.mark.parametrize(("moment", "requests"), [("start", 0), ("speech", 1), ("retry", 1), ("pause", 1)])
-def test_who_leaves_gets_the_reason_back(make_film: Caller, stand_in: Way, moment: str, requests: int) -> None:
+def test_who_leaves_gets_the_reason_back(make_video: Caller, stand_in: Way, moment: str, requests: int) -> None:
     """Before the request, in the middle of the stream, between two tries: at once, and nothing is sent after that."""
     endless: Script = [STREAM_HEAD, STARTING, 2 * NODE_S]
     stand_in.answers.append(plain(502, PAGE, "text/html") if moment in ("retry", "pause") else endless)
     started = time.monotonic()
-    told = make_film(JOB, stand_in.url, {"abortAt": moment, "hurry": 0.05}, key=KEY)  # a pause would take 15 s
+    told = make_video(JOB, stand_in.url, {"abortAt": moment, "hurry": 0.05}, key=KEY)  # a pause would take 15 s
     assert time.monotonic() - started < 10
-    assert (told.is_film_error, told.error["detail"]) == (False, "left by the user")
+    assert (told.is_video_error, told.error["detail"]) == (False, "left by the user")
     assert len(stand_in.arrived) == requests
 
 
-def test_a_display_that_fails_loses_no_film(make_film: Caller, stand_in: Way) -> None:
+def test_a_display_that_fails_loses_no_video(make_video: Caller, stand_in: Way) -> None:
     """What onStage throws goes to the console."""
-    stand_in.answers.append(FILM_STREAM)
-    assert make_film(JOB, stand_in.url, {"stumble": True}).film == FILM
+    stand_in.answers.append(VIDEO_STREAM)
+    assert make_video(JOB, stand_in.url, {"stumble": True}).video == VIDEO
 
 
 @pytest.mark.parametrize(
@@ -450,10 +450,10 @@ def test_a_display_that_fails_loses_no_film(make_film: Caller, stand_in: Way) ->
         pytest.param("http://127.0.0.1:9", "🐶", id="no header value"),
     ],
 )
-def test_what_cannot_be_sent_is_said_at_once(make_film: Caller, service: str, key: str) -> None:
+def test_what_cannot_be_sent_is_said_at_once(make_video: Caller, service: str, key: str) -> None:
     """It is no trouble of the network, and trying again is of no use."""
-    told = make_film(JOB, service, key=key)
-    assert told.is_film_error
+    told = make_video(JOB, service, key=key)
+    assert told.is_video_error
     assert (told.error["category"], told.error["retryable"], told.retries) == ("validation", False, [])
 
 
@@ -491,16 +491,16 @@ console.log(JSON.stringify(events));
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 64, 1000])
-def test_events_are_read_whatever_the_chunks(make_film: Caller, size: int) -> None:
+def test_events_are_read_whatever_the_chunks(make_video: Caller, size: int) -> None:
     """Line ends of all three kinds, comments, data of several lines, characters of several bytes: cut anywhere."""
-    assert make_film.run(READ, [STREAM, size]) == EVENTS
+    assert make_video.run(READ, [STREAM, size]) == EVENTS
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
-def test_an_event_is_told_before_the_next_chunk_comes(make_film: Caller, end: str) -> None:
+def test_an_event_is_told_before_the_next_chunk_comes(make_video: Caller, end: str) -> None:
     """A complete event does not wait for what follows it."""
     first = READ.replace("controller.close();", "").replace("events.push(event);", "{ events.push(event); break; }")
-    assert make_film.run(first, [f"data: now{end}{end}", 1000]) == [{"event": "message", "data": "now"}]
+    assert make_video.run(first, [f"data: now{end}{end}", 1000]) == [{"event": "message", "data": "now"}]
 
 
 # ---- A dozen mistakes and mishaps of a front end, against the real service
@@ -509,15 +509,15 @@ NOBODY = "NobodysVoice00000001"
 Prepare = Callable[[Sandbox], None]
 
 
-def films_bought(sandbox: Sandbox) -> int:
+def videos_bought(sandbox: Sandbox) -> int:
     """Predictions made."""
     return len(sandbox.predictions)
 
 
 @pytest.fixture
 def job(sandbox: Sandbox) -> dict[str, Any]:
-    """A good job, whose film costs the machine little."""
-    sandbox.film(short_film())
+    """A good job, whose video costs the machine little."""
+    sandbox.video(short_video())
     return speech_job(sandbox)
 
 
@@ -540,60 +540,66 @@ def job(sandbox: Sandbox) -> dict[str, Any]:
     ],
 )
 def test_a_mistake_in_the_job_names_its_field(
-    make_film: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any], wrong: dict[str, Any], to_do: str
+    make_video: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any], wrong: dict[str, Any], to_do: str
 ) -> None:
-    """The field to change is data, the same with a key, and no film is bought."""
+    """The field to change is data, the same with a key, and no video is bought."""
     if wrong.get("image_url"):
         wrong = {"image_url": sandbox.url + wrong["image_url"]}
-    told = make_film({**job, **wrong}, service.url, key=str(uuid.uuid4()))
+    told = make_video({**job, **wrong}, service.url, key=str(uuid.uuid4()))
     assert (told.to_do, told.error["status"], told.error["retryable"]) == (to_do, 400, False)
-    assert (told.retries, films_bought(sandbox)) == ([], 0)
+    assert (told.retries, videos_bought(sandbox)) == ([], 0)
 
 
 @pytest.mark.parametrize(
-    ("prepare", "to_do", "films"),
+    ("prepare", "to_do", "videos"),
     [
         pytest.param(lambda it: it.outcome("failed", "flagged"), "change the job", 1, id="the model refuses"),
         pytest.param(
             lambda it: it.fault("create", "status", None, status=401), "tell who runs the service", 0, id="no credit"
         ),
         pytest.param(lambda it: it.fault("create", "status", None, status=429), "send it again", 0, id="throttled"),
-        pytest.param(lambda it: it.film("html"), "tell who runs the service", 1, id="no film in the film"),
+        pytest.param(lambda it: it.video("html"), "tell who runs the service", 1, id="no video in the video"),
     ],
 )
 def test_a_providers_no_says_whose_turn_it_is(
-    make_film: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any], prepare: Prepare, to_do: str, films: int
+    make_video: Caller,
+    service: Service,
+    sandbox: Sandbox,
+    job: dict[str, Any],
+    prepare: Prepare,
+    to_do: str,
+    videos: int,
 ) -> None:
     """Change the job, wait, or fetch somebody; the speech that is paid for comes with the error."""
     prepare(sandbox)
-    told = make_film(job, service.url)
-    assert (told.to_do, films_bought(sandbox)) == (to_do, films)
+    told = make_video(job, service.url)
+    assert (told.to_do, videos_bought(sandbox)) == (to_do, videos)
     assert told.error["partial"]["audio_url"].rpartition("/public/")[2] in sandbox.objects
 
 
 def test_a_service_that_is_not_set_up_says_so(
-    make_film: Caller, start_service: StartService, job: dict[str, Any]
+    make_video: Caller, start_service: StartService, job: dict[str, Any]
 ) -> None:
     """Nothing that the front end could do about it."""
-    told = make_film(job, start_service(ELEVEN_API_KEY="").url, key=KEY)
+    told = make_video(job, start_service(ELEVEN_API_KEY="").url, key=KEY)
     assert (told.to_do, told.error["category"]) == ("tell who runs the service", "configuration")
 
 
 def test_another_servers_address_is_told_from_the_service(
-    make_film: Caller, sandbox: Sandbox, job: dict[str, Any]
+    make_video: Caller, sandbox: Sandbox, job: dict[str, Any]
 ) -> None:
     """Somebody answers there, but not the service: it is not asked for ten minutes."""
-    told = make_film(job, sandbox.url, key=KEY)
+    told = make_video(job, sandbox.url, key=KEY)
     assert (told.to_do, told.retries) == ("check the address of the service", [])
 
 
 def test_a_proxy_that_drops_accept_costs_the_stages_only(
-    make_film: Caller, way: Way, sandbox: Sandbox, job: dict[str, Any]
+    make_video: Caller, way: Way, sandbox: Sandbox, job: dict[str, Any]
 ) -> None:
-    """The film comes as JSON."""
+    """The video comes as JSON."""
     way.answers.append(Passing(drop_accept=True))
-    told = make_film(job, way.url)
-    assert (told.to_do, told.stages, films_bought(sandbox)) == ("show the film", [], 1)
+    told = make_video(job, way.url)
+    assert (told.to_do, told.stages, videos_bought(sandbox)) == ("show the video", [], 1)
 
 
 @pytest.mark.parametrize(
@@ -601,57 +607,57 @@ def test_a_proxy_that_drops_accept_costs_the_stages_only(
     [
         pytest.param(plain(502, PAGE, "text/html"), id="a page from a proxy"),
         pytest.param(Passing(cut_after=b"event: stage"), id="cut at once"),
-        pytest.param(Passing(cut_after=b'"stage":"video"'), id="cut while the film is made"),
+        pytest.param(Passing(cut_after=b'"stage":"video"'), id="cut while the video is made"),
         pytest.param(Passing(cut_after=b"final_upload"), id="cut just before the end"),
         pytest.param(Passing(cut_after=b"event: result"), id="cut in the result"),
     ],
 )
 def test_with_a_key_a_mishap_on_the_way_costs_nothing(
-    make_film: Caller, way: Way, sandbox: Sandbox, job: dict[str, Any], mishap: Script | Passing
+    make_video: Caller, way: Way, sandbox: Sandbox, job: dict[str, Any], mishap: Script | Passing
 ) -> None:
-    """One speech, one film, and it arrives."""
+    """One speech, one video, and it arrives."""
     way.answers.append(mishap)
-    told = make_film(job, way.url, key=str(uuid.uuid4()))
-    assert (told.to_do, len(told.retries)) == ("show the film", 1)
-    assert (len(sandbox.calls("speech")), films_bought(sandbox)) == (1, 1)
+    told = make_video(job, way.url, key=str(uuid.uuid4()))
+    assert (told.to_do, len(told.retries)) == ("show the video", 1)
+    assert (len(sandbox.calls("speech")), videos_bought(sandbox)) == (1, 1)
 
 
-def test_without_a_key_a_cut_ends_the_job(make_film: Caller, way: Way, sandbox: Sandbox, job: dict[str, Any]) -> None:
+def test_without_a_key_a_cut_ends_the_job(make_video: Caller, way: Way, sandbox: Sandbox, job: dict[str, Any]) -> None:
     """The error says that sending it again can help; whether to pay again is the user's to say."""
     sandbox.outcome("never")
     way.answers.append(Passing(cut_after=b'"stage":"video"'))
-    told = make_film(job, way.url)
+    told = make_video(job, way.url)
     assert (told.to_do, told.error["category"], told.retries) == ("send it again", "network", [])
     assert ended(sandbox) == ["canceled"]
 
 
-def test_a_reload_goes_on_with_the_same_film(
-    make_film: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any]
+def test_a_reload_goes_on_with_the_same_video(
+    make_video: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any]
 ) -> None:
     """The page that is gone has left in the middle; the next one sends job and key again, and is told the stages so far."""
     key = str(uuid.uuid4())
-    gone = make_film(job, service.url, {"abortAt": "video"}, key=key)
-    told = make_film(job, service.url, key=key)
-    assert (gone.to_do, told.to_do) == ("nothing: the user has left", "show the film")
-    assert (len(sandbox.calls("speech")), films_bought(sandbox)) == (1, 1)
+    gone = make_video(job, service.url, {"abortAt": "video"}, key=key)
+    told = make_video(job, service.url, key=key)
+    assert (gone.to_do, told.to_do) == ("nothing: the user has left", "show the video")
+    assert (len(sandbox.calls("speech")), videos_bought(sandbox)) == (1, 1)
 
 
-def test_two_tabs_with_one_key_get_one_film(
-    make_film: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any]
+def test_two_tabs_with_one_key_get_one_video(
+    make_video: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any]
 ) -> None:
     """And so does a double click."""
-    both = make_film.calls(job, {"service": service.url, "key": str(uuid.uuid4())}, tabs=2)
-    assert both[0].film == both[1].film is not None
+    both = make_video.calls(job, {"service": service.url, "key": str(uuid.uuid4())}, tabs=2)
+    assert both[0].video == both[1].video is not None
     assert [told.stages[0]["stage"] for told in both] == ["speech", "speech"]
-    assert films_bought(sandbox) == 1
+    assert videos_bought(sandbox) == 1
 
 
-def test_who_leaves_without_a_key_cancels_the_film(
-    make_film: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any]
+def test_who_leaves_without_a_key_cancels_the_video(
+    make_video: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any]
 ) -> None:
     """The signal's reason comes back, and the prediction ends."""
     sandbox.outcome("never")
-    told = make_film(job, service.url, {"abortAt": "video"})
+    told = make_video(job, service.url, {"abortAt": "video"})
     assert (told.to_do, told.error["detail"]) == ("nothing: the user has left", "left by the user")
     assert ended(sandbox) == ["canceled"]
 
@@ -666,28 +672,28 @@ def ended(sandbox: Sandbox) -> list[str]:
 
 
 def test_a_key_of_another_job_is_named(
-    make_film: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any]
+    make_video: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any]
 ) -> None:
-    """One key for all jobs is a mistake that would hide films: refused, naming the header."""
+    """One key for all jobs is a mistake that would hide videos: refused, naming the header."""
     key = str(uuid.uuid4())
-    first = make_film(job, service.url, key=key)
-    other = make_film({**job, "text": "Feed me twice!"}, service.url, key=key)
-    assert (first.to_do, other.to_do) == ("show the film", "change Idempotency-Key")
-    assert films_bought(sandbox) == 1
+    first = make_video(job, service.url, key=key)
+    other = make_video({**job, "text": "Feed me twice!"}, service.url, key=key)
+    assert (first.to_do, other.to_do) == ("show the video", "change Idempotency-Key")
+    assert videos_bought(sandbox) == 1
 
 
-def test_a_malformed_key_is_named(make_film: Caller, service: Service, job: dict[str, Any]) -> None:
+def test_a_malformed_key_is_named(make_video: Caller, service: Service, job: dict[str, Any]) -> None:
     """An empty one is no key, and does not pass for none."""
     for key in ("", "two words"):
-        assert make_film(job, service.url, key=key).to_do == "change Idempotency-Key"
+        assert make_video(job, service.url, key=key).to_do == "change Idempotency-Key"
 
 
 def test_a_refusal_stays_with_its_key(
-    make_film: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any]
+    make_video: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any]
 ) -> None:
     """A new try is a new key."""
     sandbox.outcome("failed", "flagged")
     key = str(uuid.uuid4())
-    answers = [make_film(job, service.url, key=name).to_do for name in (key, key, str(uuid.uuid4()))]
-    assert answers == ["change the job", "change the job", "show the film"]
-    assert films_bought(sandbox) == 2
+    answers = [make_video(job, service.url, key=name).to_do for name in (key, key, str(uuid.uuid4()))]
+    assert answers == ["change the job", "change the job", "show the video"]
+    assert videos_bought(sandbox) == 2

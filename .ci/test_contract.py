@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import CHECKS
 
 import main
-from tests.jobs import short_film
+from tests.jobs import short_video
 from tests.sandbox import Sandbox, Service
 
 UNFIT_CHECKS = (
@@ -22,7 +22,7 @@ schema = schemathesis.openapi.from_dict(main.app.openapi())
 
 def stay_inside(case: Any, sandbox: Sandbox) -> None:
     """Lead every URL that may be fetched to the sandbox: nobody else is to be asked."""
-    sandbox.film(short_film())  # so that nobody looks for the picture
+    sandbox.video(short_video())  # so that nobody looks for the picture
     body = case.body
     if case.path == "/debug/head" and isinstance(body, dict) and str(body.get("url", "")).startswith("http"):
         body["url"] = f"{sandbox.url}/{urllib.parse.quote(body['url'], safe='')}"

@@ -81,12 +81,12 @@ def test_the_readme_shows_both_ways() -> None:
 
 
 @each_block
-def test_a_block_runs_and_prints_the_film(block: str, start: Start, service: Service, sandbox: Sandbox) -> None:
-    """It ends well, and its last line is the address of the film."""
+def test_a_block_runs_and_prints_the_video(block: str, start: Start, service: Service, sandbox: Sandbox) -> None:
+    """It ends well, and its last line is the address of the video."""
     code, printed, complaints = outcome(start(at_home(block, service, sandbox)))
     assert (code, complaints) == (0, "")
-    film = printed.splitlines()[-1]
-    assert film.removeprefix(f"{sandbox.url}/storage/v1/object/public/") in sandbox.objects
+    video = printed.splitlines()[-1]
+    assert video.removeprefix(f"{sandbox.url}/storage/v1/object/public/") in sandbox.objects
 
 
 @each_block
@@ -109,7 +109,7 @@ def test_a_block_tells_every_step(block: str, start: Start, service: Service, sa
 
 
 def test_the_block_with_a_key_outlives_a_reload(start: Start, folder: Path, service: Service, sandbox: Sandbox) -> None:
-    """Killed in the middle and run again, it goes on: one film is bought, and nothing is left for the next one."""
+    """Killed in the middle and run again, it goes on: one video is bought, and nothing is left for the next one."""
     sandbox.video_seconds = 1.5
     block = at_home(WITH_KEY[0], service, sandbox)
     gone = start(block)

@@ -10,7 +10,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.conftest import StartService
-from tests.jobs import short_film, speech_job
+from tests.jobs import short_video, speech_job
 from tests.sandbox import Sandbox
 
 pytest.importorskip("fastapi.telemetry", reason="the installed FastAPI has no telemetry of its own")
@@ -70,7 +70,7 @@ def collector() -> Iterator[Collector]:
 
 def test_a_job_gives_a_trace(collector: Collector, sandbox: Sandbox, start_service: StartService) -> None:
     """The job's span belongs to the caller's trace, names the route and its status, and holds no key."""
-    sandbox.film(short_film())
+    sandbox.video(short_video())
     service = start_service(
         FASTAPI_OTEL_AUTO_CONFIGURE="true",
         OTEL_EXPORTER_OTLP_ENDPOINT=collector.url,

@@ -44,8 +44,8 @@ def test_a_client_made_from_the_contract_runs_a_job(folder: Path, service: Servi
 
 
 def test_the_client_to_copy_has_the_types_of_the_contract(folder: Path, service: Service, sandbox: Sandbox) -> None:
-    """It makes both kinds of film, and what the compiler refuses is refused by the service too."""
-    printed = run(folder, "node", "built/film.js", service.url, sandbox.image_url, sandbox.voice_id)
+    """It makes both kinds of video, and what the compiler refuses is refused by the service too."""
+    printed = run(folder, "node", "built/video.js", service.url, sandbox.image_url, sandbox.voice_id)
     urls = [line for line in printed.splitlines() if line.startswith("http")]
     assert len(urls) == 4
     assert urls[2].removeprefix(f"{sandbox.url}/storage/v1/object/public/") in sandbox.objects

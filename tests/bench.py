@@ -63,7 +63,7 @@ REFUSED = 5.0  # by Replicate's limits, 600 creates and 3,000 other calls a minu
 PACED_TIME = 1.6  # of the video's time: reads of 300 jobs are 7.5 s apart
 CPU_OVER_FFMPEG = 1.7  # of bare ffmpeg's, which takes some 65 ms on a voice: 45 ms beside it are ours
 OWN_CPU_MS = 45.0  # a core does twenty jobs a second, if ffmpeg runs elsewhere
-READS = 30.0  # a film; Replicate's own client makes two a second
+READS = 30.0  # a video; Replicate's own client makes two a second
 LATE_S = 0.3  # its 0.25 s, and no more than one reads so much less often for
 START_S = 1.5  # an instance that scales up is of use when it answers
 REST_MB = 80.0  # of 512
@@ -71,7 +71,7 @@ CPU_GROWTH = 1.2  # of the smallest crowd's: nothing may grow with the square of
 WAITING_JOB_KB = 200.0  # a thousand waiting jobs in 200 MB; connections over TLS take most of it
 
 TEXT = "Where is my dinner? I have been waiting here since the sun came up."  # some 4 s
-BIG_FILM_BITS_PER_S = 28_000_000  # 21 MB in 6 s
+BIG_VIDEO_BITS_PER_S = 28_000_000  # 21 MB in 6 s
 
 APART_S = 1.0  # between jobs that are to be alone with their mux
 GROWTH_APART_S = 0.02  # else memory would show how many came in the same moment, not how many wait
@@ -85,21 +85,21 @@ class Sizes:
 
     # The providers' own time, quicker than the real ones mostly are, so that what the service adds weighs more.
     speech_s: float = 1.0
-    transfer_s: float = 0.2  # an upload, or the download of a film
+    transfer_s: float = 0.2  # an upload, or the download of a video
     poll_s: float = 0.25  # POLL_MIN_SECONDS, as it is by default
 
-    film_s: float = 6.0
-    film_lines: int = 768
+    video_s: float = 6.0
+    video_lines: int = 768
     starts: int = 5
     alone: int = 5
-    short_s: float = 6.0  # to make a film
+    short_s: float = 6.0  # to make a video
     long_s: float = 60.0
     crowd: int = 50
     paced: int = 300
     paced_s: float = 20.0
     growth: tuple[int, ...] = (10, 50, 100, 200)
     growth_s: float = 10.0
-    watched: int = 10  # films at once: more would be read less often
+    watched: int = 10  # videos at once: more would be read less often
     watched_waves: int = 5  # after one from which their model is known
     watched_s: float = 30.0  # the median
     growth_poll_s: float = 2.0  # the longest wait between two reads, but for what the crowd itself imposes
@@ -113,8 +113,8 @@ SMOKE = Sizes(
     speech_s=0.05,
     transfer_s=0.02,
     poll_s=0.02,
-    film_s=0.5,
-    film_lines=96,
+    video_s=0.5,
+    video_lines=96,
     starts=1,
     alone=1,
     short_s=0.1,
@@ -163,7 +163,7 @@ class Row:
 
 
 class Studio(Replicate):
-    """Replicate with a time of its own for each film: `times_s` in their order, then from the first again."""
+    """Replicate with a time of its own for each video: `times_s` in their order, then from the first again."""
 
     times_s: Iterator[float]
 
@@ -225,7 +225,7 @@ class SecureSandbox(Sandbox):
 
 @dataclass(frozen=True)
 class Watched:
-    """How a film was waited for: how often it was read, and the seconds from its end to the read that found it."""
+    """How a video was waited for: how often it was read, and the seconds from its end to the read that found it."""
 
     reads: int
     late_s: float
@@ -253,14 +253,14 @@ class Providers:
             self.process.kill()
         self.folder.cleanup()
 
-    def become(self, film: bytes, times_s: Sequence[float], sizes: Sizes, limits: bool = False) -> None:
-        """Start afresh: this film for everyone, made in the next of `times_s`; `limits` turns Replicate's limits on."""
+    def become(self, video: bytes, times_s: Sequence[float], sizes: Sizes, limits: bool = False) -> None:
+        """Start afresh: this video for everyone, made in the next of `times_s`; `limits` turns Replicate's limits on."""
         delays_s = {"speech": sizes.speech_s, "upload": sizes.transfer_s, "output": sizes.transfer_s}
-        self.pipe.send((film, times_s, delays_s, limits))
+        self.pipe.send((video, times_s, delays_s, limits))
         self.pipe.recv()
 
     def watched(self) -> list[Watched]:
-        """How every film since then was waited for."""
+        """How every video since then was waited for."""
         self.pipe.send(None)
         watched: list[Watched] = self.pipe.recv()
         return watched
@@ -282,11 +282,11 @@ def provide(pipe: Connection, certificate: Path, key: Path) -> None:
 
 
 def change(
-    sandbox: SecureSandbox, film: bytes, times_s: Sequence[float], delays_s: dict[str, float], limits: bool
+    sandbox: SecureSandbox, video: bytes, times_s: Sequence[float], delays_s: dict[str, float], limits: bool
 ) -> None:
     """Have the providers be as a measurement wants them."""
     sandbox.reset()
-    sandbox.film(film)
+    sandbox.video(video)
     sandbox.replicate.times_s = cycle(times_s)
     for call, seconds in delays_s.items():
         sandbox.fault(call, "slow", times=None, seconds=seconds)
@@ -357,8 +357,8 @@ class Client:
 
     def __init__(self, service: Service, providers: Providers) -> None:
         self.service = service
-        self.film_job = {"image_url": providers.image_url, "prompt": "The pet talks"}
-        self.speech_job = {**self.film_job, "text": TEXT, "voice_id": providers.voice_id}
+        self.video_job = {"image_url": providers.image_url, "prompt": "The pet talks"}
+        self.speech_job = {**self.video_job, "text": TEXT, "voice_id": providers.voice_id}
 
     async def jobs(
         self, count: int, with_speech: bool = True, apart_s: float = 0.0, beside: Awaitable[None] | None = None
@@ -376,7 +376,7 @@ class Client:
 
     async def job(self, with_speech: bool, after_s: float = 0.0) -> tuple[int, float]:
         """One job: its HTTP status (0: no answer) and seconds."""
-        path, body = ("tts", self.speech_job) if with_speech else ("only", self.film_job)
+        path, body = ("tts", self.speech_job) if with_speech else ("only", self.video_job)
         content = json.dumps(body)
         head = f"POST /jobs_prompt_{path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
@@ -418,7 +418,7 @@ class Bench:
 
     providers: Providers
     sizes: Sizes
-    film: bytes
+    video: bytes
 
     def fresh(self, **environment: str) -> Service:
         """A new process of the service."""
@@ -429,9 +429,9 @@ class Bench:
         """Somebody who sends jobs."""
         return Client(service, self.providers)
 
-    def prepare(self, *times_s: float, film: bytes | None = None, limits: bool = False) -> None:
-        """Have the films made in these times, one after the other and then from the first again."""
-        self.providers.become(film or self.film, times_s, self.sizes, limits)
+    def prepare(self, *times_s: float, video: bytes | None = None, limits: bool = False) -> None:
+        """Have the videos made in these times, one after the other and then from the first again."""
+        self.providers.become(video or self.video, times_s, self.sizes, limits)
 
     def start(self) -> Iterator[Row]:
         """Process start and memory at rest."""
@@ -473,15 +473,15 @@ class Bench:
         yield Row("crowd", f"{name}: `/health` meanwhile, p99", percentile(health_ms, 99), HEALTH_P99_MS, "ms", note)
 
     def memory(self) -> Iterator[Row]:
-        """Many speech jobs at once with big films."""
+        """Many speech jobs at once with big videos."""
         count, samples = self.sizes.crowd, list[tuple[float, float]]()
-        film = big_film(self.sizes.film_s)
-        self.prepare(self.sizes.short_s, film=film)
+        video = big_video(self.sizes.video_s)
+        self.prepare(self.sizes.short_s, video=video)
         with self.fresh() as service:
             client, rest_mb = self.client(service), memory_mb(service.pid)
             load = asyncio.run(client.jobs(count, beside=client.memory(samples)))
             own_ms = cpu_s(service.pid)[0] / count * 1000
-        name = f"{count} speech jobs, {len(film) / 1e6:.0f} MB films"
+        name = f"{count} speech jobs, {len(video) / 1e6:.0f} MB videos"
         note = f"{load.wall_s:.1f} s; {own_ms:.0f} ms of CPU each, without ffmpeg"
         yield Row("memory", f"{name}: not answered", load.failed, 0, note=note)
         most_mb = max(service_mb for service_mb, _ in samples)
@@ -491,22 +491,22 @@ class Bench:
         yield Row("memory", f"{name}: with its ffmpeg children", max(map(sum, samples)), TREE_MB, "MB", note)
 
     def pace(self) -> Iterator[Row]:
-        """Hundreds of films under Replicate's rate limits."""
+        """Hundreds of videos under Replicate's rate limits."""
         count, video_s = self.sizes.paced, self.sizes.paced_s
         self.prepare(video_s, limits=True)
         with self.fresh() as service:
             load = asyncio.run(self.client(service).jobs(count, with_speech=False))
             refused = service.log.count("failed (429")
-        name = f"{count} films at once, Replicate's limits"
+        name = f"{count} videos at once, Replicate's limits"
         yield Row("pace", f"{name}: not answered", load.failed, 0)
         yield Row("pace", f"{name}: answers 429", refused, REFUSED)
         note = f"{load.wall_s:.1f} s over {video_s:g} s"
         yield Row("pace", f"{name}: time over the video's", load.wall_s / video_s, PACED_TIME, note=note)
 
     def reads(self) -> Iterator[Row]:
-        """Films of one model, whose times differ: how often each is read, and how late its end is noticed."""
+        """Videos of one model, whose times differ: how often each is read, and how late its end is noticed."""
         sizes, failed = self.sizes, 0
-        times_s = film_times_s(sizes.watched_s, sizes.watched * (1 + sizes.watched_waves))
+        times_s = video_times_s(sizes.watched_s, sizes.watched * (1 + sizes.watched_waves))
         self.prepare(*times_s)
         with self.fresh() as service:
             client = self.client(service)
@@ -514,7 +514,7 @@ class Bench:
                 failed += asyncio.run(client.jobs(sizes.watched, with_speech=False)).failed
         watched = self.providers.watched()
         first, later = watched[: sizes.watched], watched[sizes.watched :]
-        name = f"Films of some {sizes.watched_s:g} s, {sizes.watched} at once"
+        name = f"Videos of some {sizes.watched_s:g} s, {sizes.watched} at once"
         yield Row("reads", f"{name}: not answered", failed, 0)
         reads, late_s = statistics.mean(one.reads for one in later), statistics.mean(one.late_s for one in later)
         note = f"mean of {len(later)}; {statistics.mean(one.reads for one in first):.0f} of the first {len(first)}"
@@ -529,9 +529,9 @@ class Bench:
         with self.fresh() as service:
             client = self.client(service)
             asyncio.run(client.jobs(1))
-            bare_s = [bare_mux_cpu_s(self.film, count)]
+            bare_s = [bare_mux_cpu_s(self.video, count)]
             own_s, theirs_s = cpu_of_jobs_s(client, count)
-            bare_s.append(bare_mux_cpu_s(self.film, count))  # on both sides, since a machine's speed drifts
+            bare_s.append(bare_mux_cpu_s(self.video, count))  # on both sides, since a machine's speed drifts
             alone_s = cpu_of_jobs_s(client, alone, apart_s=APART_S)
         name, ffmpeg_s, job_s = f"{count} speech jobs at once", statistics.mean(bare_s), own_s + theirs_s
         note = f"{job_s * 1000:.0f} ms over {ffmpeg_s * 1000:.0f} ms; of a job alone {sum(alone_s) * 1000:.0f} ms"
@@ -550,7 +550,7 @@ class Bench:
                 before_s, samples = cpu_s(service.pid)[0], list[tuple[float, float]]()
                 load = asyncio.run(client.jobs(count, apart_s=GROWTH_APART_S, beside=client.memory(samples)))
                 cpu_ms.append((cpu_s(service.pid)[0] - before_s) / count * 1000)
-                # By then all of them wait for their film.
+                # By then all of them wait for their video.
                 at_s = count * GROWTH_APART_S + sizes.speech_s + sizes.transfer_s + 0.4 * sizes.growth_s
                 waiting_mb.append(samples[int(at_s / load.wall_s * len(samples))][0])
         name = f"{sizes.growth[0]} to {sizes.growth[-1]} speech jobs at once"
@@ -581,8 +581,8 @@ def cpu_of_jobs_s(client: Client, count: int, apart_s: float = 0.0) -> tuple[flo
     return own_s / count, theirs_s / count
 
 
-def film_times_s(median_s: float, count: int) -> list[float]:
-    """How long films of one model take, the same in every run: near each other, and one in ten half as long again."""
+def video_times_s(median_s: float, count: int) -> list[float]:
+    """How long videos of one model take, the same in every run: near each other, and one in ten half as long again."""
     chance = random.Random(count)
     near_s = [chance.lognormvariate(math.log(median_s), 0.1) for _ in range(count)]
     return [seconds * 1.5 if number % 10 == 5 else seconds for number, seconds in enumerate(near_s)]
@@ -593,14 +593,14 @@ def spoken(note: str) -> str:
     return note if shutil.which("espeak-ng") else f"{note}; a tone speaks, install espeak-ng"
 
 
-def bare_mux_cpu_s(film: bytes, count: int) -> float:
+def bare_mux_cpu_s(content: bytes, count: int) -> float:
     """Processor time of the service's own ffmpeg command, run without the service, as many at once as there are cores."""
     import main
 
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
         video, speech = folder / "video.mp4", folder / "speech"
-        video.write_bytes(film)
+        video.write_bytes(content)
         speech.write_bytes(media.speech(TEXT, "mp3_44100_64", tones=False))
 
         def mux(number: int) -> float:
@@ -614,9 +614,9 @@ def bare_mux_cpu_s(film: bytes, count: int) -> float:
             return statistics.mean(pool.map(mux, range(count)))
 
 
-def big_film(seconds: float) -> bytes:
-    """A film of 28 Mbit a second, filled up to exactly that."""
-    rate = str(BIG_FILM_BITS_PER_S)
+def big_video(seconds: float) -> bytes:
+    """A video of 28 Mbit a second, filled up to exactly that."""
+    rate = str(BIG_VIDEO_BITS_PER_S)
     look = ("-f", "lavfi", "-i", "testsrc2=size=1920x1080:rate=24", "-t", f"{seconds:g}", "-pix_fmt", "yuv420p")
     filled = ("-b:v", rate, "-minrate", rate, "-maxrate", rate, "-bufsize", rate, "-x264-params", "nal-hrd=cbr")
     return media.ffmpeg(*look, "-c:v", "libx264", "-preset", "ultrafast", *filled, "-f", "mp4")
@@ -652,7 +652,7 @@ def run(groups: list[str], sizes: Sizes) -> Iterator[Row]:
     """Every row of these groups, each as soon as it is measured."""
     with Providers() as providers:
         bench = Bench(
-            providers, sizes, media.film(PET_FILE.read_bytes(), media.FilmPlan(sizes.film_s, sizes.film_lines))
+            providers, sizes, media.video(PET_FILE.read_bytes(), media.VideoPlan(sizes.video_s, sizes.video_lines))
         )
         for group in groups:
             yield from MEASUREMENTS[group](bench)

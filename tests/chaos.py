@@ -4,7 +4,7 @@ python -m tests.chaos --kills 200                 one process of the service
 python -m tests.chaos --kills 200 --services 2    two on one bucket, asked in turn
 
 Each job has a key, a prompt and a text of its own. While one runs, the process is killed (SIGKILL), ended without time
-(SIGTERM) or the connection is cut, and the same request is sent again until there is a film. The providers are the
+(SIGTERM) or the connection is cut, and the same request is sent again until there is a video. The providers are the
 sandbox; its creates answer late, so that many kills fall between a prediction and the note of its id, and some of their
 answers are lost.
 """
@@ -24,15 +24,15 @@ from typing import Any
 
 import httpx
 
-from tests.jobs import caller, short_film, speech_job
+from tests.jobs import caller, short_video, speech_job
 from tests.sandbox import Sandbox, Service
 
-# Waits shorter than in life, in the same proportions: a film of 0.6 s, and patience for half a minute's worth of trouble.
+# Waits shorter than in life, in the same proportions: a video of 0.6 s, and patience for half a minute's worth of trouble.
 PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "PATIENCE_SECONDS": "4"}
 VIDEO_SECONDS, CREATE_SECONDS = 0.6, 0.25
 JOB_SECONDS = 1.6  # what an undisturbed job takes here; a kill comes at any moment of it
 DISTURBANCES = ("SIGKILL", "SIGTERM", "cut")
-GIVE_UP_S = 60.0  # a job that has no film after that is lost
+GIVE_UP_S = 60.0  # a job that has no video after that is lost
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Chaos:
         await asyncio.to_thread(self.start, number)
 
     async def job(self, name: str, kills: int) -> None:
-        """One job from its first request to its film; it is disturbed until so many kills have been made."""
+        """One job from its first request to its video; it is disturbed until so many kills have been made."""
         body = speech_job(self.sandbox, prompt=f"The cat tells of {name}", text=f"I am {name}")
         deadline = time.monotonic() + GIVE_UP_S
         while time.monotonic() < deadline:
@@ -86,12 +86,12 @@ class Chaos:
         self.lost.append(name)
 
     async def deliver(self, name: str, url: str) -> None:
-        """Fetch the film as the front end would."""
+        """Fetch the video as the front end would."""
         async with caller(self.sandbox.url) as client:
-            film = await client.get(url)
-        (self.delivered if film.status_code == 200 and len(film.content) > 1_000 else self.lost).append(name)
+            video = await client.get(url)
+        (self.delivered if video.status_code == 200 and len(video.content) > 1_000 else self.lost).append(name)
 
-    def films(self) -> Counter[str]:
+    def videos(self) -> Counter[str]:
         """How many predictions were made for each job."""
         return Counter(prediction.input["prompt"] for prediction in self.sandbox.predictions.values())
 
@@ -116,25 +116,25 @@ async def run(chaos: Chaos, kills: int) -> None:
 
 
 def report(chaos: Chaos, seconds: float) -> bool:
-    """Print the counts; True if every job was delivered and no film was bought twice."""
-    films = chaos.films()
+    """Print the counts; True if every job was delivered and no video was bought twice."""
+    videos = chaos.videos()
     jobs = len(chaos.delivered) + len(chaos.lost)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(chaos.kills.items()))
     print(f"jobs             {jobs}")
     print(f"kills            {chaos.kills.total()}  ({kinds})")
     print(f"requests         {chaos.requests}")
-    print(f"films bought     {films.total()}")
-    print(f"films delivered  {len(chaos.delivered)}")
+    print(f"videos bought     {videos.total()}")
+    print(f"videos delivered  {len(chaos.delivered)}")
     print(f"speeches bought  {len(chaos.sandbox.calls('speech'))}")
     print(f"seconds          {seconds:.0f}")
-    twice = [prompt for prompt, count in films.items() if count > 1]
+    twice = [prompt for prompt, count in videos.items() if count > 1]
     for name in (*chaos.lost, *twice):
         print(f"not as it should be: {name}", file=sys.stderr)
-    return not chaos.lost and not twice and films.total() == jobs
+    return not chaos.lost and not twice and videos.total() == jobs
 
 
 def main() -> int:
-    """Run the command; the exit code is 0 if every job was delivered with one film bought."""
+    """Run the command; the exit code is 0 if every job was delivered with one video bought."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=200, help="how often something is killed (default: 200)")
     parser.add_argument("--services", type=int, default=1, help="processes of the service (default: 1)")
@@ -143,7 +143,7 @@ def main() -> int:
     seed = options.seed if options.seed is not None else random.randrange(10_000)
     print(f"seed             {seed}", flush=True)
     with Sandbox(video_seconds=VIDEO_SECONDS, speech_seconds=1.0) as sandbox:
-        sandbox.film(short_film())
+        sandbox.video(short_video())
         chaos = Chaos(sandbox, [None] * options.services, random.Random(seed))  # type: ignore[list-item]  # started below
         try:
             for number in range(options.services):

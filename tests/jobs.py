@@ -39,9 +39,9 @@ def caller(url: str, **options: Any) -> httpx.AsyncClient:
 
 
 @lru_cache
-def short_film(seconds: float = 2.0) -> bytes:
-    """A small film that costs little, in place of one made anew for each sandbox."""
-    return media.film(PET_FILE.read_bytes(), media.FilmPlan(seconds, 160))
+def short_video(seconds: float = 2.0) -> bytes:
+    """A small video that costs little, in place of one made anew for each sandbox."""
+    return media.video(PET_FILE.read_bytes(), media.VideoPlan(seconds, 160))
 
 
 # The event stream

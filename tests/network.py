@@ -19,7 +19,7 @@ from tests.inprocess import running_application
 
 PATIENCE_S = 5.0
 PUBLIC = "93.184.216.34"  # leads to a server of the test where `internet` says so
-PATH = "/film.mp4"
+PATH = "/video.mp4"
 URL = f"http://pets.example{PATH}"
 
 # What a server sends: bytes as they are, or a function that talks over the open connection.
@@ -60,7 +60,7 @@ class Server:
 
     @property
     def requests(self) -> list[str]:
-        """The first line of each request without the protocol, such as "GET /film.mp4"."""
+        """The first line of each request without the protocol, such as "GET /video.mp4"."""
         return [head.split(" HTTP/")[0] for head in self.heard]
 
     def was_silent(self) -> bool:
@@ -193,8 +193,8 @@ async def client(anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 def pets(serve: Callable[[Answers], Server], internet: Internet, client: httpx.AsyncClient) -> Server:
-    """A server with a film that is reached under a public name and address; the service runs."""
-    server = serve({PATH: reply(200, b"film", content_type="video/mp4")})
+    """A server with a video that is reached under a public name and address; the service runs."""
+    server = serve({PATH: reply(200, b"video", content_type="video/mp4")})
     internet.add("pets.example", server)
     return server
 

@@ -7,14 +7,14 @@ import statistics
 
 import pytest
 
-from tests.bench import MEASUREMENTS, Row, film_times_s, percentile
+from tests.bench import MEASUREMENTS, Row, percentile, video_times_s
 from tests.conftest import Command
 
 
-def test_films_of_one_model_differ_the_same_way_in_every_run() -> None:
+def test_videos_of_one_model_differ_the_same_way_in_every_run() -> None:
     """Most take about the median, one in ten half as long again."""
-    times_s = film_times_s(30, 30)
-    assert times_s == film_times_s(30, 30)
+    times_s = video_times_s(30, 30)
+    assert times_s == video_times_s(30, 30)
     assert statistics.median(times_s) == pytest.approx(30, rel=0.1)
     assert sum(seconds > 40 for seconds in times_s) == 3
 

@@ -29,7 +29,7 @@ LIMIT = 3_000_000
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """Where a download goes."""
-    return tmp_path / "film.mp4"
+    return tmp_path / "video.mp4"
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def chunked(body: bytes) -> bytes:
     ("answer", "content"),
     [
         pytest.param(reply(200, bytes(range(256)) * 20_000), bytes(range(256)) * 20_000, id="any bytes"),
-        pytest.param(reply(200, b"film", content_length=None), b"film", id="ended by the connection"),
-        pytest.param(chunked(b"3\r\nfil\r\n1\r\nm\r\n0\r\n\r\n"), b"film", id="in chunks"),
+        pytest.param(reply(200, b"video", content_length=None), b"video", id="ended by the connection"),
+        pytest.param(chunked(b"4\r\nvide\r\n1\r\no\r\n0\r\n\r\n"), b"video", id="in chunks"),
         pytest.param(reply(200), b"", id="nothing, which comes next refuses"),
     ],
 )
 async def test_a_file_arrives_as_it_is(answer: Answer, content: bytes, pets: Server, target: Path) -> None:
-    """Every byte is on disk when the download ends; films do not get smaller by gzip, so none is asked for."""
+    """Every byte is on disk when the download ends; videos do not get smaller by gzip, so none is asked for."""
     pets.answers[PATH] = [answer]
     await main.download(URL, target)
     assert target.read_bytes() == content
@@ -133,9 +133,9 @@ def reset(connection: socket.socket) -> None:
 )
 async def test_a_failed_download_is_repeated_from_the_first_byte(first: Answer, pets: Server, target: Path) -> None:
     """What came before the failure is gone, the file is whole."""
-    pets.answers[PATH] = [first, reply(200, b"film")]
+    pets.answers[PATH] = [first, reply(200, b"video")]
     await main.download(URL, target)
-    assert target.read_bytes() == b"film"
+    assert target.read_bytes() == b"video"
     assert pets.requests.count(f"GET {PATH}") == 2
     assert not any("range:" in head.lower() for head in pets.heard)
 
@@ -143,18 +143,18 @@ async def test_a_failed_download_is_repeated_from_the_first_byte(first: Answer, 
 async def test_silence_is_not_waited_for_without_end(
     serve: Callable[[Answers], Server], internet: Internet, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that falls silent in the middle of a film is asked again after its time limit."""
+    """A server that falls silent in the middle of a video is asked again after its time limit."""
     monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(0.1))
 
     def fall_silent(connection: socket.socket) -> None:
         connection.sendall(reply(200, content_length="1000000") + b"beginning")
         connection.recv(1)
 
-    internet.add("pets.example", serve({PATH: [fall_silent, reply(200, b"film")]}))
+    internet.add("pets.example", serve({PATH: [fall_silent, reply(200, b"video")]}))
 
     await asyncio.wait_for(main.download(URL, target), 5)
 
-    assert target.read_bytes() == b"film"
+    assert target.read_bytes() == b"video"
 
 
 PAGE = b"<html><head><title>Sorry</title></head><body><h1>Not from here</h1></body></html>"

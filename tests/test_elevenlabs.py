@@ -144,7 +144,7 @@ async def test_how_speech_is_stored(client, monkeypatch, output_format, extensio
     [b"", HTML, b"\r\n <html lang=en>", b'{"detail": {"status": "quota_exceeded"}}', b'\n{\n  "detail": "no"}'],
 )
 async def test_what_is_no_speech_is_refused(elevenlabs, monkeypatch, output_format, body):
-    """A 200 is not enough: it is neither stored nor muxed, and no film is bought."""
+    """A 200 is not enough: it is neither stored nor muxed, and no video is bought."""
     use_settings(monkeypatch, TTS_OUTPUT_FORMAT=output_format)
     elevenlabs.respond(200, content=body, content_type="audio/mpeg")
     error = await error_of(spoken())

@@ -1,4 +1,4 @@
-"""The unchanged service and the sandbox over real sockets: what a front end gets is a film that can be watched."""
+"""The unchanged service and the sandbox over real sockets: what a front end gets is a video that can be watched."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import main
 from tests import network
 from tests.conftest import PACE
 from tests.inprocess import error_of
-from tests.jobs import caller, left_in, needs_proc, prompt_job, short_film, speech_job
+from tests.jobs import caller, left_in, needs_proc, prompt_job, short_video, speech_job
 from tests.network import PUBLIC, Internet, redirect, reply
 from tests.sandbox import Sandbox, Service, media
 
@@ -49,8 +49,8 @@ def running_housed(running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def housed(running_housed: Housed, sandbox: Sandbox) -> Housed:
-    """The same, its sandbox as new and with a small film."""
-    sandbox.film(short_film())
+    """The same, its sandbox as new and with a small video."""
+    sandbox.video(short_video())
     return running_housed
 
 
@@ -98,40 +98,40 @@ def ffmpeg(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stderr
 
 
-# Films that can be watched
+# Videos that can be watched
 
 
-async def test_a_speech_job_gives_a_film_that_talks(service: Service, sandbox: Sandbox, tmp_path: Path) -> None:
-    """The final film is as long as asked for, with our speech half a second in; the speech can be played by itself."""
+async def test_a_speech_job_gives_a_video_that_talks(service: Service, sandbox: Sandbox, tmp_path: Path) -> None:
+    """The final video is as long as asked for, with our speech half a second in; the speech can be played by itself."""
     sandbox.speech_seconds = 3.0
     answer = await finished(service, "/jobs_prompt_tts", speech_job(sandbox, resolution="512p", fit="video"))
-    film, silent, speech = [await kept(answer[f"{name}_url"], tmp_path) for name in ("final", "video", "audio")]
-    looked_at = media.probe(film)
+    video, silent, speech = [await kept(answer[f"{name}_url"], tmp_path) for name in ("final", "video", "audio")]
+    looked_at = media.probe(video)
     assert (looked_at.video, looked_at.audio) == ("h264", "aac")
     assert min(looked_at.width, looked_at.height) == 512
     assert looked_at.seconds == pytest.approx(6.0, abs=0.1)
-    told = ffmpeg("-i", str(film), "-af", "silencedetect=noise=-40dB:d=0.1", "-vn", "-f", "null", "-")
+    told = ffmpeg("-i", str(video), "-af", "silencedetect=noise=-40dB:d=0.1", "-vn", "-f", "null", "-")
     assert float(re.findall(r"silence_end: ([\d.]+)", told)[0]) == pytest.approx(0.5, abs=0.06)
-    assert ffmpeg("-v", "warning", "-i", str(film), "-f", "null", "-") == ""
+    assert ffmpeg("-v", "warning", "-i", str(video), "-f", "null", "-") == ""
     assert media.probe(silent).audio == ""
     assert (media.probe(speech).audio, media.probe(speech).sample_rate) == ("mp3", 44_100)
     assert media.probe(speech).seconds == pytest.approx(3.0, abs=0.1)
 
 
 async def test_a_model_that_speaks_is_stored_as_it_is(service: Service, sandbox: Sandbox) -> None:
-    """It is given the speech, and its film becomes the final one byte for byte."""
-    sandbox.film(short_film())
+    """It is given the speech, and its video becomes the final one byte for byte."""
+    sandbox.video(short_video())
     answer = await finished(service, "/jobs_prompt_tts", speech_job(sandbox, model="wan-video/wan-2.5-i2v"))
     [prediction] = sandbox.predictions.values()
     assert prediction.input["audio"] == answer["audio_url"]
-    assert await fetch(answer["final_url"]) == await fetch(answer["video_url"]) == prediction.film
+    assert await fetch(answer["final_url"]) == await fetch(answer["video_url"]) == prediction.video
 
 
 # Nothing is bought in vain
 
 
 PET = reply(200, b"\xff\xd8\xff", content_type="image/jpeg")
-LOOKS = [  # what comes, the picture's address if it is another one, and how it is refused; "": it is filmed
+LOOKS = [  # what comes, the picture's address if it is another one, and how it is refused; "": it is animated
     ("a picture", PET, "", ""),
     ("a picture whose HEAD is refused", [reply(405), PET], "", ""),
     ("404", reply(404), "", "there is no picture at this address, it answers 404"),
@@ -154,7 +154,7 @@ def pets(
     """Lets a picture's address answer, beside providers that are the owner's own, for a service that heeds the guard."""
     monkeypatch.setenv("ALLOW_PRIVATE_URLS", "")
     main.get_settings.cache_clear()
-    sandbox_environ.film(short_film())
+    sandbox_environ.video(short_video())
     internet.names["inside.example"] = [["10.0.0.7"]]
 
     def answer(given: Any) -> Any:
@@ -183,7 +183,7 @@ async def test_the_picture_is_looked_at_first(
     assert sandbox.requests == []
 
 
-async def test_a_slow_look_holds_up_no_film(
+async def test_a_slow_look_holds_up_no_video(
     client: httpx.AsyncClient, sandbox: Sandbox, pets: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After three seconds the picture is taken at its word."""
@@ -276,7 +276,7 @@ async def slowest_health_s(service: Service, work: Callable[[], Awaitable[object
 
 
 async def test_ten_speech_jobs_at_once(housed: Housed, sandbox: Sandbox) -> None:
-    """All are answered with a film each, /health answers within 100 ms all the while, and no file is left."""
+    """All are answered with a video each, /health answers within 100 ms all the while, and no file is left."""
     answers: list[dict[str, str]] = []
 
     async def ten_jobs() -> None:
@@ -299,7 +299,7 @@ async def test_ten_speech_jobs_at_once(housed: Housed, sandbox: Sandbox) -> None
 # The owner's bucket, and the service's own machine
 
 
-async def test_a_bucket_that_is_not_public_costs_no_film(housed: Housed, sandbox: Sandbox) -> None:
+async def test_a_bucket_that_is_not_public_costs_no_video(housed: Housed, sandbox: Sandbox) -> None:
     """Its owner reads what to change."""
     sandbox.buckets["pets"].public = False
     error = await failed(housed, sandbox)
@@ -310,12 +310,12 @@ async def test_a_bucket_that_is_not_public_costs_no_film(housed: Housed, sandbox
 
 
 @needs_proc
-async def test_a_disk_that_takes_no_film(housed: Housed, sandbox: Sandbox) -> None:
-    """It is told as such, with what was bought; here a file may have no more than half of the film."""
+async def test_a_disk_that_takes_no_video(housed: Housed, sandbox: Sandbox) -> None:
+    """It is told as such, with what was bought; here a file may have no more than half of the video."""
     sandbox.speech_seconds = 0.5
-    sandbox.film(short_film(6.0))
+    sandbox.video(short_video(6.0))
     limits = resource.prlimit(housed.service.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(housed.service.pid, resource.RLIMIT_FSIZE, (len(short_film(6.0)) // 2, limits[1]))
+    resource.prlimit(housed.service.pid, resource.RLIMIT_FSIZE, (len(short_video(6.0)) // 2, limits[1]))
     error = await failed(housed, sandbox)
     resource.prlimit(housed.service.pid, resource.RLIMIT_FSIZE, limits)
     assert (error["category"], error["provider"], error["retryable"]) == ("resource", None, True)

@@ -12,7 +12,7 @@ import anyio
 import httpx
 import pytest
 
-from tests.jobs import EVENT_STREAM, STAGES, Event, all_events, caller, prompt_job, short_film, speech_job
+from tests.jobs import EVENT_STREAM, STAGES, Event, all_events, caller, prompt_job, short_video, speech_job
 from tests.sandbox import Sandbox, Service
 
 pytestmark = pytest.mark.anyio
@@ -23,14 +23,14 @@ SPEAKING = {"model": "wan-video/wan-2.5-i2v"}
 
 @pytest.fixture
 async def client(service: Service, sandbox: Sandbox) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the running service, its sandbox as new and with a small film."""
-    sandbox.film(short_film())
+    """A client of the running service, its sandbox as new and with a small video."""
+    sandbox.video(short_video())
     async with caller(service.url) as client:
         yield client
 
 
 class Paced(NamedTuple):
-    """A speech job whose film took VIDEO_S; times are those of one clock."""
+    """A speech job whose video took VIDEO_S; times are those of one clock."""
 
     events: list[Event]
     seconds: float
@@ -54,7 +54,7 @@ def paced(running_sandbox: Sandbox, running_service: Service) -> Paced:
 async def run_paced(sandbox: Sandbox, service: Service) -> Paced:
     """Run the job by itself."""
     sandbox.reset()
-    sandbox.film(short_film())
+    sandbox.video(short_video())
     sandbox.video_seconds = VIDEO_S
     async with caller(service.url) as client:
         started = time.monotonic()
@@ -82,15 +82,15 @@ def names(events: list[Event]) -> list[str]:
 @pytest.mark.parametrize(
     ("path", "changes", "told"),
     [
-        pytest.param("/jobs_prompt_tts", {}, STAGES, id="a talking film"),
-        pytest.param("/jobs_prompt_only", {}, ("video",), id="a silent film"),
+        pytest.param("/jobs_prompt_tts", {}, STAGES, id="a talking video"),
+        pytest.param("/jobs_prompt_only", {}, ("video",), id="a silent video"),
         pytest.param("/jobs_prompt_tts", SPEAKING, (*STAGES[:4], STAGES[5]), id="a model that speaks"),
     ],
 )
 async def test_stages_are_told_in_order_and_then_the_result(
     client: httpx.AsyncClient, sandbox: Sandbox, path: str, changes: dict[str, Any], told: tuple[str, ...]
 ) -> None:
-    """Each starts, goes on if it is the film, and is done before the next one; known fields only; the result is last."""
+    """Each starts, goes on if it is the video, and is done before the next one; known fields only; the result is last."""
     events = await all_events(client, path, speech_job(sandbox, **changes))
     changed = list(dict.fromkeys((one["stage"], one["state"]) for one in stages(events)))
     states = {"video": ("started", "progress", "done")}
@@ -102,7 +102,7 @@ async def test_stages_are_told_in_order_and_then_the_result(
         assert one["seconds"] >= 0
 
 
-def test_the_films_status_and_percent_are_passed_on(paced: Paced) -> None:
+def test_the_videos_status_and_percent_are_passed_on(paced: Paced) -> None:
     """Between start and end the video stage tells what Replicate tells."""
     told = [one for one in stages(paced.events) if one["state"] == "progress"]
     assert list(dict.fromkeys(one["status"] for one in told)) == ["starting", "processing", "succeeded"]
@@ -193,8 +193,8 @@ async def test_comments_come_while_nothing_happens(client: httpx.AsyncClient, sa
     ("spoil", "status", "done"),
     [
         pytest.param(methodcaller("fault", "speech", "status", times=2, status=401), 500, 0, id="no speech"),
-        pytest.param(methodcaller("outcome", "failed", "No face.", times=2), 400, 2, id="the film fails"),
-        pytest.param(methodcaller("film", "noise"), 500, 3, id="the film is no film"),
+        pytest.param(methodcaller("outcome", "failed", "No face.", times=2), 400, 2, id="the video fails"),
+        pytest.param(methodcaller("video", "noise"), 500, 3, id="the video is no video"),
     ],
 )
 async def test_a_failure_is_told_once_and_last(

@@ -17,10 +17,10 @@ import anyio.to_thread
 import httpx
 import pytest
 
-from tests.jobs import caller, children, left_in, needs_proc, short_film, sockets, speech_job
+from tests.jobs import caller, children, left_in, needs_proc, short_video, sockets, speech_job
 from tests.sandbox import Sandbox, Service
 
-# Services by their deadline in seconds: enough to come to the film, enough to come to the end, plenty.
+# Services by their deadline in seconds: enough to come to the video, enough to come to the end, plenty.
 LANES = {1: 2, 2: 1, 60: 2}
 PACE = {"POLL_MIN_SECONDS": "0.005", "RETRY_FIRST_SECONDS": "0.005", "PATIENCE_SECONDS": "1.2"}
 SPOKEN, BOUGHT = frozenset({"audio_url"}), frozenset({"audio_url", "video_url", "prediction_id"})
@@ -42,7 +42,7 @@ PLACES = {
     "speech file": Place("public", "audio_upload", "resource", None, SPOKEN),
     "create": Place("create", "video", "provider", "replicate", SPOKEN),
     "read": Place("read", "video", "provider", "replicate", SPOKEN | {"prediction_id"}),
-    "film": Place("output", "download", "resource", None, BOUGHT),
+    "video": Place("output", "download", "resource", None, BOUGHT),
     "final upload": Place("upload", "final_upload", "resource", "supabase", BOUGHT),
 }
 
@@ -73,7 +73,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
 # late:  the job ends at its deadline.
 # "-":   no such case.
 OUTCOMES = """
-                    speech   audio upload   speech file   create   read    film     final upload
+                    speech   audio upload   speech file   create   read    video     final upload
 429               | on     | 4            | 4           | on     | on    | on     | on
 429, wait a day   | ends   | ends         | ends        | ends   | on    | on     | on
 502 HTML          | 3      | 4            | 4           | ends   | on    | on     | on
@@ -97,7 +97,7 @@ OUTAGE = 5
 TO_THE_END = ("429", "503", "404", "cut")
 
 STATUS_400 = {("speech", "404"), ("create", "404"), ("speech", "endless")}  # about the request's own content
-NOT_A_FILM = {("film", "nonsense"), ("film", "empty")}  # the download goes well, but what Replicate made is none
+NOT_A_VIDEO = {("video", "nonsense"), ("video", "empty")}  # the download goes well, but what Replicate made is none
 NOT_THE_SPEECH = {("speech file", "nonsense"), ("speech file", "empty")}  # something else at its address
 NOT_PUBLIC = {("speech file", "404"), ("speech file", "400 for 403")}  # the bucket
 
@@ -123,7 +123,7 @@ class Case:
 
     @property
     def succeeds(self) -> bool:
-        """Whether the job is answered with a film."""
+        """Whether the job is answered with a video."""
         return self.outcome == "found" or (self.outcome in ("3", "4", "on") and not self.goes_on)
 
     @property
@@ -136,7 +136,7 @@ class Case:
         """The deadline of the service that is to be used."""
         if not self.is_late:
             return 60
-        return 2 if self.place in ("film", "final upload") else 1
+        return 2 if self.place in ("video", "final upload") else 1
 
 
 class Seen(NamedTuple):
@@ -147,7 +147,7 @@ class Seen(NamedTuple):
     seconds: float
     asked: int  # requests of the call that went wrong; of the uploads, those at its place
     spoken: int
-    films: list[str]  # the status of every prediction made
+    videos: list[str]  # the status of every prediction made
     cancels: int
     left: list[Any]  # files and children that the service still has when the answer is there
     log: str
@@ -186,7 +186,7 @@ class Lane:
         """One speech job in which something goes wrong."""
         sandbox, place, log_before = self.sandbox, PLACES[case.place], len(self.service.log)
         sandbox.reset()
-        sandbox.film(short_film())
+        sandbox.video(short_video())
         kind, details = FAULTS[case.fault]
         if case.place == "final upload":
             sandbox.fault("upload", "slow", seconds=0)  # the speech's upload goes well
@@ -236,7 +236,7 @@ async def run_all(cases: list[Case], lanes: list[Lane]) -> dict[Case, Seen]:
         queue = waiting[lane.deadline_s]
         await anyio.to_thread.run_sync(lane.service.start)
         async with caller(lane.service.url) as client:
-            lane.sandbox.film(short_film())
+            lane.sandbox.video(short_video())
             await client.post("/jobs_prompt_tts", json=speech_job(lane.sandbox))  # what is made once has been made
             while queue:
                 case = queue.pop()
@@ -272,7 +272,7 @@ def test_every_other_fault_ends_the_job_with_its_error(seen: dict[Case, Seen], c
     """Status, category, provider and `partial` are those of its place, and it is asked as often as the design says."""
     found, place, cell = seen[case], PLACES[case.place], (case.place, case.fault)
     provider = (
-        "replicate" if cell in NOT_A_FILM else "supabase" if cell in NOT_PUBLIC | NOT_THE_SPEECH else place.provider
+        "replicate" if cell in NOT_A_VIDEO else "supabase" if cell in NOT_PUBLIC | NOT_THE_SPEECH else place.provider
     )
     if case.outcome == "late" and case.place == "speech file":
         provider = "supabase"
@@ -293,27 +293,27 @@ def test_every_other_fault_ends_the_job_with_its_error(seen: dict[Case, Seen], c
 
 @pytest.mark.parametrize("case", CASES)
 def test_no_job_buys_anything_twice(seen: dict[Case, Seen], case: Case) -> None:
-    """At most one film exists, whatever happens, and none before the speech can be read; speech is asked for again only when refused."""
+    """At most one video exists, whatever happens, and none before the speech can be read; speech is asked for again only when refused."""
     found = seen[case]
     if PLACES[case.place].stage in ("speech", "audio_upload") and not case.succeeds:
-        assert len(found.films) == 0
+        assert len(found.videos) == 0
     elif case.place == "create" and not case.succeeds:
-        assert len(found.films) == case.is_late, "it was carried out"
+        assert len(found.videos) == case.is_late, "it was carried out"
     else:
-        assert len(found.films) == 1
+        assert len(found.videos) == 1
     assert found.spoken == (found.asked if case.place == "speech" else 1)
 
 
 @pytest.mark.parametrize("case", LATE)
-def test_the_deadline_ends_the_job_and_its_film(seen: dict[Case, Seen], case: Case) -> None:
-    """A late job says where it was; a film still being made is cancelled."""
+def test_the_deadline_ends_the_job_and_its_video(seen: dict[Case, Seen], case: Case) -> None:
+    """A late job says where it was; a video still being made is cancelled."""
     found, stage = seen[case], PLACES[case.place].stage
     assert f"not done after {case.deadline_s} s and was ended in the stage {stage}" in found.answer["detail"]
     assert found.answer["retryable"], "without a key it may be sent again"
     late_s = found.seconds - case.deadline_s
     assert 0 <= late_s < (6 if case.place == "create" else 1), "a create on its way is waited for"
     is_made = stage in ("download", "final_upload") or case.name in ("read, slow", "read, drip")
-    assert found.films == ([] if stage in ("speech", "audio_upload") else ["succeeded" if is_made else "canceled"])
+    assert found.videos == ([] if stage in ("speech", "audio_upload") else ["succeeded" if is_made else "canceled"])
     assert found.cancels == (stage == "video")
 
 

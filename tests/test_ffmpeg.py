@@ -1,4 +1,4 @@
-"""ffmpeg: film and speech put together, measured on real media; and what a bad film or a cancelled job must not do."""
+"""ffmpeg: video and speech put together, measured on real media; and what a bad video or a cancelled job must not do."""
 
 import asyncio
 import os
@@ -29,10 +29,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("_no_child_left")]
 serve = network.serve
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
-CANNOT_USE = "Film and speech could not be put together; ffmpeg cannot use one of them."
-NO_FILM = "What the model made is not an MP4 film."
-BREAKS_OFF = "The film that the model made breaks off."
-SPEECH_HZ, FILM_HZ = 440, 1000  # the tones of our speech, and of a film that brings its own sound
+CANNOT_USE = "Video and speech could not be put together; ffmpeg cannot use one of them."
+NO_VIDEO = "What the model made is not an MP4 video."
+BREAKS_OFF = "The video that the model made breaks off."
+SPEECH_HZ, VIDEO_HZ = 440, 1000  # the tones of our speech, and of a video that brings its own sound
 
 
 def ffmpeg(*arguments: object) -> "subprocess.CompletedProcess[bytes]":
@@ -59,8 +59,8 @@ RAW = {"pcm": "s16le", "ulaw": "mulaw", "alaw": "alaw"}
 ENCODERS = {"pcm": "pcm_s16le", "wav": "pcm_s16le", "ulaw": "pcm_mulaw", "alaw": "pcm_alaw", "opus": "libopus"}
 
 
-class Film(NamedTuple):
-    """What a film of the tests is like; `sound_s` is the length of a tone of its own."""
+class Video(NamedTuple):
+    """What a video of the tests is like; `sound_s` is the length of a tone of its own."""
 
     seconds: float = 6
     fps: str = "25"
@@ -69,7 +69,7 @@ class Film(NamedTuple):
 
 
 class Studio:
-    """Makes small films, speeches and clips, each once for all tests."""
+    """Makes small videos, speeches and clips, each once for all tests."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,14 +78,14 @@ class Studio:
         """Where something is kept."""
         return self.folder / re.sub(r"[^\w.]+", "-", "-".join(map(str, parts)))
 
-    def film(self, film: Film = Film()) -> Path:  # noqa: B008  a tuple
-        """A film with B-frames."""
-        path = self.file("film", *film, ".mp4")
+    def video(self, video: Video = Video()) -> Path:  # noqa: B008  a tuple
+        """A video with B-frames."""
+        path = self.file("video", *video, ".mp4")
         if not path.exists():
-            picture = ("-f", "lavfi", "-i", f"testsrc2=s=160x120:r={film.fps}:d={film.seconds}")
-            sound = ("-f", "lavfi", "-i", f"sine={FILM_HZ}:d={film.sound_s}", "-c:a", "aac") if film.sound_s else ()
+            picture = ("-f", "lavfi", "-i", f"testsrc2=s=160x120:r={video.fps}:d={video.seconds}")
+            sound = ("-f", "lavfi", "-i", f"sine={VIDEO_HZ}:d={video.sound_s}", "-c:a", "aac") if video.sound_s else ()
             encoder = ("-c:v", "libx264", "-preset", "veryfast", "-bf", "2", "-g", "30", "-pix_fmt", "yuv420p")
-            ffmpeg(*picture, *sound, *encoder, *film.options, path)
+            ffmpeg(*picture, *sound, *encoder, *video.options, path)
         return path
 
     def speech(self, seconds: float = 3, output_format: str = "mp3_44100_64") -> Path:
@@ -101,23 +101,23 @@ class Studio:
             path.write_bytes(main.playable(path.read_bytes(), output_format))
         return path
 
-    async def clip(self, film: Film, speech_s: float, fit: main.Fit) -> Path:
+    async def clip(self, video: Video, speech_s: float, fit: main.Fit) -> Path:
         """Both put together by the service."""
-        path = self.file("clip", *film, speech_s, fit, ".mp4")
+        path = self.file("clip", *video, speech_s, fit, ".mp4")
         if not path.exists():
-            await main.mux_video_audio(self.film(film), self.speech(speech_s), path, fit)
+            await main.mux_video_audio(self.video(video), self.speech(speech_s), path, fit)
         return path
 
 
 @pytest.fixture(scope="session")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Studio:
-    """Films, speeches and clips."""
+    """Videos, speeches and clips."""
     return Studio(tmp_path_factory.mktemp("studio"))
 
 
 @pytest.fixture
 def final(tmp_path: Path) -> Path:
-    """Where the talking film goes."""
+    """Where the talking video goes."""
     return tmp_path / "final.mp4"
 
 
@@ -173,13 +173,13 @@ class Sound:
         self.hz = waves / (self.ends_s - self.starts_s)
 
 
-# A talking film, measured
+# A talking video, measured
 
-USUAL = Film()
-SOUNDING = Film(6, "24", sound_s=8)
-FILMS = {"B-frames": USUAL, "30000/1001": Film(6.006, "30000/1001"), "16 fps": Film(6, "16"), "own sound": SOUNDING}
+USUAL = Video()
+SOUNDING = Video(6, "24", sound_s=8)
+VIDEOS = {"B-frames": USUAL, "30000/1001": Video(6.006, "30000/1001"), "16 fps": Video(6, "16"), "own sound": SOUNDING}
 EVERY_FIT = pytest.mark.parametrize("fit", ["shortest", "video", "speech"])
-EVERY_FILM = pytest.mark.parametrize("film", FILMS.values(), ids=FILMS)
+EVERY_VIDEO = pytest.mark.parametrize("video", VIDEOS.values(), ids=VIDEOS)
 
 
 @EVERY_FIT
@@ -196,22 +196,22 @@ def test_only_files_are_opened_and_no_format_is_guessed(fit):
 
 
 @pytest.mark.parametrize(
-    ("film", "speech_s", "fit", "seconds"),
+    ("video", "speech_s", "fit", "seconds"),
     [
-        *(pytest.param(film, 9, "speech", 9.5, id=f"9 s speech, {name}") for name, film in FILMS.items()),
-        *(pytest.param(film, 9, "shortest", 6.0, id=f"9 s shortest, {name}") for name, film in FILMS.items()),
+        *(pytest.param(video, 9, "speech", 9.5, id=f"9 s speech, {name}") for name, video in VIDEOS.items()),
+        *(pytest.param(video, 9, "shortest", 6.0, id=f"9 s shortest, {name}") for name, video in VIDEOS.items()),
         pytest.param(SOUNDING, 9, "video", 6.0, id="9 s video, own sound"),
         pytest.param(SOUNDING, 3, "shortest", 3.5, id="3 s shortest, own sound"),
         pytest.param(SOUNDING, 3, "video", 6.0, id="3 s video, own sound"),
         pytest.param(USUAL, 3, "shortest", 3.5, id="3 s shortest"),
         pytest.param(USUAL, 3, "video", 6.0, id="3 s video"),
         pytest.param(USUAL, 3, "speech", 3.5, id="3 s speech"),
-        pytest.param(Film(0.04), 3, "speech", 3.5, id="a film of one picture"),
+        pytest.param(Video(0.04), 3, "speech", 3.5, id="a video of one picture"),
     ],
 )
-async def test_fits(film, speech_s, fit, seconds, studio):
+async def test_fits(video, speech_s, fit, seconds, studio):
     """The clip, its picture and its sound all end where `fit` says."""
-    clip = seen(await studio.clip(film, speech_s, fit))
+    clip = seen(await studio.clip(video, speech_s, fit))
     assert clip.seconds == pytest.approx(seconds, abs=0.1)
     assert clip.ends == pytest.approx([seconds, seconds], abs=0.1)
     assert clip.streams == ["Video: h264", "Audio: aac"]
@@ -219,25 +219,25 @@ async def test_fits(film, speech_s, fit, seconds, studio):
 
 async def test_a_fit_holds_every_time(studio, tmp_path):
     """ffmpeg's threads may run in any order: the clip's length does not depend on it."""
-    film, speech, finals = studio.film(FILMS["16 fps"]), studio.speech(9), [tmp_path / f"{n}.mp4" for n in range(6)]
+    video, speech, finals = studio.video(VIDEOS["16 fps"]), studio.speech(9), [tmp_path / f"{n}.mp4" for n in range(6)]
     async with main.lifespan(main.app):
-        await asyncio.gather(*(main.mux_video_audio(film, speech, final, "speech") for final in finals))
+        await asyncio.gather(*(main.mux_video_audio(video, speech, final, "speech") for final in finals))
     assert [Clip(final).seconds for final in finals] == pytest.approx([9.5] * len(finals), abs=0.1)
 
 
-@EVERY_FILM
-async def test_the_picture_is_copied_bit_by_bit(film, studio):
-    """Every packet of the film is in the clip, in its order, at its time."""
-    source, clip = seen(studio.film(film)), seen(await studio.clip(film, 9, "shortest"))
+@EVERY_VIDEO
+async def test_the_picture_is_copied_bit_by_bit(video, studio):
+    """Every packet of the video is in the clip, in its order, at its time."""
+    source, clip = seen(studio.video(video)), seen(await studio.clip(video, 9, "shortest"))
     assert clip.checksums == source.checksums
     assert [packet.pts for packet in clip.packets[0]] == pytest.approx([packet.pts for packet in source.packets[0]])
 
 
-@EVERY_FILM
-async def test_a_repeated_film_runs_steadily(film, studio):
-    """Where the film begins again, no picture is dropped, doubled or late, and nothing complains."""
-    path = await studio.clip(film, 9, "speech")
-    source, clip = seen(studio.film(film)), seen(path)
+@EVERY_VIDEO
+async def test_a_repeated_video_runs_steadily(video, studio):
+    """Where the video begins again, no picture is dropped, doubled or late, and nothing complains."""
+    path = await studio.clip(video, 9, "speech")
+    source, clip = seen(studio.video(video)), seen(path)
     shown = sorted(packet.pts for packet in clip.packets[0])
     assert clip.checksums == (source.checksums * 2)[: len(clip.checksums)]
     assert len(clip.checksums) > len(source.checksums)
@@ -257,10 +257,10 @@ async def test_the_speech_starts_half_a_second_in(fit, studio):
     assert data.index(b"moov") < data.index(b"mdat")
 
 
-async def test_a_films_own_sound_is_not_heard(studio):
+async def test_a_videos_own_sound_is_not_heard(studio):
     """Of the two tones only the speech's is in the clip."""
-    own, heard = Sound(studio.film(SOUNDING)), Sound(await studio.clip(SOUNDING, 9, "shortest"))
-    assert (own.hz, heard.hz) == pytest.approx((FILM_HZ, SPEECH_HZ), rel=0.02)
+    own, heard = Sound(studio.video(SOUNDING)), Sound(await studio.clip(SOUNDING, 9, "shortest"))
+    assert (own.hz, heard.hz) == pytest.approx((VIDEO_HZ, SPEECH_HZ), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ async def test_every_kind_of_speech_is_understood(output_format, studio, final, 
     """Speech in any format that ElevenLabs sends is heard in the clip at its time."""
     monkeypatch.setenv("TTS_OUTPUT_FORMAT", output_format)
     main.get_settings.cache_clear()
-    await main.mux_video_audio(studio.film(), studio.speech(1, output_format), final)
+    await main.mux_video_audio(studio.video(), studio.speech(1, output_format), final)
     sound = Sound(final)
     assert (sound.starts_s, sound.ends_s) == pytest.approx((0.5, 1.5), abs=0.06)
     assert sound.hz == pytest.approx(SPEECH_HZ, rel=0.02)
@@ -287,10 +287,10 @@ async def test_every_kind_of_speech_is_understood(output_format, studio, final, 
     ],
 )
 async def test_speech_with_something_beside_it_is_heard(around, ends_s, studio, final, tmp_path):
-    """Speech that every player plays does not cost the film that was paid for."""
+    """Speech that every player plays does not cost the video that was paid for."""
     speech = tmp_path / "speech"
     speech.write_bytes(around(studio.speech(3).read_bytes()))
-    await main.mux_video_audio(studio.film(), speech, final)
+    await main.mux_video_audio(studio.video(), speech, final)
     assert Sound(final).ends_s == pytest.approx(ends_s, abs=0.1)
 
 
@@ -299,9 +299,9 @@ async def test_the_names_of_files_do_not_matter(name, studio, tmp_path):
     """No path is read as an option, an address, a pattern or a command."""
     folder = tmp_path / name
     folder.mkdir()
-    film = folder / name
-    film.write_bytes(studio.film().read_bytes())
-    await main.mux_video_audio(film, studio.speech(3), folder / f"{name}.final")
+    video = folder / name
+    video.write_bytes(studio.video().read_bytes())
+    await main.mux_video_audio(video, studio.speech(3), folder / f"{name}.final")
     assert Clip(folder / f"{name}.final").seconds == pytest.approx(3.5, abs=0.1)
 
 
@@ -309,17 +309,17 @@ async def test_the_names_of_files_do_not_matter(name, studio, tmp_path):
 
 NOISE = array("I", (n * 2_654_435_761 >> 7 & 0xFFFFFFFF for n in range(12_500))).tobytes()  # the same each time
 HLS, CONCAT = "#EXTM3U\n#EXTINF:5,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"
-INDEX_FIRST = Film(options=("-movflags", "+faststart"))
+INDEX_FIRST = Video(options=("-movflags", "+faststart"))
 # A box whose length has 64 bits, and one that goes on to the end of the file.
 ODD_BOXES = struct.pack(">I4sQ", 1, b"free", 20) + b"long" + struct.pack(">I4s", 0, b"free") + b"rest"
 TONE, SOUND_FILE = ("-f", "lavfi", "-i", "sine=1000:d=1"), ("-c:a", "aac")
 COVER = ("-f", "lavfi", "-i", "color=red:s=64x64", "-frames:v", 1, "-c:v", "mjpeg", "-disposition:v:0", "attached_pic")
 
 
-async def refusal(film: Path, speech: Path, final: Path, fit: main.Fit = "shortest") -> str:
+async def refusal(video: Path, speech: Path, final: Path, fit: main.Fit = "shortest") -> str:
     """What is said of media that cannot be used: a failed resource, and nothing of this machine in the clip."""
     with pytest.raises(main.ResourceFailed) as failed:
-        await main.mux_video_audio(film, speech, final, fit)
+        await main.mux_video_audio(video, speech, final, fit)
     assert not failed.value.retryable
     assert not final.exists() or b"root:" not in final.read_bytes()
     return failed.value.detail
@@ -329,46 +329,46 @@ async def refusal(film: Path, speech: Path, final: Path, fit: main.Fit = "shorte
     ("content", "reason"),
     [
         pytest.param(b"", BREAKS_OFF, id="empty"),
-        pytest.param(b"<html><body><h1>404 Not Found</h1></body></html>", NO_FILM, id="HTML"),
-        pytest.param(NOISE, NO_FILM, id="noise"),
-        pytest.param(bytes(50_000), NO_FILM, id="zeros"),
-        pytest.param(b"\0\0\0\x20ftypisom" + NOISE, BREAKS_OFF, id="noise that begins like a film"),
+        pytest.param(b"<html><body><h1>404 Not Found</h1></body></html>", NO_VIDEO, id="HTML"),
+        pytest.param(NOISE, NO_VIDEO, id="noise"),
+        pytest.param(bytes(50_000), NO_VIDEO, id="zeros"),
+        pytest.param(b"\0\0\0\x20ftypisom" + NOISE, BREAKS_OFF, id="noise that begins like a video"),
         pytest.param(b"\0\0\0\x08ftyp\0\0\0\0mdat" + NOISE, CANNOT_USE, id="noise in a box"),
-        pytest.param(HLS.format("file:///etc/passwd").encode(), NO_FILM, id="HLS of a file"),
-        pytest.param(CONCAT.format("/etc/passwd").encode(), NO_FILM, id="ffconcat of a file"),
-        # only a picture in an MP4 is a film, whatever ffmpeg could read
+        pytest.param(HLS.format("file:///etc/passwd").encode(), NO_VIDEO, id="HLS of a file"),
+        pytest.param(CONCAT.format("/etc/passwd").encode(), NO_VIDEO, id="ffconcat of a file"),
+        # only a picture in an MP4 is a video, whatever ffmpeg could read
         pytest.param((*TONE, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound alone"),
         pytest.param((*TONE, *COVER, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound with a cover picture"),
-        pytest.param((*TONE, *SOUND_FILE, "-f", "matroska"), NO_FILM, id="another container"),
+        pytest.param((*TONE, *SOUND_FILE, "-f", "matroska"), NO_VIDEO, id="another container"),
     ],
 )
 async def test_what_is_no_media_is_refused(content, reason, studio, final, tmp_path):
-    """Whatever came in place of film or speech, sound for a film or an MP4 for speech: none of it becomes a clip."""
+    """Whatever came in place of video or speech, sound for a video or an MP4 for speech: none of it becomes a clip."""
     media = tmp_path / "media"
     if isinstance(content, bytes):
         media.write_bytes(content)
     else:
         ffmpeg(*content, media)
     assert await refusal(media, studio.speech(3), final) == reason
-    assert await refusal(studio.film(), media, final) == CANNOT_USE
+    assert await refusal(studio.video(), media, final) == CANNOT_USE
 
 
 @pytest.mark.parametrize("playlist", [HLS, CONCAT], ids=["HLS", "ffconcat"])
 async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path):
-    """In place of film or speech it would open other files, or connect to others, had ffmpeg a choice."""
-    film, speech, media = studio.film(), studio.speech(3), tmp_path / "media.mp4"
-    server = serve({"/a.mp4": reply(200, film.read_bytes())})
-    (tmp_path / "secret.mp4").write_bytes(film.read_bytes())
+    """In place of video or speech it would open other files, or connect to others, had ffmpeg a choice."""
+    video, speech, media = studio.video(), studio.speech(3), tmp_path / "media.mp4"
+    server = serve({"/a.mp4": reply(200, video.read_bytes())})
+    (tmp_path / "secret.mp4").write_bytes(video.read_bytes())
     for target in (f"{server.url}/a.mp4", "secret.mp4"):
         media.write_text(playlist.format(target))
-        for inputs in ((media, speech), (film, media)):
+        for inputs in ((media, speech), (video, media)):
             with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
                 await main.run_ffmpeg(main.mux_arguments(*inputs, "mp3", "speech", final), 10)
     assert server.was_silent()
 
 
 @pytest.mark.parametrize(
-    ("film", "share", "more", "is_whole"),
+    ("video", "share", "more", "is_whole"),
     [
         pytest.param(USUAL, 0.5, b"", False, id="index at the end, half"),
         pytest.param(INDEX_FIRST, 0.5, b"", False, id="index first, half"),
@@ -376,15 +376,15 @@ async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path
         pytest.param(INDEX_FIRST, 0.01, b"", False, id="index cut"),
         pytest.param(USUAL, 1, struct.pack(">I4sQ", 1, b"free", 1000) + b"less", False, id="a length in 64 bits"),
         pytest.param(INDEX_FIRST, 1, ODD_BOXES, True, id="index first, and boxes of unusual length"),
-        pytest.param(Film(options=("-movflags", "+frag_keyframe+empty_moov")), 1, b"", True, id="fragments"),
-        pytest.param(Film(options=("-brand", "qt  ")), 1, b"", True, id="QuickTime"),
+        pytest.param(Video(options=("-movflags", "+frag_keyframe+empty_moov")), 1, b"", True, id="fragments"),
+        pytest.param(Video(options=("-brand", "qt  ")), 1, b"", True, id="QuickTime"),
     ],
 )
-async def test_a_whole_film_is_taken_and_one_that_breaks_off_is_not(
-    film, share, more, is_whole, studio, final, tmp_path
+async def test_a_whole_video_is_taken_and_one_that_breaks_off_is_not(
+    video, share, more, is_whole, studio, final, tmp_path
 ):
-    """However an MP4 file is laid out; half a film is not passed on as a short one."""
-    whole, given = studio.film(film).read_bytes(), tmp_path / "film.mp4"
+    """However an MP4 file is laid out; half a video is not passed on as a short one."""
+    whole, given = studio.video(video).read_bytes(), tmp_path / "video.mp4"
     given.write_bytes(whole[: int(len(whole) * share)] + more)
     if is_whole:
         await main.mux_video_audio(given, studio.speech(3), final)
@@ -393,36 +393,38 @@ async def test_a_whole_film_is_taken_and_one_that_breaks_off_is_not(
         assert await refusal(given, studio.speech(9), final) == BREAKS_OFF
 
 
-async def test_a_film_of_many_boxes_is_not_read_to_its_end(studio, final, tmp_path):
+async def test_a_video_of_many_boxes_is_not_read_to_its_end(studio, final, tmp_path):
     """A file made to be slow to look through costs a moment."""
-    film = tmp_path / "film.mp4"
-    film.write_bytes(struct.pack(">I4s", 8, b"ftyp") + struct.pack(">I4s", 8, b"free") * 4_000_000)
+    video = tmp_path / "video.mp4"
+    video.write_bytes(struct.pack(">I4s", 8, b"ftyp") + struct.pack(">I4s", 8, b"free") * 4_000_000)
     began = time.process_time()
-    assert await refusal(film, studio.speech(3), final) == BREAKS_OFF
+    assert await refusal(video, studio.speech(3), final) == BREAKS_OFF
     assert time.process_time() - began < 1  # all boxes: several seconds
 
 
-async def test_a_heavy_film_does_not_fill_the_disk(studio, final, tmp_path):
+async def test_a_heavy_video_does_not_fill_the_disk(studio, final, tmp_path):
     """A fifth of a second of 10 MB repeats until the clip has 100 MB, not until the speech has ended."""
-    film = tmp_path / "film.mp4"
+    video = tmp_path / "video.mp4"
     noise = "nullsrc=s=1280x720:r=25:d=0.2,noise=alls=100:allf=t"
-    ffmpeg("-f", "lavfi", "-i", noise, "-c:v", "libx264", "-preset", "ultrafast", "-qp", 0, "-pix_fmt", "yuv420p", film)
-    assert film.stat().st_size > 2_500_000
-    assert await refusal(film, studio.speech(9), final, "speech") == "The talking film is larger than 100 MB."
+    ffmpeg(
+        "-f", "lavfi", "-i", noise, "-c:v", "libx264", "-preset", "ultrafast", "-qp", 0, "-pix_fmt", "yuv420p", video
+    )
+    assert video.stat().st_size > 2_500_000
+    assert await refusal(video, studio.speech(9), final, "speech") == "The talking video is larger than 100 MB."
     assert final.stat().st_size < 130_000_000
 
 
 def test_a_huge_frame_does_not_fill_the_memory(studio, final, tmp_path):
-    """A film of 8192 x 8200 pixels costs ffmpeg hardly more memory than a usual one, whether it can be used or not."""
-    film = tmp_path / "film.mp4"
+    """A video of 8192 x 8200 pixels costs ffmpeg hardly more memory than a usual one, whether it can be used or not."""
+    video = tmp_path / "video.mp4"
     encoder = ("-c:v", "libx264", "-preset", "ultrafast", "-tune", "zerolatency", "-pix_fmt", "gray")
-    ffmpeg("-f", "lavfi", "-i", "color=s=8192x8200:r=1", "-frames:v", 1, *encoder, film)
+    ffmpeg("-f", "lavfi", "-i", "color=s=8192x8200:r=1", "-frames:v", 1, *encoder, video)
     # In a process of its own: the largest child counts, and the encoder above was larger.
     program = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stderr=subprocess.DEVNULL);"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
-    mux = [FFMPEG, *main.mux_arguments(film, studio.speech(3), "mp3", "shortest", final)]
+    mux = [FFMPEG, *main.mux_arguments(video, studio.speech(3), "mp3", "shortest", final)]
     told = subprocess.run([sys.executable, "-c", program, *mux], capture_output=True, check=True, timeout=60)
     assert int(told.stdout) * (1 if sys.platform == "darwin" else 1024) < 110_000_000
 
@@ -454,8 +456,8 @@ async def test_the_time_limit_kills(studio, final, silent_speech, monkeypatch):
     assert main.FFMPEG_TIMEOUT_S == 60
     monkeypatch.setattr(main, "FFMPEG_TIMEOUT_S", 0.2)
     began = time.monotonic()
-    with pytest.raises(main.ResourceFailed, match=r"^The film could not be put together within 0\.2 s\.$"):
-        await asyncio.wait_for(main.mux_video_audio(studio.film(), silent_speech, final), 5)
+    with pytest.raises(main.ResourceFailed, match=r"^The video could not be put together within 0\.2 s\.$"):
+        await asyncio.wait_for(main.mux_video_audio(studio.video(), silent_speech, final), 5)
     assert time.monotonic() - began < 2
 
 
@@ -536,7 +538,7 @@ async def test_no_more_run_at_once_than_there_are_cores(studio, final, silent_sp
     """Of five muxes on two cores two run; one that ends gives its place to the next, one that is cancelled too."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     async with main.lifespan(main.app):
-        muxes = [asyncio.create_task(main.mux_video_audio(studio.film(), silent_speech, final)) for _ in range(5)]
+        muxes = [asyncio.create_task(main.mux_video_audio(studio.video(), silent_speech, final)) for _ in range(5)]
         await started(2)
         await asyncio.sleep(0.1)  # for one too many
         first = children()
@@ -545,7 +547,7 @@ async def test_no_more_run_at_once_than_there_are_cores(studio, final, silent_sp
         for mux in muxes:
             mux.cancel()
         await asyncio.wait(muxes)
-        await asyncio.wait_for(main.mux_video_audio(studio.film(), studio.speech(3), final), 10)
+        await asyncio.wait_for(main.mux_video_audio(studio.video(), studio.speech(3), final), 10)
     assert len(first) == len(second) == 2
     assert len(first & second) == 1
     assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
@@ -564,13 +566,13 @@ def _fresh_path() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fresh_path")
 async def test_a_missing_ffmpeg_stops_the_start(studio, final, monkeypatch):
-    """Not the first film that was paid for; where no start has checked it, the call itself names what is missing."""
+    """Not the first video that was paid for; where no start has checked it, the call itself names what is missing."""
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
     with pytest.raises(RuntimeError, match="/nowhere/ffmpeg"):
         async with main.lifespan(main.app):
             pass
     with pytest.raises(RuntimeError, match="/nowhere/ffmpeg"):
-        await main.mux_video_audio(studio.film(), studio.speech(3), final)
+        await main.mux_video_audio(studio.video(), studio.speech(3), final)
 
 
 @pytest.mark.usefixtures("_fresh_path")
@@ -585,18 +587,18 @@ async def test_another_ffmpeg_can_be_named(monkeypatch, tmp_path):
         await main.run_ffmpeg(["-v", "error", "-version"], 10)
 
 
-# How a film may begin
+# How a video may begin
 
 
 @pytest.mark.parametrize("box", "styp mdat wide free skip moov junk".split())
-async def test_a_film_may_begin_without_ftyp(box, studio, final, tmp_path):
-    """As QuickTime's do; what begins with a box that nobody knows is no film, the rest is ffmpeg's to judge."""
-    film = tmp_path / "film.mp4"
-    film.write_bytes(studio.film().read_bytes().replace(b"ftyp", box.encode(), 1))
+async def test_a_video_may_begin_without_ftyp(box, studio, final, tmp_path):
+    """As QuickTime's do; what begins with a box that nobody knows is no video, the rest is ffmpeg's to judge."""
+    video = tmp_path / "video.mp4"
+    video.write_bytes(studio.video().read_bytes().replace(b"ftyp", box.encode(), 1))
     if box in ("moov", "junk"):
-        assert await refusal(film, studio.speech(3), final) == (NO_FILM if box == "junk" else CANNOT_USE)
+        assert await refusal(video, studio.speech(3), final) == (NO_VIDEO if box == "junk" else CANNOT_USE)
         return
-    await main.mux_video_audio(film, studio.speech(3), final)
+    await main.mux_video_audio(video, studio.speech(3), final)
     assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
 
 

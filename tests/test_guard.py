@@ -39,7 +39,7 @@ def refused(client: httpx.AsyncClient, internet: Internet, tmp_path: Path) -> Re
     async def ask(url: str) -> list[str]:
         answer = await head(client, url)
         with pytest.raises(main.ResourceFailed) as failed:
-            await main.download(url, tmp_path / "film.mp4")
+            await main.download(url, tmp_path / "video.mp4")
         assert (answer.status_code, answer.json()["category"]) == (400, "validation")
         assert internet.inside.was_silent()
         assert list(tmp_path.iterdir()) == []
@@ -166,7 +166,7 @@ async def test_public_urls_are_fetched(host: str, client: httpx.AsyncClient, pet
         internet.add(name, pets)
     internet.addresses["2606:4700:4700::1111"] = pets.port
     answer = await head(client, f"http://{host}{PATH}#start")
-    assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": 4}
+    assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": 5}
     assert pets.requests == [f"HEAD {PATH}"]
 
 
@@ -196,8 +196,8 @@ async def test_a_name_with_one_inner_address_is_refused_whole(
 async def test_a_name_is_looked_up_once_and_that_address_used(pets: Server, internet: Internet, tmp_path: Path) -> None:
     """A name that turns inwards between check and use gains nothing: there is no second look-up."""
     internet.names["pets.example"] = [[PUBLIC], ["127.0.0.1"]]
-    await main.download(URL, tmp_path / "film.mp4")
-    assert (tmp_path / "film.mp4").read_bytes() == b"film"
+    await main.download(URL, tmp_path / "video.mp4")
+    assert (tmp_path / "video.mp4").read_bytes() == b"video"
     assert (internet.looked_up, internet.connected) == (["pets.example"], [PUBLIC])
 
 
@@ -206,7 +206,7 @@ async def test_the_next_address_is_tried(
     first: str, serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Of several public addresses the first that takes the connection in its time is used."""
-    internet.add("pets.example", serve({PATH: reply(200, b"film")}))
+    internet.add("pets.example", serve({PATH: reply(200, b"video")}))
     internet.names["pets.example"], internet.addresses["8.8.8.8"] = [["8.8.8.8", PUBLIC]], None
 
     async def connect(remote_host: Any, *args: Any, **options: Any) -> Any:
@@ -215,7 +215,7 @@ async def test_the_next_address_is_tried(
 
     monkeypatch.setattr("anyio.connect_tcp", connect)
     monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(5, connect=0.3))
-    await main.download(URL, tmp_path / "film.mp4")
+    await main.download(URL, tmp_path / "video.mp4")
     assert (internet.looked_up, internet.connected[-1]) == (["pets.example"], PUBLIC)
 
 
@@ -244,7 +244,7 @@ async def test_a_slow_look_up_has_the_time_of_a_connection(
     serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Looking up a name is part of connecting: it takes no longer, and counts as not connected."""
-    internet.add("pets.example", serve({PATH: reply(200, b"film")}))
+    internet.add("pets.example", serve({PATH: reply(200, b"video")}))
     answered, known = threading.Event(), socket.getaddrinfo
 
     def slow_at_first(*args: Any, **options: Any) -> Any:
@@ -254,7 +254,7 @@ async def test_a_slow_look_up_has_the_time_of_a_connection(
 
     monkeypatch.setattr(socket, "getaddrinfo", slow_at_first)
     monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(5, connect=0.05))
-    await main.download(URL, tmp_path / "film.mp4")
+    await main.download(URL, tmp_path / "video.mp4")
     answered.set()
 
     assert "(ConnectTimeout looking up pets.example took too long)" in log_lines(caplog)[0]
@@ -302,9 +302,9 @@ async def test_each_hop_is_looked_up_again(client: httpx.AsyncClient, pets: Serv
 async def test_five_redirects_are_followed(client: httpx.AsyncClient, pets: Server, tmp_path: Path) -> None:
     """The fifth still leads to the file, by both doors."""
     pets.answers |= {f"/{n}": [redirect(f"/{n + 1}" if n < 4 else PATH)] for n in range(5)}
-    assert (await head(client, "http://pets.example/0")).json()["bytes"] == 4
-    await main.download("http://pets.example/0", tmp_path / "film.mp4")
-    assert (tmp_path / "film.mp4").read_bytes() == b"film"
+    assert (await head(client, "http://pets.example/0")).json()["bytes"] == 5
+    await main.download("http://pets.example/0", tmp_path / "video.mp4")
+    assert (tmp_path / "video.mp4").read_bytes() == b"video"
 
 
 async def test_a_sixth_redirect_is_not_followed(refused: Refused, pets: Server) -> None:
@@ -321,11 +321,11 @@ async def test_a_proxy_of_the_environment_is_not_used(
     serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whatever proxy the machine has, the service connects by itself, or the guard would look at the proxy's address."""
-    internet.add("pets.example", serve({PATH: reply(200, b"film")}))
+    internet.add("pets.example", serve({PATH: reply(200, b"video")}))
     for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, internet.inside.url)
-    await main.download(URL, tmp_path / "film.mp4")
-    assert (tmp_path / "film.mp4").read_bytes() == b"film"
+    await main.download(URL, tmp_path / "video.mp4")
+    assert (tmp_path / "video.mp4").read_bytes() == b"video"
     assert internet.inside.was_silent()
 
 
@@ -435,10 +435,10 @@ async def test_the_end_of_the_service_closes_every_connection(
         if connection.recv(1) == b"":
             left.set()
 
-    server = serve({"/v1/film": send})
+    server = serve({"/v1/video": send})
     internet.add("pets.example", server)
     use_settings(monkeypatch, REPLICATE_BASE_URL=server.url)
-    url = f"{server.url if is_ours else 'http://pets.example'}/v1/film"
+    url = f"{server.url if is_ours else 'http://pets.example'}/v1/video"
     async with main.lifespan(main.app):
         assert main._running is not None
         http = main._running.http

@@ -27,10 +27,10 @@ HEAD, GET = f"HEAD {PATH}", f"GET {PATH}"
 
 async def test_three_fields_are_told(client: httpx.AsyncClient, pets: Server) -> None:
     """The answer holds status, content type and size, and no other header or byte of the remote answer."""
-    pets.answers[PATH] = [reply(200, b"film", content_type="video/mp4", x_inside="s3cret", server="s3cret/1")]
+    pets.answers[PATH] = [reply(200, b"video", content_type="video/mp4", x_inside="s3cret", server="s3cret/1")]
     answer = await head(client)
     assert answer.status_code == 200
-    assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": 4}
+    assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": 5}
     assert "s3cret" not in f"{answer.headers} {answer.text}"
     assert pets.requests == [HEAD]
 
@@ -167,7 +167,7 @@ async def test_the_limit_is_for_all_steps_together(
     assert answer.json()["detail"] == "The URL did not answer within 0.15 s."
 
 
-async def test_names_that_take_long_hold_up_no_film(
+async def test_names_that_take_long_hold_up_no_video(
     client: httpx.AsyncClient, pets: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Whoever asks for many names that nobody answers for keeps others waiting here, but no download."""
@@ -182,7 +182,7 @@ async def test_names_that_take_long_hold_up_no_film(
     asked = [asyncio.create_task(head(client, f"http://n{n}.tarpit.example/")) for n in range(40)]
     await asyncio.sleep(0.1)
 
-    await asyncio.wait_for(main.download(URL, tmp_path / "film"), 5)
+    await asyncio.wait_for(main.download(URL, tmp_path / "video"), 5)
 
     assert not any(task.done() for task in asked)
     answered.set()

@@ -21,12 +21,12 @@ import pytest
 
 import main
 from tests.conftest import PACE
-from tests.jobs import Told, ask, children, left_in, needs_proc, short_film, speech_job, until
+from tests.jobs import Told, ask, children, left_in, needs_proc, short_video, speech_job, until
 from tests.sandbox import Sandbox, Service
 
 pytestmark = [pytest.mark.anyio, needs_proc]
 
-FILM_S = 5.0
+VIDEO_S = 5.0
 FORMS = {"json": "application/json", "stream": "text/event-stream"}
 
 # The call at which a job is held, and the faults that hold it there; the mux is held by a slow ffmpeg.
@@ -53,7 +53,7 @@ class Held:
     def __init__(self, sandbox: Sandbox, folder: Path, graceful_s: int = 10) -> None:
         self.sandbox, self.folder, self.slow_next = sandbox, folder / "tmp", folder / "slow-next"
         self.folder.mkdir(parents=True)
-        ffmpeg = folder / "ffmpeg"  # the real one; told to, it reads the film no faster than it plays
+        ffmpeg = folder / "ffmpeg"  # the real one; told to, it reads the video no faster than it plays
         real = imageio_ffmpeg.get_ffmpeg_exe()
         ffmpeg.write_text(f'#!/bin/sh\n/bin/rm "{self.slow_next}" 2>&- && exec "{real}" -re "$@"\nexec "{real}" "$@"\n')
         ffmpeg.chmod(0o755)
@@ -66,11 +66,11 @@ class Held:
             return caller.connect_ex(("127.0.0.1", self.service.port)) == 0
 
     def body(self) -> dict[str, Any]:
-        """A speech job whose final film is as long as the model's."""
+        """A speech job whose final video is as long as the model's."""
         return speech_job(self.sandbox, fit="video")
 
     def prepare(self, stage: str, seconds: float) -> None:
-        """Let the next job stand still at a stage for so long (the mux: for the film's length)."""
+        """Let the next job stand still at a stage for so long (the mux: for the video's length)."""
         for call in HOLDS[stage][:-1]:
             self.sandbox.fault(call, "slow", seconds=0)
         for call in HOLDS[stage][-1:]:
@@ -110,8 +110,8 @@ def request_bytes(body: dict[str, Any], accept: str) -> bytes:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
 async def test_a_client_that_leaves_ends_its_job(running: Held, sandbox: Sandbox, stage: str, form: str) -> None:
-    """Within a second the film is cancelled, ffmpeg reaped and every file gone; nothing further is bought."""
-    sandbox.film(short_film(FILM_S))
+    """Within a second the video is cancelled, ffmpeg reaped and every file gone; nothing further is bought."""
+    sandbox.video(short_video(VIDEO_S))
     running.prepare(stage, seconds=0.4 if stage == "create" else 3)
     if stage == "video":
         sandbox.outcome("never")
@@ -121,9 +121,9 @@ async def test_a_client_that_leaves_ends_its_job(running: Held, sandbox: Sandbox
         assert await until(lambda: running.count(stage) >= wanted)
         assert left_in(running.folder)
     left_at = time.monotonic()
-    films = sandbox.predictions.values()
+    videos = sandbox.predictions.values()
     if stage in ("create", "video"):
-        assert await until(lambda: [film.status for film in films] == ["canceled"], 1.5)
+        assert await until(lambda: [video.status for video in videos] == ["canceled"], 1.5)
     assert await until(lambda: children(running.service.pid) == left_in(running.folder) == [], 1)
     assert await until(lambda: " job outcome=left ms=" in running.service.log[log_before:], 1)
     assert time.monotonic() - left_at < (1.5 if stage == "create" else 1.0)
@@ -131,7 +131,7 @@ async def test_a_client_that_leaves_ends_its_job(running: Held, sandbox: Sandbox
     await anyio.sleep(0.08)  # four reads
     assert len(sandbox.requests) == bought
     assert len(sandbox.calls("cancel")) == (stage in ("create", "video"))
-    assert len(films) == (stage in MADE)
+    assert len(videos) == (stage in MADE)
 
 
 # The host ends the process
@@ -142,7 +142,7 @@ class Ending:
     """What came of one job when the process was ended: its answer, and what its prediction was; None: there is none."""
 
     told: Told | None = None
-    film: str | None = None
+    video: str | None = None
 
 
 class Ended(NamedTuple):
@@ -161,9 +161,9 @@ Endings = dict[tuple[str, str], Ended]
 
 async def end_one(seen: Endings, folder: Path, patience: str, form: str) -> None:
     """Start a service, hold a job at every stage, and end it: with enough time or too little, asked in either form."""
-    graceful_s, hold_s = (30, FILM_S) if patience == "enough" else (1, 20.0)
+    graceful_s, hold_s = (30, VIDEO_S) if patience == "enough" else (1, 20.0)
     with Sandbox() as sandbox:
-        sandbox.film(short_film(FILM_S))
+        sandbox.video(short_video(VIDEO_S))
         held = Held(sandbox, folder / f"{patience}-{form}", graceful_s)
         await anyio.to_thread.run_sync(held.service.start)
         try:
@@ -181,7 +181,7 @@ async def hold_all(held: Held, hold_s: float, form: str) -> Ended:
 
     async with anyio.create_task_group() as tasks:
         for stage in reversed(HOLDS):  # the ones that take longest to get there first
-            # A create on its way is waited for five seconds, to learn which film to cancel.
+            # A create on its way is waited for five seconds, to learn which video to cancel.
             held.prepare(stage, hold_s if stage != "create" else min(hold_s, 4))
             wanted, known = held.wanted(stage), set(held.sandbox.predictions)
             jobs[stage] = Ending()
@@ -189,7 +189,7 @@ async def hold_all(held: Held, hold_s: float, form: str) -> Ended:
             assert await until(lambda s=stage, n=wanted: held.count(s) >= n, 45), f"no job stands at {stage}"
             if stage in MADE:
                 assert await until(lambda known=known: set(held.sandbox.predictions) - known)
-                [jobs[stage].film] = set(held.sandbox.predictions) - known
+                [jobs[stage].video] = set(held.sandbox.predictions) - known
         assert all(ending.told is None for ending in jobs.values()), "every job is still on its way"
         ffmpegs, started = children(held.service.pid), time.monotonic()
         os.kill(held.service.pid, signal.SIGTERM)
@@ -197,7 +197,7 @@ async def hold_all(held: Held, hold_s: float, form: str) -> Ended:
         code = await anyio.to_thread.run_sync(held.service.stop, 0)  # no further signal
         seconds = time.monotonic() - started
         for ending in jobs.values():
-            ending.film = held.sandbox.predictions[ending.film].status if ending.film else None
+            ending.video = held.sandbox.predictions[ending.video].status if ending.video else None
         left = [*left_in(held.folder), *(pid for pid in ffmpegs if Path(f"/proc/{pid}").exists())]
     return Ended(jobs, code, seconds, is_closed, left, held.service.log)
 
@@ -228,24 +228,24 @@ def endings(all_endings: Future[Endings]) -> Endings:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
 def test_a_job_that_can_finish_in_time_does(endings: Endings, stage: str, form: str) -> None:
-    """SIGTERM with enough time: the answer is the film, and its prediction was never cancelled."""
+    """SIGTERM with enough time: the answer is the video, and its prediction was never cancelled."""
     job = endings["enough", form].jobs[stage]
     assert job.told
     assert (job.told.status, set(job.told.data)) == (200, {"audio_url", "video_url", "final_url"}), job.told.text
-    assert job.film in (None, "succeeded")
+    assert job.video in (None, "succeeded")
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
 def test_a_job_that_cannot_is_told_and_cancelled(endings: Endings, stage: str, form: str) -> None:
-    """SIGTERM with too little time: an error with what was bought, and the film is cancelled before the process ends."""
+    """SIGTERM with too little time: an error with what was bought, and the video is cancelled before the process ends."""
     job = endings["too little", form].jobs[stage]
     assert job.told
     assert (job.told.kind[:2], job.told.data["provider"]) == ((500, "internal"), None), job.told.text
     assert "restarting" in job.told.data["detail"]
     assert set(job.told.data.get("partial", {})) == PARTIAL[stage]
     made = {"create": "canceled", "video": "canceled", "speech": None, "audio_upload": None}
-    assert job.film == made.get(stage, "succeeded")
+    assert job.video == made.get(stage, "succeeded")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -260,8 +260,8 @@ def test_a_process_that_ends_leaves_nothing(endings: Endings, patience: str, for
     assert ended.seconds < 15
 
 
-async def test_a_client_that_leaves_an_ending_process_leaves_no_film(sandbox: Sandbox) -> None:
-    """A film is cancelled to the end, also if the process's own time is over while that is being done."""
+async def test_a_client_that_leaves_an_ending_process_leaves_no_video(sandbox: Sandbox) -> None:
+    """A video is cancelled to the end, also if the process's own time is over while that is being done."""
     sandbox.outcome("never")
     sandbox.fault("cancel", "status", times=2, status=503)
     environment = {**sandbox.environment(), **PACE, "RETRY_FIRST_SECONDS": "0.3"}
@@ -272,7 +272,7 @@ async def test_a_client_that_leaves_an_ending_process_leaves_no_film(sandbox: Sa
             service.process.send_signal(signal.SIGTERM)
             await anyio.sleep(0.85)  # of the one second that is left
         assert await anyio.to_thread.run_sync(service.process.wait, 10) in (0, -signal.SIGTERM)
-    assert [film.status for film in sandbox.predictions.values()] == ["canceled"]
+    assert [video.status for video in sandbox.predictions.values()] == ["canceled"]
     assert len(sandbox.calls("cancel")) == 3
 
 

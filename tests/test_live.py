@@ -1,6 +1,6 @@
 """One real, paid job with the owner's keys: `python -m pytest tests/test_live.py --live`, `.env` filled in.
 
-It is how an owner checks keys and bucket after set-up. Costs a few characters at ElevenLabs and one film at Replicate.
+It is how an owner checks keys and bucket after set-up. Costs a few characters at ElevenLabs and one video at Replicate.
 LIVE_VOICE_ID names one of the owner's ElevenLabs voices. The picture is the sandbox's pet, put into the bucket as pet.jpg.
 """
 
@@ -27,7 +27,7 @@ def owners_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_pet_talks(client: httpx.AsyncClient) -> None:
-    """A whole job: three URLs, and the last one is a film that can be fetched."""
+    """A whole job: three URLs, and the last one is a video that can be fetched."""
     assert os.environ.get("LIVE_VOICE_ID"), "set LIVE_VOICE_ID to one of your ElevenLabs voices"
     body = {
         "image_url": await main.supabase_upload("pet.jpg", PET.read_bytes(), "image/jpeg"),

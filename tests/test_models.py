@@ -12,7 +12,7 @@ import main
 from tests.inprocess import ELEVEN_URL, REPLICATE_URL, rows
 
 PICTURE_URL = "https://example.com/pet.jpg"
-FILM_URL = "https://replicate.delivery/xezq/film.mp4"
+VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
 JOB = {"image_url": PICTURE_URL, "prompt": "The cat talks", "text": "Feed me!", "voice_id": "JBFqnCBsd6RMkjVDRZzb"}
 JSON_HEADERS = {"Content-Type": "application/json"}
 
@@ -130,7 +130,7 @@ async def test_a_missing_field_is_named(client, respx_mock, field):
     ],
 )
 async def test_a_field_that_is_nearly_ours_is_named(client, respx_mock, wrong, right):
-    """A film of the wrong length costs money: what is misspelt, or called so elsewhere, is not ignored."""
+    """A video of the wrong length costs money: what is misspelt, or called so elsewhere, is not ignored."""
     body = {name: value for name, value in JOB.items() if name != right}
     for path in routes_with(right):
         response = await client.post(path, content=json.dumps({**body, wrong: 10}), headers=JSON_HEADERS)
@@ -161,7 +161,7 @@ async def test_every_fault_is_told_at_once_and_what_was_sent_is_not(client, resp
 
 def created(router: respx.MockRouter) -> respx.Route:
     """Where predictions of the default model are created, which are done at once."""
-    done = {"id": "p1", "status": "succeeded", "output": FILM_URL}
+    done = {"id": "p1", "status": "succeeded", "output": VIDEO_URL}
     return router.post(f"{REPLICATE_URL}/v1/models/minimax/hailuo-02/predictions").respond(201, json=done)
 
 
@@ -190,7 +190,7 @@ async def test_what_a_picture_job_takes(client, respx_mock, changes, expected):
     """A sound value goes to the model as it is; what is left out has its default."""
     route = created(respx_mock)
     response = await client.post("/jobs_prompt_only", json={"image_url": PICTURE_URL, "prompt": "Talk", **changes})
-    assert (response.status_code, response.json()) == (200, {"video_url": FILM_URL})
+    assert (response.status_code, response.json()) == (200, {"video_url": VIDEO_URL})
     defaults = {"prompt": "Talk", "first_frame_image": PICTURE_URL, "duration": 6, "resolution": "768p"}
     assert json.loads(route.calls.last.request.content)["input"] == defaults | expected
 

@@ -1,7 +1,7 @@
-"""When a film is read: simulated, with films that take as long as films do, and no clock.
+"""When a video is read: simulated, with videos that take as long as videos do, and no clock.
 
-A process that has seen films of a kind reads the next one some thirty times, and sees it 0.3 s after it is ready.
-No choice of moments does that for every kind: with f(t) the durations' density and S(t) the share of films that take
+A process that has seen videos of a kind reads the next one some thirty times, and sees it 0.3 s after it is ready.
+No choice of moments does that for every kind: with f(t) the durations' density and S(t) the share of videos that take
 longer, reads times lateness is at least the square of the integral of sqrt(f * S), halved. That is 3 for 60 s and 4.5
 for 90 s with a spread of 5 %, twice that with 10 %, 20 where anything from 30 to 120 s is as likely; 30 times 0.3 is 9.
 """
@@ -23,12 +23,12 @@ from tests.inprocess import REPLICATE_URL, use_settings
 
 pytestmark = pytest.mark.anyio
 
-FILMS = 300
-Durations = Callable[[random.Random, int], float]  # of film number so and so, in seconds
+VIDEOS = 300
+Durations = Callable[[random.Random, int], float]  # of video number so and so, in seconds
 
 
 class Waited(NamedTuple):
-    """What it took to see one film."""
+    """What it took to see one video."""
 
     reads: int
     late_s: float
@@ -40,22 +40,26 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
     use_settings(monkeypatch, POLL_MIN_SECONDS="0.25")
 
 
-def wait_for(film_s: float, known: "deque[float] | tuple[float, ...]", chance: random.Random, polls: int = 1) -> Waited:
-    """One film that is ready after `film_s`, read as the service would."""
+def wait_for(
+    video_s: float, known: "deque[float] | tuple[float, ...]", chance: random.Random, polls: int = 1
+) -> Waited:
+    """One video that is ready after `video_s`, read as the service would."""
     waited_s, reads = 0.0, 0
-    while waited_s < film_s:
+    while waited_s < video_s:
         waited_s += main.poll_delay_s(waited_s, polls, known) * chance.uniform(0.9, 1.1)
         reads += 1
-    return Waited(reads, waited_s - film_s)
+    return Waited(reads, waited_s - video_s)
 
 
-def simulate(durations: Durations, kept: int = main.KEPT_DURATIONS, films: int = FILMS, seed: int = 1) -> list[Waited]:
-    """One film after the other, each known afterwards as long as it was waited for."""
+def simulate(
+    durations: Durations, kept: int = main.KEPT_DURATIONS, videos: int = VIDEOS, seed: int = 1
+) -> list[Waited]:
+    """One video after the other, each known afterwards as long as it was waited for."""
     chance, known, seen = random.Random(seed), deque[float](maxlen=kept), list[Waited]()
-    for number in range(films):
-        film_s = durations(chance, number)
-        seen.append(wait_for(film_s, known, chance))
-        known.append(film_s + seen[-1].late_s)
+    for number in range(videos):
+        video_s = durations(chance, number)
+        seen.append(wait_for(video_s, known, chance))
+        known.append(video_s + seen[-1].late_s)
     return seen
 
 
@@ -75,25 +79,25 @@ def either(*choices: Durations) -> Durations:
 
 
 def with_tail(durations: Durations, share: float, shortest: float, longest: float) -> Durations:
-    """This share of the films takes so many times as long."""
+    """This share of the videos takes so many times as long."""
     return lambda chance, number: (
         durations(chance, number) * (chance.uniform(shortest, longest) if chance.random() < share else 1)
     )
 
 
 def drifting(first: Durations, factor: float) -> Durations:
-    """Little by little, until the last film takes `factor` times as long."""
-    return lambda chance, number: first(chance, number) * factor ** (number / FILMS)
+    """Little by little, until the last video takes `factor` times as long."""
+    return lambda chance, number: first(chance, number) * factor ** (number / VIDEOS)
 
 
 def changing(first: Durations, then: Durations) -> Durations:
-    """From one film to the next, in the middle."""
-    return lambda chance, number: (first if number < FILMS / 2 else then)(chance, number)
+    """From one video to the next, in the middle."""
+    return lambda chance, number: (first if number < VIDEOS / 2 else then)(chance, number)
 
 
 def averages(seen: list[Waited]) -> Waited:
-    """Reads a film, and mean lateness, once ten films are known."""
-    return Waited(mean(film.reads for film in seen[10:]), mean(film.late_s for film in seen[10:]))
+    """Reads a video, and mean lateness, once ten videos are known."""
+    return Waited(mean(video.reads for video in seen[10:]), mean(video.late_s for video in seen[10:]))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +111,7 @@ def averages(seen: list[Waited]) -> Waited:
         pytest.param(around(90, 0.04), 30, 0.3, id="90 s, 4 %"),
         pytest.param(changing(around(90, 0.05), around(45, 0.05)), 30, 0.3, id="90 s, then 45 s"),
         pytest.param(changing(around(45, 0.05), around(90, 0.05)), 30, 0.3, id="45 s, then 90 s"),
-        # films that take differently long cost more of both
+        # videos that take differently long cost more of both
         pytest.param(around(60, 0.1), 31, 0.35, id="60 s, 10 %"),
         pytest.param(with_tail(around(60, 0.1), 0.05, 1, 3), 35, 0.4, id="60 s, 10 %, a tail"),
         pytest.param(around(60, 0.2), 40, 0.5, id="60 s, 20 %"),
@@ -121,7 +125,7 @@ def averages(seen: list[Waited]) -> Waited:
         pytest.param(between(30, 120), 50, 0.75, id="30 to 120 s"),
     ],
 )
-def test_few_reads_see_a_film_soon(durations, reads, late_s):
+def test_few_reads_see_a_video_soon(durations, reads, late_s):
     """On average thirty within 0.3 s where most of a kind take about as long; well under those of a new process."""
     reached, unknowing = averages(simulate(durations)), averages(simulate(durations, kept=0))
     assert reached.reads <= min(reads, 0.45 * unknowing.reads)
@@ -129,7 +133,7 @@ def test_few_reads_see_a_film_soon(durations, reads, late_s):
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
-def test_one_known_film_is_enough(kept):
+def test_one_known_video_is_enough(kept):
     """With one to three durations known the reads are as few, and half a second late."""
     reads, late_s = averages(simulate(around(60, 0.1), kept=kept))
     assert reads <= 30
@@ -139,58 +143,58 @@ def test_one_known_film_is_enough(kept):
 NINETY = tuple(90 * math.exp(0.07 * step / 7) for step in range(-15, 15))  # 77 to 104 s
 
 
-@pytest.mark.parametrize("film_s", [0.1, 1, 2, 5, 10, 20, 30, 45, 60, 75])
-def test_a_film_faster_than_any_before_is_seen_within_a_tenth_of_theirs(film_s):
+@pytest.mark.parametrize("video_s", [0.1, 1, 2, 5, 10, 20, 30, 45, 60, 75])
+def test_a_video_faster_than_any_before_is_seen_within_a_tenth_of_theirs(video_s):
     """So is a failure, and one in the first seconds sooner."""
     chance = random.Random(1)
-    late_s = max(wait_for(film_s, NINETY, chance).late_s for _ in range(100))
-    assert late_s <= 1.1 * min(2 + film_s, 0.1 * min(NINETY))
+    late_s = max(wait_for(video_s, NINETY, chance).late_s for _ in range(100))
+    assert late_s <= 1.1 * min(2 + video_s, 0.1 * min(NINETY))
 
 
-def test_one_faster_film_is_learned_from():
-    """The second film of half the length is seen in half the time of the first."""
+def test_one_faster_video_is_learned_from():
+    """The second video of half the length is seen in half the time of the first."""
     chance = random.Random(1)
-    films = [around(45, 0.05)(chance, number) for number in range(200)]
+    videos = [around(45, 0.05)(chance, number) for number in range(200)]
     first, second = (
-        mean(wait_for(film_s, known, chance).late_s for film_s in films) for known in (NINETY, (*NINETY[1:], 46))
+        mean(wait_for(video_s, known, chance).late_s for video_s in videos) for known in (NINETY, (*NINETY[1:], 46))
     )
     assert second <= first / 2
 
 
-@pytest.mark.parametrize("film_s", [120, 180, 270, 900])
-def test_a_film_slower_than_any_before_is_read_ever_more_seldom(film_s):
+@pytest.mark.parametrize("video_s", [120, 180, 270, 900])
+def test_a_video_slower_than_any_before_is_read_ever_more_seldom(video_s):
     """No more reads than by a process that knows nothing; after 15 minutes it is seen within six seconds."""
     chance = random.Random(1)
-    seen = [wait_for(film_s, NINETY, chance) for _ in range(20)]
-    assert mean(film.reads for film in seen) <= 1.05 * mean(wait_for(film_s, (), chance).reads for _ in range(20))
-    assert max(film.late_s for film in seen) <= 1.1 * math.sqrt(film_s - min(NINETY)) / 5
+    seen = [wait_for(video_s, NINETY, chance) for _ in range(20)]
+    assert mean(video.reads for video in seen) <= 1.05 * mean(wait_for(video_s, (), chance).reads for _ in range(20))
+    assert max(video.late_s for video in seen) <= 1.1 * math.sqrt(video_s - min(NINETY)) / 5
 
 
 @pytest.mark.parametrize("polls", [1, 80, 300, 1000])
 def test_jobs_that_know_their_model_stay_under_the_rate_too(polls):
-    """However many films are due in the same second, one process reads at most 2,400 times a minute."""
+    """However many videos are due in the same second, one process reads at most 2,400 times a minute."""
     delays = [main.poll_delay_s(float(waited_s), polls, NINETY) for waited_s in range(300)]
     assert polls * 60 / min(delays) <= 2400 * 1.0001
     assert min(delays) >= 0.25
 
 
 def test_the_rate_is_kept_without_reads_beyond_it():
-    """With 300 jobs a film is read every 7.5 s, and no more seldom where it is due."""
+    """With 300 jobs a video is read every 7.5 s, and no more seldom where it is due."""
     assert main.poll_delay_s(90, 300, NINETY) == 7.5
 
 
-# The service, with films that are ready after a time
+# The service, with videos that are ready after a time
 
 
-FILM_S = 0.4
+VIDEO_S = 0.4
 BODY = {"image_url": "https://example.com/pet.jpg", "prompt": "The cat talks"}
 
 
 class Studio:
-    """Replicate at the edge of the process: every prediction is ready `film_s` after it was made."""
+    """Replicate at the edge of the process: every prediction is ready `video_s` after it was made."""
 
     def __init__(self, router: respx.MockRouter) -> None:
-        self.film_s, self.outcome, self.reads, self.made, self.first_read_s = FILM_S, "succeeded", 0, 0.0, 0.0
+        self.video_s, self.outcome, self.reads, self.made, self.first_read_s = VIDEO_S, "succeeded", 0, 0.0, 0.0
         router.post(f"{REPLICATE_URL}/v1/models/minimax/hailuo-02/predictions").mock(side_effect=self.create)
         router.get(f"{REPLICATE_URL}/v1/predictions/p1").mock(side_effect=self.read)
 
@@ -203,52 +207,52 @@ class Studio:
         """How it is now."""
         self.reads, age_s = self.reads + 1, time.monotonic() - self.made
         self.first_read_s = age_s if self.reads == 1 else self.first_read_s
-        return httpx.Response(200, json=self.told(self.outcome if age_s >= self.film_s else "processing"))
+        return httpx.Response(200, json=self.told(self.outcome if age_s >= self.video_s else "processing"))
 
     def told(self, status: str) -> dict[str, Any]:
         """The prediction in this status."""
-        film = "https://replicate.delivery/xezq/film.mp4" if status == "succeeded" else None
-        return {"id": "p1", "status": status, "output": film, "error": None}
+        video = "https://replicate.delivery/xezq/video.mp4" if status == "succeeded" else None
+        return {"id": "p1", "status": status, "output": video, "error": None}
 
 
 @pytest.fixture
 async def studio(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Studio]:
-    """Replicate, with reads that may follow each other at once, and the application, which knows of no film yet."""
+    """Replicate, with reads that may follow each other at once, and the application, which knows of no video yet."""
     use_settings(monkeypatch, POLL_MIN_SECONDS="0.001")
     with respx.mock(assert_all_called=False) as router:
         async with main.lifespan(main.app):
             yield Studio(router)
 
 
-async def film(**changes: Any) -> str:
-    """The film of a job."""
+async def video(**changes: Any) -> str:
+    """The video of a job."""
     return await main.hailuo_video_from_prompt(main.JobPromptOnly(**{**BODY, **changes}))
 
 
-async def test_the_second_film_of_a_kind_is_left_alone_at_first(studio):
+async def test_the_second_video_of_a_kind_is_left_alone_at_first(studio):
     """The first tells how long they take; one of another length is another kind."""
-    await film()
-    await film()
-    assert studio.first_read_s >= 0.9 * 0.1 * FILM_S
-    await film(seconds=10)
+    await video()
+    await video()
+    assert studio.first_read_s >= 0.9 * 0.1 * VIDEO_S
+    await video(seconds=10)
     assert [len(durations) for durations in main._running.durations.values()] == [2, 1]
-    assert all(0.9 * FILM_S <= took_s < 10 for durations in main._running.durations.values() for took_s in durations)
+    assert all(0.9 * VIDEO_S <= took_s < 10 for durations in main._running.durations.values() for took_s in durations)
 
 
 @pytest.mark.parametrize("outcome", ["failed", "canceled"])
-async def test_what_makes_no_film_tells_nothing_of_how_long_films_take(studio, outcome):
-    """After a refusal of the picture, the next film is read like the first."""
-    studio.outcome, studio.film_s = outcome, 0.05
+async def test_what_makes_no_video_tells_nothing_of_how_long_videos_take(studio, outcome):
+    """After a refusal of the picture, the next video is read like the first."""
+    studio.outcome, studio.video_s = outcome, 0.05
     with pytest.raises(main.ProviderRefused):
-        await film()
+        await video()
     assert not main._running.durations
 
 
 async def test_a_prediction_that_another_request_made_is_read_at_once(studio):
-    """Nobody knows how long it has been waited for, so it is read like a first film and tells the next one nothing."""
+    """Nobody knows how long it has been waited for, so it is read like a first video and tells the next one nothing."""
     studio.made = time.monotonic()
     job = main.Job("-")
     job.partial.prediction_id = "p1"
     assert await main.hailuo_video_from_prompt(main.JobPromptOnly(**BODY), job)
-    assert studio.first_read_s < 0.1 * FILM_S
+    assert studio.first_read_s < 0.1 * VIDEO_S
     assert not main._running.durations

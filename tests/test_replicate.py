@@ -1,4 +1,4 @@
-"""Films: the request that buys one, the waiting for it, its outcomes, its end when nobody waits any more."""
+"""Videos: the request that buys one, the waiting for it, its outcomes, its end when nobody waits any more."""
 
 import asyncio
 import itertools
@@ -21,7 +21,7 @@ import main
 from tests.inprocess import FAST, REPLICATE_URL, SECRETS, log_lines, rows, use_settings
 
 PICTURE_URL = "https://example.com/pet.jpg"
-FILM_URL = "https://replicate.delivery/xezq/film.mp4"
+VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
 API = f"{REPLICATE_URL}/v1"
 CREATE_URL = f"{API}/models/minimax/hailuo-02/predictions"
 LIST_URL = f"{API}/predictions"
@@ -41,7 +41,7 @@ def prediction(status: str, **fields: Any) -> dict[str, Any]:
     return {**whole, "data_removed": False, "error": None, "urls": urls, "status": status, **fields}
 
 
-DONE = prediction("succeeded", output=FILM_URL)
+DONE = prediction("succeeded", output=VIDEO_URL)
 
 
 def answered(told: Any) -> httpx.Response:
@@ -99,9 +99,9 @@ async def failed(client: httpx.AsyncClient, **changes: Any) -> tuple[int, str, d
 
 
 async def test_the_requests(monkeypatch, client, replicate):
-    """The default model's own fields, by its own route, with a limit to what it may cost; a silent film needs one key only."""
+    """The default model's own fields, by its own route, with a limit to what it may cost; a silent video needs one key only."""
     use_settings(monkeypatch, ELEVEN_API_KEY="", SUPABASE_URL="", SUPABASE_SERVICE_ROLE="")
-    assert await post(client) == (200, {"video_url": FILM_URL})
+    assert await post(client) == (200, {"video_url": VIDEO_URL})
     create, read = replicate.create.calls.last.request, replicate.read.calls.last.request
     assert (json.loads(create.content), read.content) == ({"input": INPUT}, b"")
     assert (create.headers["cancel-after"], create.headers["content-type"]) == ("600s", "application/json")
@@ -125,7 +125,7 @@ async def test_without_a_running_service(helper):
     """The helpers stand on their own."""
     with respx.mock(assert_all_called=False) as router:
         Replicate(router).reads(httpx.ReadError("reset"), prediction("processing"), DONE)
-        assert await helper(JOB) == FILM_URL
+        assert await helper(JOB) == VIDEO_URL
 
 
 # Other models
@@ -155,8 +155,8 @@ async def test_a_look_up_holds_up_no_other_model(replicate):
 
 @pytest.mark.parametrize("polls", [1, 10, 100, 5000])
 @pytest.mark.parametrize(("waited_s", "delay_s"), [(0, 0.25), (12, 0.3), (80, 2), (86_400, 2)])
-def test_a_film_is_asked_for_the_less_often_the_longer_it_takes(monkeypatch, waited_s, delay_s, polls):
-    """A finished film waits about one per cent of its own time; all jobs together read at most 2,400 times a minute."""
+def test_a_video_is_asked_for_the_less_often_the_longer_it_takes(monkeypatch, waited_s, delay_s, polls):
+    """A finished video waits about one per cent of its own time; all jobs together read at most 2,400 times a minute."""
     assert main.poll_delay_s(0, 0) == float(FAST["POLL_MIN_SECONDS"])
     use_settings(monkeypatch, POLL_MIN_SECONDS="0.25")
     assert main.poll_delay_s(waited_s, polls) == pytest.approx(max(delay_s, polls / 40))
@@ -174,14 +174,14 @@ async def test_the_polls_of_a_process_are_counted(client, replicate):
 
 
 async def test_an_odd_prediction_does_not_end_the_job(replicate):
-    """The film is paid for: whatever a read tells, a status that nobody knows or a long log included, it is read again."""
+    """The video is paid for: whatever a read tells, a status that nobody knows or a long log included, it is read again."""
     odd = [
         *({}, {"id": "p1"}, {"status": "succeeded"}, {"id": "../x", "status": "succeeded"}, {"id": 1}),
         *map(prediction, ("starting", "processing", "queued", "PROCESSING", "")),
         prediction("processing", logs="x" * 3_000_000),
     ]
-    replicate.reads(*odd, {"id": "p1", "status": "succeeded", "output": FILM_URL, "logs": "x" * 3_000_000})
-    assert await main.hailuo_video_from_prompt(JOB) == FILM_URL
+    replicate.reads(*odd, {"id": "p1", "status": "succeeded", "output": VIDEO_URL, "logs": "x" * 3_000_000})
+    assert await main.hailuo_video_from_prompt(JOB) == VIDEO_URL
     assert (replicate.read.call_count, replicate.create.call_count) == (len(odd) + 1, 1)
 
 
@@ -216,33 +216,33 @@ def test_the_percentage_is_read_from_the_log(logs, percent):
 
 
 OUTPUTS: list[tuple[Any, ...]] = [
-    ("text", FILM_URL, FILM_URL),
-    ("the first of a list", [FILM_URL, "https://replicate.delivery/2.mp4"], FILM_URL),
-    ("one in the other", {"seed": 5, "files": [None, {"url": FILM_URL}]}, FILM_URL),
-    ("after others", ["data:video/mp4;base64,AA", *["http://xn--a/"] * 999, FILM_URL], FILM_URL),
-    ("after a thousand that are none", ["http://xn--a/"] * 1000 + [FILM_URL], None),
-    ("a name", {FILM_URL: 5}, None),
+    ("text", VIDEO_URL, VIDEO_URL),
+    ("the first of a list", [VIDEO_URL, "https://replicate.delivery/2.mp4"], VIDEO_URL),
+    ("one in the other", {"seed": 5, "files": [None, {"url": VIDEO_URL}]}, VIDEO_URL),
+    ("after others", ["data:video/mp4;base64,AA", *["http://xn--a/"] * 999, VIDEO_URL], VIDEO_URL),
+    ("after a thousand that are none", ["http://xn--a/"] * 1000 + [VIDEO_URL], None),
+    ("a name", {VIDEO_URL: 5}, None),
     ("null", None, None),
     ("empty", "", None),
     ("number", 5, None),
-    ("no URL", "film.mp4", None),
+    ("no URL", "video.mp4", None),
     ("a file of ours", "file:///etc/passwd", None),
-    ("a host that is none", "https://xn--a/film.mp4", None),
+    ("a host that is none", "https://xn--a/video.mp4", None),
     ("a zero byte", "http://\x00/", None),
-    ("deep", reduce(lambda inner, _: [inner], range(100), FILM_URL), FILM_URL),
+    ("deep", reduce(lambda inner, _: [inner], range(100), VIDEO_URL), VIDEO_URL),
 ]
 
 
-@pytest.mark.parametrize(("output", "film"), rows(OUTPUTS))
-def test_the_film_is_found_in_the_output(output, film):
+@pytest.mark.parametrize(("output", "video"), rows(OUTPUTS))
+def test_the_video_is_found_in_the_output(output, video):
     """A text, a list or an object; where there is none, it is the provider's failure."""
     made = main.Prediction(id="p1", status="succeeded", output=output)
-    assert made.video_url == film
-    if film is None:
+    assert made.video_url == video
+    if video is None:
         with pytest.raises(
-            main.ProviderFailed, match="^The prediction succeeded, but Replicate tells no film"
+            main.ProviderFailed, match="^The prediction succeeded, but Replicate tells no video"
         ) as failed:
-            main.film_of(made)
+            main.video_of(made)
         assert (failed.value.provider, failed.value.retryable) == ("replicate", False)
 
 
@@ -257,19 +257,19 @@ REASONS: list[tuple[Any, ...]] = [
 
 
 @pytest.mark.parametrize(("status", "error", "words"), rows(REASONS))
-async def test_a_prediction_that_ends_without_a_film(client, replicate, status, error, words):
+async def test_a_prediction_that_ends_without_a_video(client, replicate, status, error, words):
     """It is the request's own content: a 400 with Replicate's reason, and the id."""
     replicate.reads(prediction(status, error=error))
-    message = f"No film was made, the prediction ended as {status}: {words}"
+    message = f"No video was made, the prediction ended as {status}: {words}"
     assert await failed(client) == (400, message, {"prediction_id": "p1"})
     assert (replicate.create.call_count, replicate.cancel.called) == (1, False)
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])
-async def test_a_film_that_is_done_at_once_is_not_read(replicate, status):
+async def test_a_video_that_is_done_at_once_is_not_read(replicate, status):
     """The answer to the create, whichever success it is, says it all then."""
     replicate.create.respond(status, json=DONE)
-    assert await main.hailuo_video_from_prompt(JOB) == FILM_URL
+    assert await main.hailuo_video_from_prompt(JOB) == VIDEO_URL
     assert not replicate.read.called
 
 
@@ -315,7 +315,7 @@ async def test_a_create_whose_answer_is_lost_is_found(monkeypatch, client, repli
     replicate.create.mock(side_effect=[outcome])
     replicate.lists([], [prediction("starting")])
     before = datetime.now(timezone.utc)
-    assert await post(client) == (200, {"video_url": FILM_URL})
+    assert await post(client) == (200, {"video_url": VIDEO_URL})
     assert (replicate.create.call_count, replicate.list.call_count) == (1, 2)
     after = datetime.fromisoformat(replicate.list.calls.last.request.url.params["created_after"])
     assert 0 < (before - after).total_seconds() < 10, "clocks differ"
@@ -346,7 +346,7 @@ async def test_the_list_is_read_page_by_page(client, replicate):
     told = {"results": [prediction("starting", input={})] * 100, "next": f"{LIST_URL}?cursor=abc"}
     last = {"results": [prediction("starting")], "next": "https://elsewhere.example/v1/predictions"}
     replicate.list.mock(side_effect=[httpx.Response(200, json=told), httpx.Response(200, json=last)])
-    assert await post(client) == (200, {"video_url": FILM_URL})
+    assert await post(client) == (200, {"video_url": VIDEO_URL})
     assert dict(replicate.list.calls.last.request.url.params) == {"cursor": "abc"}
     replicate.list.mock(side_effect=lambda request: httpx.Response(200, json={**last, "results": []}))
     assert (await failed(client))[::2] == (500, {})
@@ -368,7 +368,7 @@ def cancellable(work: Awaitable[Any]) -> tuple[anyio.CancelScope, "asyncio.Task[
 
 
 async def ended_while_waiting(replicate: Replicate) -> None:
-    """A film is asked for, and the asking ended while it is being made."""
+    """A video is asked for, and the asking ended while it is being made."""
     replicate.reads(prediction("processing"))
     job = main.Job("-")
     heard, (scope, task) = job.listen(), cancellable(main.hailuo_video_from_prompt(JOB, job))
@@ -478,14 +478,14 @@ async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatc
             while await reader.readuntil(b"\r\n\r\n"):
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n")
                 await asyncio.sleep(0)
-                writer.write(b"film")
+                writer.write(b"video")
         writer.close()
 
     use_settings(monkeypatch, ALLOW_PRIVATE_URLS="true")
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    url, is_ended, moments = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/film", False, 0
+    url, is_ended, moments = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/video", False, 0
     while not is_ended:
-        scope, task = cancellable(main.download(url, tmp_path / "film"))
+        scope, task = cancellable(main.download(url, tmp_path / "video"))
         for _ in range(moments):
             await asyncio.sleep(0)
         is_ended, moments = task.done(), moments + 1

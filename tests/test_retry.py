@@ -24,7 +24,7 @@ serve = network.serve
 NOW = 1_790_000_000.0  # a clock time
 PROMPT = {"prompt": "Talk"}
 STARTING = {"id": "p1", "status": "starting"}
-DONE = {"id": "p1", "status": "succeeded", "output": "https://replicate.delivery/xezq/film.mp4"}
+DONE = {"id": "p1", "status": "succeeded", "output": "https://replicate.delivery/xezq/video.mp4"}
 INPUT = {"Input": {"properties": {"image": {"type": "string", "format": "uri"}}}}
 MODEL = {"is_official": True, "latest_version": {"openapi_schema": {"components": {"schemas": INPUT}}}}
 
@@ -181,7 +181,7 @@ def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, W
     upload_url = f"{SUPABASE_URL}/storage/v1/object/pets/a.mp3"
 
     upload = partial(main.supabase_upload, "a.mp3", b"ID3speech", "audio/mpeg")
-    fetch = partial(main.download, file_url, tmp_path / "film")
+    fetch = partial(main.download, file_url, tmp_path / "video")
     create_url, started = f"{v1}/models/minimax/hailuo-02/predictions", main.Prediction(**STARTING)
     speech_url, spoken = f"{ELEVEN_URL}/v1/text-to-speech/voice", httpx.Response(200, content=b"ID3speech")
     created, listed = httpx.Response(201, json=STARTING), httpx.Response(200, json={"results": []})
@@ -192,9 +192,9 @@ def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, W
         "list": (f"{v1}/predictions", lambda: anext(main.predictions_since(time.time()), None), listed),
         "read": (f"{v1}/predictions/p1", lambda: main.read_prediction(started), httpx.Response(200, json=DONE)),
         "upload": (upload_url, partial(upload, main.STORE_RETRY), stored),
-        "fetch": (file_url, partial(fetch, main.FETCH_RETRY), httpx.Response(200, content=b"film")),
+        "fetch": (file_url, partial(fetch, main.FETCH_RETRY), httpx.Response(200, content=b"video")),
         "paid upload": (upload_url, partial(upload, main.PAID_STORE_RETRY), stored),
-        "paid fetch": (file_url, partial(fetch, main.PAID_FETCH_RETRY), httpx.Response(200, content=b"film")),
+        "paid fetch": (file_url, partial(fetch, main.PAID_FETCH_RETRY), httpx.Response(200, content=b"video")),
     }
 
 
@@ -239,8 +239,8 @@ SHARES = [
     ("a throttled create: half", "create", 429, 0.2),
     ("a list: a quarter", "list", 503, 0.1),
     *((f"a read answered {status}: a quarter", "read", status, 0.1) for status in (401, 403, 404)),
-    ("the upload of a film: the whole", "paid upload", 503, 0.4),
-    ("the download of a film: the whole", "paid fetch", 404, 0.4),
+    ("the upload of a video: the whole", "paid upload", 503, 0.4),
+    ("the download of a video: the whole", "paid fetch", 404, 0.4),
 ]
 
 

@@ -15,7 +15,7 @@ import respx
 
 from tests.conftest import PACE
 from tests.inprocess import log_lines, rows, running_application
-from tests.jobs import STAGES, short_film, speech_job
+from tests.jobs import STAGES, short_video, speech_job
 from tests.sandbox import Sandbox, Service
 
 ORIGIN = {"Origin": "https://app.example.com"}
@@ -23,15 +23,15 @@ JOB_ROUTES = ("/jobs_prompt_only", "/jobs_prompt_tts")
 POST_ROUTES = (*JOB_ROUTES, "/debug/head")
 KLING = {"model": "kwaivgi/kling-v2.1"}
 SPOKEN, CREATED = {"audio_url"}, {"audio_url", "prediction_id"}
-FILMED = {*CREATED, "video_url"}
+ANIMATED = {*CREATED, "video_url"}
 
 Arrange = Callable[[Sandbox], object]
 
 
 @pytest.fixture
 def client(service: Service, sandbox: Sandbox) -> Iterator[httpx.Client]:
-    """A client of the running service, its sandbox as new and with a small film."""
-    sandbox.film(short_film())
+    """A client of the running service, its sandbox as new and with a small video."""
+    sandbox.video(short_video())
     with connect(service) as client:
         yield client
 
@@ -80,7 +80,7 @@ def test_health(client: httpx.Client, sandbox: Sandbox) -> None:
     assert sandbox.requests == []
 
 
-def test_a_talking_film(client: httpx.Client, service: Service, sandbox: Sandbox) -> None:
+def test_a_talking_video(client: httpx.Client, service: Service, sandbox: Sandbox) -> None:
     """Three URLs, two of them in the bucket; and each stage's milliseconds, in the header and in the log."""
     response = client.post("/jobs_prompt_tts", json=speech_job(sandbox), headers={"X-Request-ID": "log-lines"})
     answer, [prediction] = response.json(), sandbox.predictions
@@ -119,7 +119,7 @@ ODD_TEXT = {"detail": {"status": "text_too_odd", "message": "too odd"}}
 ODD_INPUT = {"detail": "- no", "invalid_fields": [{"field": "input.first_frame_image", "description": "No face"}]}
 FULL = {"detail": "Slow down."}
 NO_BUCKET = {"statusCode": "404", "error": "Bucket not found", "message": "Bucket not found"}
-NO_FACE, NO_FILM = methodcaller("outcome", "failed", "No face."), methodcaller("film", "noise")
+NO_FACE, NO_VIDEO = methodcaller("outcome", "failed", "No face."), methodcaller("video", "noise")
 
 NO_JOB = ("absolute", "called seconds")  # what is said of a body that is refused before a job begins
 
@@ -133,7 +133,7 @@ ERRORS: list[tuple[Any, ...]] = [
     ("odd text", refuse("speech", 422, ODD_TEXT), {}, "400 provider elevenlabs no", "422: too odd", set(), "text"),
     ("odd input", refuse("create", 422, ODD_INPUT), {}, "400 provider replicate no", "422: - no", SPOKEN, "image_url"),
     ("no model", fine, {"model": "no/body"}, "400 provider replicate no", "404: The requested", set(), "model"),
-    ("film fails", NO_FACE, {}, "400 provider replicate no", "ended as failed: No face.", CREATED, None),
+    ("video fails", NO_FACE, {}, "400 provider replicate no", "ended as failed: No face.", CREATED, None),
     ("key refused", refuse("speech", 401), {}, "500 provider elevenlabs no", "ElevenLabs answered 401", set(), None),
     ("no credit", refuse("create", 402), {}, "500 provider replicate no", "Replicate answered 402", SPOKEN, None),
     ("throttled", refuse("model", 429, FULL), KLING, "500 provider replicate again", "429: Slow down.", set(), None),
@@ -144,8 +144,8 @@ ERRORS: list[tuple[Any, ...]] = [
     ("large speech", spoil("speech", "endless"), {}, "400 resource elevenlabs no", "larger than 9.5 MB", set(), None),
     ("no bucket", refuse("upload", 400, NO_BUCKET), {}, "500 resource supabase no", "Bucket not found", set(), None),
     ("storage 503", refuse("upload", 503), {}, "500 resource supabase again", "Storage answered 503", set(), None),
-    ("film refused", refuse("output", 403), {}, "500 resource None again", "was answered 403", FILMED, None),
-    ("no film", NO_FILM, {}, "500 resource replicate no", "not an MP4 film", FILMED, None),
+    ("video refused", refuse("output", 403), {}, "500 resource None again", "was answered 403", ANIMATED, None),
+    ("no video", NO_VIDEO, {}, "500 resource replicate no", "not an MP4 video", ANIMATED, None),
 ]
 
 
@@ -171,7 +171,7 @@ def test_every_failure_is_told_as_data(
     assert [fault["loc"] for fault in error.get("errors", [])] == ([["body", field]] if field else [])
     done = re.findall(r"(\w+);dur=", response.headers.get("server-timing", ""))
     assert tuple(done) == STAGES[: len(done)], "the failed stage is the last"
-    assert not partial or len(done) == (4 if partial == FILMED else 3)
+    assert not partial or len(done) == (4 if partial == ANIMATED else 3)
     ends = re.findall(rf"request_id={error['request_id']} job outcome=(\w+) ms=\d+ prediction_id=(\w+)\n", service.log)
     made = str(error.get("partial", {}).get("prediction_id"))
     assert ends == [(error["category"], made)] * (words not in NO_JOB)
@@ -329,7 +329,7 @@ def test_the_contract_has_both_forms_of_a_job_and_its_key(contract: dict[str, An
     assert [json.loads(data) for _, data in events][-1] == content["application/json"]["example"]
     [key] = operation["parameters"]
     assert (key["name"], key["in"], key["required"]) == ("Idempotency-Key", "header", False)
-    assert "one film is bought" in key["description"]
+    assert "one video is bought" in key["description"]
     assert any(re.fullmatch(r"[0-9a-f-]{36}", example) for example in re.findall(r'"([^"]+)"', json.dumps(key)))
 
 

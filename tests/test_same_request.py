@@ -1,4 +1,4 @@
-"""The same request again, over real sockets: whatever happened in between, one film is bought, and it is delivered."""
+"""The same request again, over real sockets: whatever happened in between, one video is bought, and it is delivered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from tests.conftest import PACE, StartService
-from tests.jobs import EVENT_STREAM, STAGES, Told, ask, caller, prompt_job, short_film, speech_job, until
+from tests.jobs import EVENT_STREAM, STAGES, Told, ask, caller, prompt_job, short_video, speech_job, until
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.supabase import KEYS
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.anyio
 FORMS: dict[str, dict[str, str]] = {"json": {}, "events": EVENT_STREAM}
 SILENT, TALKING = "/jobs_prompt_only", "/jobs_prompt_tts"
 BODIES = {SILENT: prompt_job, TALKING: speech_job}
-BEGUN, SPEECH, SPOKEN, CREATED, FILM, DONE = range(1, 7)  # the uploads of a talking job, most of them its file
+BEGUN, SPEECH, SPOKEN, CREATED, VIDEO, DONE = range(1, 7)  # the uploads of a talking job, most of them its file
 MEETING_S = 0.3  # time in which two requests surely meet
 
 both_routes = pytest.mark.parametrize("path", BODIES)
@@ -72,7 +72,7 @@ class FrontEnd:
 
     @property
     def bought(self) -> tuple[int, int]:
-        """Speeches and films."""
+        """Speeches and videos."""
         return self.sandbox.speeches.total(), len(self.sandbox.predictions)
 
     def fault(self, call: str, number: int = 1, kind: str = "status", **details: Any) -> None:
@@ -103,8 +103,8 @@ def start_once(running_sandbox: Sandbox) -> Iterator[StartService]:
 
 @pytest.fixture
 def front(sandbox: Sandbox, start_once: StartService) -> FrontEnd:
-    """A front end with a key that no other test has; films cost little."""
-    sandbox.film(short_film())
+    """A front end with a key that no other test has; videos cost little."""
+    sandbox.video(short_video())
     return FrontEnd(sandbox, start_once(), str(uuid.uuid4()))
 
 
@@ -174,7 +174,7 @@ async def test_any_number_may_wait_for_one_job(front: FrontEnd, path: str) -> No
 FAILURES = {
     "speech": ("speech", 1, 401), "audio_upload": ("upload", SPEECH, 403), "fetch": ("public", 1, 403),
     "create": ("create", 1, 402), "video": ("read", 1, 410), "download": ("output", 1, 403),
-    "mux": None, "final_upload": ("upload", FILM, 403),
+    "mux": None, "final_upload": ("upload", VIDEO, 403),
 }  # fmt: skip
 
 
@@ -186,11 +186,11 @@ async def test_a_failed_job_is_gone_on_with(front: FrontEnd, step: str, form: st
         call, number, status = failure
         front.fault(call, number, status=status)
     else:
-        front.sandbox.film(b"\0\0\0\x08ftyp")
+        front.sandbox.video(b"\0\0\0\x08ftyp")
     failed = await front.ask(form=form)
     assert failed.status == 500
-    for prediction in front.sandbox.predictions.values():  # ffmpeg could not use the film, and now can
-        prediction.film = short_film()
+    for prediction in front.sandbox.predictions.values():  # ffmpeg could not use the video, and now can
+        prediction.video = short_video()
     known = failed.data.get("partial", {})
     if "prediction_id" in known:  # the picture was needed for that only
         front.sandbox.fault("picture", "status", times=None, status=404)
@@ -206,7 +206,7 @@ async def test_a_failed_job_is_gone_on_with(front: FrontEnd, step: str, form: st
 HOLDS = {
     "begun": ("upload", BEGUN), "speech": ("speech", 1), "audio_upload": ("upload", SPEECH),
     "spoken": ("upload", SPOKEN), "video": ("read", 1), "download": ("output", 1),
-    "final_upload": ("upload", FILM), "done": ("upload", DONE),
+    "final_upload": ("upload", VIDEO), "done": ("upload", DONE),
     "create": ("create", 1), "created": ("upload", CREATED),
 }  # fmt: skip
 
@@ -225,7 +225,7 @@ def ended(request: pytest.FixtureRequest) -> Ended:
     """A process that holds a job at every stage is ended without time, and the same requests go to the next one."""
     pace = {**PACE, "PATIENCE_SECONDS": "8"}  # else a job on a busy machine writes further notes meanwhile
     with Sandbox() as sandbox, Service({**sandbox.environment(), **pace}, graceful_s=0) as service:
-        sandbox.film(short_film())
+        sandbox.video(short_video())
         forms, fronts = itertools.cycle(FORMS), {}
         for stage in HOLDS:
             told = {"prompt": stage, "text": f"I am {stage}"}
@@ -259,7 +259,7 @@ async def end_and_ask_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], servi
 
 @pytest.mark.parametrize("stage", HOLDS)
 def test_a_job_outlives_its_process(ended: Ended, stage: str) -> None:
-    """The next process goes on from what exists: one film is bought, never cancelled, and delivered."""
+    """The next process goes on from what exists: one video is bought, never cancelled, and delivered."""
     told = ended.again[stage]
     assert (told.status, told.is_replayed) == (200, stage == "done"), told.text
     assert [prediction.status for prediction in ended.sandbox.created(prompt=stage)] == ["succeeded"]
@@ -310,7 +310,7 @@ async def test_a_job_that_was_given_up_is_taken_over_at_once(front: FrontEnd, se
     assert [call.call for call in front.sandbox.requests[asked:]][:2] == ["storage", "upload"]
 
 
-async def test_two_instances_that_begin_at_once_buy_one_film(front: FrontEnd, second: Service) -> None:
+async def test_two_instances_that_begin_at_once_buy_one_video(front: FrontEnd, second: Service) -> None:
     """Neither has seen the other's file: the one that wrote last buys, the other finds its prediction."""
     front.sandbox.fault("storage", "slow", times=2, seconds=MEETING_S)  # both will hear that there is no file
     front.fault("public", kind="slow", seconds=2 * MEETING_S)  # one looks again after the other's last note
@@ -323,7 +323,7 @@ async def test_two_instances_that_begin_at_once_buy_one_film(front: FrontEnd, se
 
 @both_forms
 @pytest.mark.parametrize("outcome", ["failed", "canceled", "aborted", "expired"])
-async def test_a_film_that_cannot_be_had_stays_refused(front: FrontEnd, outcome: str, form: str) -> None:
+async def test_a_video_that_cannot_be_had_stays_refused(front: FrontEnd, outcome: str, form: str) -> None:
     """The same 400 again, and nothing is bought: a new try needs a new key."""
     if outcome == "expired":
         front.fault("output", status=403)
@@ -339,9 +339,9 @@ async def test_a_film_that_cannot_be_had_stays_refused(front: FrontEnd, outcome:
     assert front.bought == (1, 1)
 
 
-@pytest.mark.parametrize("is_noted", [True, False], ids=["while the film is made", "before its id is noted"])
+@pytest.mark.parametrize("is_noted", [True, False], ids=["while the video is made", "before its id is noted"])
 async def test_the_deadline_is_final(start_once: StartService, front: FrontEnd, is_noted: bool) -> None:
-    """The film is cancelled and the file knows it, whatever was going on; the next request gets that refusal."""
+    """The video is cancelled and the file knows it, whatever was going on; the next request gets that refusal."""
     front.service = start_once(JOB_TIMEOUT_SECONDS="1", RETRY_FIRST_SECONDS="1.2")
     front.sandbox.outcome("never")
     if not is_noted:  # its write fails, and is not given up
@@ -441,7 +441,7 @@ async def test_what_the_file_holds(front: FrontEnd) -> None:
 
 @pytest.mark.parametrize("is_keyed", [True, False], ids=["with a key", "without"])
 @pytest.mark.parametrize("fault", ["lost", "behind"])
-async def test_equal_jobs_that_lose_their_answers_get_a_film_each(front: FrontEnd, fault: str, is_keyed: bool) -> None:
+async def test_equal_jobs_that_lose_their_answers_get_a_video_each(front: FrontEnd, fault: str, is_keyed: bool) -> None:
     """Each finds one that was made and that the other does not hold; none is bought twice."""
     front.sandbox.fault("create", fault, times=2)
     one, two = await together(*(replace(front, key=str(uuid.uuid4()) if is_keyed else None) for _ in range(2)))
@@ -477,7 +477,7 @@ async def test_without_a_key_nothing_is_different(front: FrontEnd) -> None:
     assert [(call.replace(second, first), body) for call, body in keyed if "storage" not in call] == plain
 
 
-async def test_a_film_whose_notes_were_all_lost_is_not_bought_again(front: FrontEnd, start_once: StartService) -> None:
+async def test_a_video_whose_notes_were_all_lost_is_not_bought_again(front: FrontEnd, start_once: StartService) -> None:
     """The storage was away from the create on: the next request finds its own prediction in Replicate's list."""
     front.service = start_once(PATIENCE_SECONDS="0.8")
     front.fault("upload", 2, status=503, times=None)
@@ -491,7 +491,7 @@ async def test_a_film_whose_notes_were_all_lost_is_not_bought_again(front: Front
 async def test_a_speech_that_takes_long_is_not_waited_for_by_two_who_buy(
     front: FrontEnd, start_once: StartService
 ) -> None:
-    """Another instance takes the job over meanwhile: the first one sees that before it buys a film, and delivers that one."""
+    """Another instance takes the job over meanwhile: the first one sees that before it buys a video, and delivers that one."""
     fronts = [replace(front, service=start_once(number, PATIENCE_SECONDS="0.8")) for number in (1, 2)]
     front.sandbox.fault("speech", "slow", seconds=1)
     front.sandbox.video_seconds = 1.0

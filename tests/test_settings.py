@@ -197,7 +197,7 @@ async def test_missing_keys_are_warned_of_once_at_start(monkeypatch, caplog, uns
 @pytest.mark.parametrize("key", [None, "a-key"], ids=["without a key", "with a key"])
 @pytest.mark.parametrize("name", KEYS_FOR_SPEECH)
 async def test_a_request_that_needs_an_unset_key_is_answered_500_naming_it(monkeypatch, respx_mock, name, key, model):
-    """Before any provider is called, a model's look-up included; a silent film needs one token, its file the storage."""
+    """Before any provider is called, a model's look-up included; a silent video needs one token, its file the storage."""
     use_settings(monkeypatch, **{name: ""})
     headers = {"Idempotency-Key": key} if key else {}
     needed = ["REPLICATE_API_TOKEN", *(["SUPABASE_URL", "SUPABASE_SERVICE_ROLE"] if key else [])]

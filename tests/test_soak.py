@@ -37,7 +37,7 @@ def instant() -> Iterator[Sandbox]:
 def plan_faults(sandbox: Sandbox) -> None:
     """Faults for a round of a hundred jobs, in the order in which they are met."""
     sandbox.reset()
-    sandbox.film(jobs.short_film())
+    sandbox.video(jobs.short_video())
     for call in ("speech", "upload", "public", "create", "list", "read", "output"):
         sandbox.fault(call, "status", times=2, status=429, headers={"retry-after": "0"})
         for kind in ("cut", "halfway", "lost", "behind", "html", "html", "nonsense", "empty"):
@@ -45,7 +45,9 @@ def plan_faults(sandbox: Sandbox) -> None:
         sandbox.fault(call, "status", times=2, status=403)
     # A refused HEAD; the GET that follows is not read to its end.
     sandbox.fault("picture", "status", times=10, status=405)
-    sandbox.fault("create", "status", times=40, status=422)  # a process reads 40 times a second: fewer films, less time
+    sandbox.fault(
+        "create", "status", times=40, status=422
+    )  # a process reads 40 times a second: fewer videos, less time
     for status in ("failed", "aborted", "succeeded", "canceled", "succeeded"):
         sandbox.outcome(status, times=4)
 

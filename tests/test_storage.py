@@ -64,12 +64,12 @@ async def test_the_request(supabase, monkeypatch, content, key):
     assert not {"transfer-encoding", "xi-api-key", "cookie"} & set(request.headers)
 
 
-async def test_a_film_is_read_piece_by_piece(tmp_path):
+async def test_a_video_is_read_piece_by_piece(tmp_path):
     """It never lies in memory as a whole."""
-    film = tmp_path / "film.mp4"
-    film.write_bytes(b"0123456789" * 350_000)
-    pieces = [piece async for piece in main.FileBody(film)]
-    assert b"".join(pieces) == film.read_bytes()
+    video = tmp_path / "video.mp4"
+    video.write_bytes(b"0123456789" * 350_000)
+    pieces = [piece async for piece in main.FileBody(video)]
+    assert b"".join(pieces) == video.read_bytes()
     assert max(map(len, pieces)) <= 1_000_000
 
 

@@ -16,7 +16,7 @@ from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, told
 
 PICTURE_URL = "https://example.com/pet.jpg"
 SPEECH_URL = "https://example.com/speech.mp3"
-FILM_URL = "https://replicate.delivery/xezq/film.mp4"
+VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
 JOB = {"image_url": PICTURE_URL, "prompt": "Talk", "text": "Feed me!", "voice_id": "JBFqnCBsd6RMkjVDRZzb"}
 
 # What a test does not route fails it.
@@ -231,7 +231,7 @@ def test_parts_of_parts_are_not_followed_without_end():
     "names",
     [
         *("*image", "*face subject_image", "*avatar", "*portrait driving_video", "*input_image control_image"),
-        # not where the film ends
+        # not where the video ends
         *("end_image *start_image", "last_frame *first_frame", "tail_image_url *image_url", "image_end *image"),
         *("lastFrameImage *firstFrameImage", "ending_image *image"),
         # the better name
@@ -254,7 +254,7 @@ def test_picture_and_speech_are_known_by_their_names(names):
 
 
 def test_a_model_without_a_first_picture_is_refused():
-    """A film of something else is no use to the client."""
+    """A video of something else is no use to the client."""
     detail = refusal(unseen({"prompt": TEXT, "end_image": FILE}))
     assert detail == "model: some/model takes no picture; choose an image-to-video model."
 
@@ -459,7 +459,7 @@ def publishes(latest: Any, is_official: bool = True) -> httpx.Response:
 
 def will_succeed(router: respx.MockRouter, path: str = f"models/{KLING}/predictions") -> respx.Route:
     """Predictions created here are done at once."""
-    done = {"id": "p1", "status": "succeeded", "output": FILM_URL}
+    done = {"id": "p1", "status": "succeeded", "output": VIDEO_URL}
     return router.post(f"{REPLICATE_URL}/v1/{path}").respond(201, json=done)
 
 
@@ -480,7 +480,7 @@ async def test_a_model_runs_by_name_or_by_its_latest_version(respx_mock, is_offi
     look_up = respx_mock.get(KLING_URL).mock(return_value=publishes(version(KLING), is_official))
     create = will_succeed(respx_mock, path)
     body = main.JobPromptOnly(image_url=PICTURE_URL, prompt="Talk", model=KLING)
-    assert await main.replicate_video_from_prompt(body) == FILM_URL
+    assert await main.replicate_video_from_prompt(body) == VIDEO_URL
     sent = {"input": {"start_image": PICTURE_URL, "prompt": "Talk", "duration": 5}}
     assert json.loads(create.calls.last.request.content) == {**sent, **runs_by}
     [call] = look_up.calls
@@ -578,17 +578,17 @@ async def test_what_does_not_fit_is_refused_before_anything_is_bought(client, re
     assert len(respx_mock.calls) == 2
 
 
-async def test_what_a_speaking_model_makes_must_be_a_film(client, respx_mock):
+async def test_what_a_speaking_model_makes_must_be_a_video(client, respx_mock):
     """Anything but an MP4 is not stored as one; what was paid for is told."""
     respx_mock.post(url__startswith=ELEVEN_URL).respond(200, content=b"ID3speech")
     upload = respx_mock.post(url__startswith=f"{SUPABASE_URL}/storage/v1/object/pets/").respond(200, json={"Key": "x"})
     respx_mock.get(url__startswith=f"{SUPABASE_URL}/storage/v1/object/public/").respond(200, content=b"ID3speech")
     respx_mock.get(f"{REPLICATE_URL}/v1/models/{SPEAKING}").mock(return_value=publishes(version(SPEAKING)))
     will_succeed(respx_mock, f"models/{SPEAKING}/predictions")
-    respx_mock.get(FILM_URL).respond(200, content=b"<html>gone</html>")
+    respx_mock.get(VIDEO_URL).respond(200, content=b"<html>gone</html>")
     body = (await client.post("/jobs_prompt_tts", json={**JOB, "model": SPEAKING})).json()
-    assert (body["category"], body["detail"]) == ("resource", "What the model made is not an MP4 film.")
-    assert (body["partial"]["video_url"], body["partial"]["prediction_id"]) == (FILM_URL, "p1")
+    assert (body["category"], body["detail"]) == ("resource", "What the model made is not an MP4 video.")
+    assert (body["partial"]["video_url"], body["partial"]["prediction_id"]) == (VIDEO_URL, "p1")
     assert upload.call_count == 1
 
 

@@ -22,7 +22,7 @@ function explain(problem: Problem): string {
   return [`${problem.category} (${problem.provider ?? "the service"}): ${problem.detail}`, ...faults, `kept: ${kept}`].join("\n");
 }
 
-async function makeFilm(): Promise<void> {
+async function makeVideo(): Promise<void> {
   const { data, error } = await client.POST("/jobs_prompt_tts", { body: job });
   if (error) throw new Error(explain(error));
   const urls: string[] = [data.audio_url, data.video_url, data.final_url];
@@ -37,5 +37,5 @@ async function seeRefusal(): Promise<void> {
   }
 }
 
-await makeFilm();
+await makeVideo();
 await seeRefusal();

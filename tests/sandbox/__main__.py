@@ -26,7 +26,7 @@ and tilts), prices and plans, webhooks, files that expire by themselves.
 """
 TEXT = "Hello! I am Rex. I can talk now, and I have a lot to say!"
 PROMPT = "The dog looks into the camera and talks"
-FILM_FILE = Path("talking-pet.mp4")
+VIDEO_FILE = Path("talking-pet.mp4")
 VIDEO_SECONDS = 2.5
 JOB_TIMEOUT_S = 660.0
 FOLLOW_S = 0.1  # between two looks at the service's log
@@ -38,7 +38,7 @@ class JobFailed(Exception):
 
 
 def main() -> int:
-    """Run the command; the exit code is 0 if the job gave a film."""
+    """Run the command; the exit code is 0 if the job gave a video."""
     options = parse_options()
     print(INTRODUCTION)
     with Sandbox(options.port, video_seconds=VIDEO_SECONDS, tones=False) as sandbox:
@@ -120,7 +120,7 @@ def job_of(sandbox: Sandbox, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_job(service: Service, job: dict[str, Any]) -> bool:
-    """Run one job, tell of it as it happens, and save its film; False if it failed."""
+    """Run one job, tell of it as it happens, and save its video; False if it failed."""
     print(f"picture    {job['image_url']}\ntext       {job['text']}\n\nPOST /jobs_prompt_tts", flush=True)
     started = time.monotonic()
     with httpx.Client(base_url=service.url, timeout=JOB_TIMEOUT_S, trust_env=False) as client:
@@ -130,7 +130,7 @@ def run_job(service: Service, job: dict[str, Any]) -> bool:
             print(f"\nThe job failed: {exc}")
             return False
         print(f"  {'in all':<14}{time.monotonic() - started:6.2f} s\n\n{json.dumps(result, indent=2)}\n")
-        save_film(client, result["final_url"])
+        save_video(client, result["final_url"])
     return True
 
 
@@ -178,12 +178,14 @@ def show_stage(stage: dict[str, Any]) -> None:
         print(f"{line}  {stage.get('status') or ''} {percent}{ERASE_TO_END}", end="\r", flush=True)
 
 
-def save_film(client: httpx.Client, url: str) -> None:
-    """Save the film beside the caller, and say where."""
-    FILM_FILE.write_bytes(client.get(url).raise_for_status().content)
-    film = media.probe(FILM_FILE)
-    size = f"{FILM_FILE.stat().st_size / 1e6:.1f} MB"
-    print(f"saved ./{FILM_FILE}: {film.seconds:.1f} s, {film.width}x{film.height}, {film.video} + {film.audio}, {size}")
+def save_video(client: httpx.Client, url: str) -> None:
+    """Save the video beside the caller, and say where."""
+    VIDEO_FILE.write_bytes(client.get(url).raise_for_status().content)
+    video = media.probe(VIDEO_FILE)
+    size = f"{VIDEO_FILE.stat().st_size / 1e6:.1f} MB"
+    print(
+        f"saved ./{VIDEO_FILE}: {video.seconds:.1f} s, {video.width}x{video.height}, {video.video} + {video.audio}, {size}"
+    )
 
 
 def end_on_sigterm(*_: object) -> None:

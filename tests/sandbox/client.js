@@ -2,11 +2,11 @@
 /**
  * The client of the service's two job routes: one file without dependencies, for browsers and Node 20. Copy it.
  *
- *     const film = await makeFilm(job, { service, key: crypto.randomUUID(), onStage: console.log });
+ *     const video = await makeVideo(job, { service, key: crypto.randomUUID(), onStage: console.log });
  *
  * @typedef {{ image_url: string, prompt: string, seconds?: number, resolution?: string, model?: string | null }} PromptJob
  * @typedef {PromptJob & { text: string, voice_id: string, fit?: "shortest" | "video" | "speech" }} SpeechJob
- * @typedef {{ video_url: string, audio_url?: string, final_url?: string }} Film
+ * @typedef {{ video_url: string, audio_url?: string, final_url?: string }} Video
  * @typedef {"speech" | "audio_upload" | "video" | "download" | "mux" | "final_upload"} Stage
  * @typedef {{ stage: Stage, state: "started" | "progress" | "done", seconds: number, status?: string | null,
  *   percent?: number | null }} StageEvent
@@ -19,20 +19,20 @@
  * @typedef {object} Options
  * @property {string} service  its address, such as https://pets.example.com
  * @property {string} [key]  one per job. With it a job outlives its connection and is repeated until there is an answer, and still
- *   one film is bought. Without it nothing is repeated, since each try would be paid for, and a lost connection cancels the job.
+ *   one video is bought. Without it nothing is repeated, since each try would be paid for, and a lost connection cancels the job.
  * @property {AbortSignal} [signal]  ends the waiting (its reason is thrown) and, without a key, the job
  * @property {(stage: StageEvent) => void} [onStage]  each try of a job with a key tells the stages so far again
- * @property {(error: FilmError, seconds: number) => void} [onRetry]  why, and in how many seconds, the job is sent again
+ * @property {(error: VideoError, seconds: number) => void} [onRetry]  why, and in how many seconds, the job is sent again
  * @property {number} [patience]  seconds spent between tries, in all, before the last error is thrown
  * @property {number} [silence]  seconds without a byte, after which the stream of a job with a key counts as broken
  */
 
 /** Every way in which a job can fail. `category` is the service's word, or "network" if the service did not get to answer. */
-export class FilmError extends Error {
+export class VideoError extends Error {
   /** @param {Problem} problem  @param {ErrorOptions} [options] */
   constructor(problem, options) {
     super(problem.detail, options);
-    this.name = "FilmError";
+    this.name = "VideoError";
     this.category = problem.category;
     this.retryable = problem.retryable === true; // the same job, with the same key, can succeed later
     this.errors = problem.errors ?? []; // which field is at fault: `loc` ends with its name
@@ -44,15 +44,15 @@ export class FilmError extends Error {
 }
 
 /**
- * Make a film: with speech if the job has a `text`, else a silent one, which has a `video_url` alone.
+ * Make a video: with speech if the job has a `text`, else a silent one, which has a `video_url` alone.
  *
- * @overload  @param {SpeechJob} job  @param {Options} options  @returns {Promise<Required<Film>>}
- * @overload  @param {PromptJob} job  @param {Options} options  @returns {Promise<Film>}
+ * @overload  @param {SpeechJob} job  @param {Options} options  @returns {Promise<Required<Video>>}
+ * @overload  @param {PromptJob} job  @param {Options} options  @returns {Promise<Video>}
  * @param {PromptJob | SpeechJob} job
  * @param {Options} options
- * @returns {Promise<Film>}
+ * @returns {Promise<Video>}
  */
-export async function makeFilm(job, options) {
+export async function makeVideo(job, options) {
   const { key, signal, onRetry, patience = 600 } = options;
   let [paid, paused] = [/** @type {PaidFor} */ ({}), 0];
   for (let longest = 1; ; longest = Math.min(2 * longest, 15)) {
@@ -60,7 +60,7 @@ export async function makeFilm(job, options) {
       return await ask(job, options);
     } catch (error) {
       signal?.throwIfAborted();
-      if (!(error instanceof FilmError)) throw error;
+      if (!(error instanceof VideoError)) throw error;
       paid = error.partial = { ...paid, ...error.partial }; // a later try may know less than an earlier one
       const pause = longest * (0.75 + 0.25 * Math.random()); // so that a thousand pages do not come back all at once
       if (key == null || !error.retryable || paused + pause > patience) throw error;
@@ -71,7 +71,7 @@ export async function makeFilm(job, options) {
   }
 }
 
-/** Send the job once. @param {PromptJob | SpeechJob} job  @param {Options} options  @returns {Promise<Film>} */
+/** Send the job once. @param {PromptJob | SpeechJob} job  @param {Options} options  @returns {Promise<Video>} */
 async function ask(job, options) {
   const request = requestFor(job, options);
   try {
@@ -80,9 +80,9 @@ async function ask(job, options) {
     const streamed = response.body && response.headers.get("Content-Type")?.startsWith("text/event-stream");
     return await (streamed ? readStream(response, options) : readJson(response));
   } catch (error) {
-    if (error instanceof FilmError) throw error;
-    const detail = "The connection failed before the film was there.";
-    throw new FilmError({ category: "network", retryable: true, detail }, { cause: error });
+    if (error instanceof VideoError) throw error;
+    const detail = "The connection failed before the video was there.";
+    throw new VideoError({ category: "network", retryable: true, detail }, { cause: error });
   }
 }
 
@@ -95,35 +95,35 @@ function requestFor(job, { service, key, signal }) {
     return new Request(`${service.replace(/\/+$/, "")}/${route}`, { method: "POST", headers, body: JSON.stringify(job), signal: signal ?? null });
   } catch (error) {
     // An address or a key that cannot even be sent: no use trying again.
-    throw new FilmError({ category: "validation", detail: `The job cannot be sent: ${error}` }, { cause: error });
+    throw new VideoError({ category: "validation", detail: `The job cannot be sent: ${error}` }, { cause: error });
   }
 }
 
-/** @param {Response} response  @param {Options} options  @returns {Promise<Film>} */
+/** @param {Response} response  @param {Options} options  @returns {Promise<Video>} */
 async function readStream(response, { key, onStage, silence = 45 }) {
   const body = /** @type {ReadableStream<Uint8Array>} */ (response.body);
   // The service says something every 15 s; behind a proxy that holds it back, only a job with a key can be asked for again.
   for await (const { event, data } of serverSentEvents(body, key == null ? 0 : silence)) {
     if (event === "stage") tell(onStage, JSON.parse(data));
     if (event === "result") return JSON.parse(data);
-    if (event === "error") throw new FilmError(JSON.parse(data)); // the HTTP status was sent long ago: the event has its own
+    if (event === "error") throw new VideoError(JSON.parse(data)); // the HTTP status was sent long ago: the event has its own
   }
-  const detail = "The answer ended before the film was there.";
-  throw new FilmError({ category: "network", retryable: true, detail, request_id: response.headers.get("X-Request-ID") });
+  const detail = "The answer ended before the video was there.";
+  throw new VideoError({ category: "network", retryable: true, detail, request_id: response.headers.get("X-Request-ID") });
 }
 
-/** @param {Response} response  @returns {Promise<Film>} */
+/** @param {Response} response  @returns {Promise<Video>} */
 async function readJson(response) {
   const { ok, status, headers } = response;
   const body = await response.json().catch(() => null); // a proxy's error page is no JSON
   if (ok && body?.video_url) return body;
-  if (body?.category) throw new FilmError({ ...body, status });
+  if (body?.category) throw new VideoError({ ...body, status });
   const detail = `An answer with status ${status} came, but not from the service.`;
   const retryable = ok || status >= 500 || status === 408 || status === 429; // any other 4xx will stay
-  throw new FilmError({ category: "network", retryable, detail, status, request_id: headers.get("X-Request-ID") });
+  throw new VideoError({ category: "network", retryable, detail, status, request_id: headers.get("X-Request-ID") });
 }
 
-/** A display that fails is no reason to lose a film. @param {Options["onStage"]} onStage  @param {StageEvent} stage */
+/** A display that fails is no reason to lose a video. @param {Options["onStage"]} onStage  @param {StageEvent} stage */
 function tell(onStage, stage) {
   try {
     onStage?.(stage);

@@ -1,4 +1,4 @@
-"""Real media for the sandbox: speech that can be heard, a film that moves the picture it was given.
+"""Real media for the sandbox: speech that can be heard, a video that moves the picture it was given.
 
 Everything here is plain blocking code for a worker thread. ffmpeg is the binary that imageio-ffmpeg brings.
 """
@@ -114,24 +114,24 @@ def note(hz: float, i: int, length: int) -> float:
     )
 
 
-# Film
+# Video
 
 
 @dataclass(frozen=True)
-class FilmPlan:
-    """What a film is to be: seconds, pixels of the short side, frames a second."""
+class VideoPlan:
+    """What a video is to be: seconds, pixels of the short side, frames a second."""
 
     seconds: float
     short_side: int
     fps: int = 24
 
 
-def film(picture: bytes, plan: FilmPlan, audio: bytes | None = None, follow_audio: bool = False) -> bytes:
-    """An h264 film of the picture nodding and tilting, with the sound if given; `follow_audio` takes the sound's length."""
+def video(picture: bytes, plan: VideoPlan, audio: bytes | None = None, follow_audio: bool = False) -> bytes:
+    """An h264 video of the picture nodding and tilting, with the sound if given; `follow_audio` takes the sound's length."""
     source = ("-f", picture_demuxer(picture), "-i", "pipe:0")
     look = ("-vf", motion(plan), "-r", str(plan.fps), "-c:v", "libx264", "-preset", "ultrafast", "-crf", "27")
     end = ("-shortest",) if follow_audio else ("-t", f"{plan.seconds:g}")
-    with tempfile.TemporaryDirectory(prefix="sandbox-film-") as folder:
+    with tempfile.TemporaryDirectory(prefix="sandbox-video-") as folder:
         sound: tuple[str, ...] = ("-an",)
         if audio is not None:
             Path(folder, "sound").write_bytes(audio)
@@ -151,7 +151,7 @@ def picture_demuxer(picture: bytes) -> str:
     raise MediaError("cannot identify image file")
 
 
-def motion(plan: FilmPlan) -> str:
+def motion(plan: VideoPlan) -> str:
     """The filters: scale once to a quarter more than asked, tilt for two seconds and again, crop a window that moves."""
     side, spare, tilt = plan.short_side, 2 * math.ceil(plan.short_side * 1.25 / 2), 2 * plan.fps
     window = f"2*trunc(%s*{side}/{spare}/2)"

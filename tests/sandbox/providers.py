@@ -44,8 +44,8 @@ DEFAULT_MODEL = "minimax/hailuo-02"  # of the service
 KEEP_ALIVE_S = (
     75  # as front ends of real providers have it; uvicorn's own 5 s would meet clients that reuse a connection
 )
-FILM_KINDS = {
-    "html": b"<!DOCTYPE html><html><body>Not a film</body></html>",
+VIDEO_KINDS = {
+    "html": b"<!DOCTYPE html><html><body>Not a video</body></html>",
     "noise": bytes((i * 197 + i // 7 * 31) % 256 for i in range(50_000)),
     "empty": b"",
 }
@@ -208,9 +208,9 @@ class Sandbox(Behaviour):
             raise ValueError(f"no such outcome: {status}; outcomes: {', '.join(OUTCOMES)}")
         self.replicate.outcomes.extend([(status, error)] * times)
 
-    def film(self, film: bytes | str | None) -> None:
-        """The file that the next predictions give: these bytes, one of FILM_KINDS, or None for a film of the picture."""
-        self.replicate.film = FILM_KINDS[film] if isinstance(film, str) else film
+    def video(self, video: bytes | str | None) -> None:
+        """The file that the next predictions give: these bytes, one of VIDEO_KINDS, or None for a video of the picture."""
+        self.replicate.video = VIDEO_KINDS[video] if isinstance(video, str) else video
 
     def expire(self, prediction_id: str) -> None:
         """Remove what an ended prediction holds, as Replicate does an hour after its end. ValueError if it runs yet."""
@@ -243,7 +243,7 @@ class Sandbox(Behaviour):
         return Response(page, media_type="text/html", headers={"cache-control": "no-cache"})
 
     def known_models(self) -> list[dict[str, Any]]:
-        """The models that film a picture, the service's default first, with what a person wants to know of each."""
+        """The models that video a picture, the service's default first, with what a person wants to know of each."""
         models = sorted(self.replicate.models.values(), key=lambda model: model.name != DEFAULT_MODEL)
         return [
             {"name": model.name, "speaks": model.speaks, "official": model.official, "version": model.version}

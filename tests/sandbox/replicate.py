@@ -54,7 +54,7 @@ class Prediction:
     planned_error: str | None = None
     cancel_after: int | None = None
     reads: int = 0
-    film: bytes = b""
+    video: bytes = b""
     error: str | None = None
     making: asyncio.Task[None] | None = None
     created: float = field(default_factory=time.monotonic)
@@ -99,10 +99,10 @@ class Prediction:
             self.ended_as, self.error, self.ended_after_s = status, error, self.age_s
 
     def expire(self) -> None:
-        """Lose input, output, log and film, as an hour after the end. ValueError if it has not ended."""
+        """Lose input, output, log and video, as an hour after the end. ValueError if it has not ended."""
         if self.status not in ENDED:
             raise ValueError(f"prediction {self.id} has not ended: {self.status}")
-        self.is_removed, self.film = True, b""
+        self.is_removed, self.video = True, b""
 
     async def read(self) -> None:
         """Count a read, and end if it is time to."""
@@ -112,7 +112,7 @@ class Prediction:
         if not self.is_due:
             return
         if self.making is not None:
-            await self.making  # so that the count of reads does not depend on how long the film takes to make
+            await self.making  # so that the count of reads does not depend on how long the video takes to make
         self.end("failed" if self.planned_error else self.outcome, self.planned_error)
 
     def json(self, base_url: str) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Prediction:
         return f"Using seed: 42\nGenerating video\n{percent:3d}%|{'█' * (percent // 10):<10}| {steps}/50 [00:01<00:01, 25.00it/s]\n"
 
     def output(self, base_url: str) -> Any:
-        """The film's URL in the shape asked for."""
+        """The video's URL in the shape asked for."""
         url = f"{base_url}/delivery/{self.id}/output.mp4"
         shape = self.model.output if self.behaviour.output_shape == "model" else self.behaviour.output_shape
         return {"list": [url], "object": {"video": url}}.get(shape, url)
@@ -177,7 +177,7 @@ class Limit:
 
 
 class Replicate:
-    """The video provider: `predictions` by id; `film` replaces the made film; `outcomes` wait for the next predictions."""
+    """The video provider: `predictions` by id; `video` replaces the made video; `outcomes` wait for the next predictions."""
 
     def __init__(self, behaviour: Behaviour, workshop: Workshop, base_url: Callable[[], str]) -> None:
         self.behaviour, self.workshop, self.base_url = behaviour, workshop, base_url
@@ -189,7 +189,7 @@ class Replicate:
         """No predictions, nothing planned, no limits."""
         self.predictions: dict[str, Prediction] = {}
         self.outcomes: deque[tuple[str, str | None]] = deque()
-        self.film: bytes | None = None
+        self.video: bytes | None = None
         self.creates, self.others = Limit(None), Limit(None)
 
     def routes(self, on: Callable[[str, Handler], Any]) -> list[Route]:
@@ -251,23 +251,23 @@ class Replicate:
         return JSONResponse(prediction.json(self.base_url()), 201)
 
     async def make(self, prediction: Prediction) -> None:
-        """Make the prediction's film; what goes wrong becomes its error."""
+        """Make the prediction's video; what goes wrong becomes its error."""
         try:
-            prediction.film = self.film if self.film is not None else await self.made_film(prediction)
+            prediction.video = self.video if self.video is not None else await self.made_video(prediction)
         except media.MediaError as exc:
             prediction.planned_error = f"Prediction failed: {exc}"
 
-    async def made_film(self, prediction: Prediction) -> bytes:
-        """A film of the picture that the input names, with its sound if it names one."""
+    async def made_video(self, prediction: Prediction) -> bytes:
+        """A video of the picture that the input names, with its sound if it names one."""
         model, values = prediction.model, prediction.input
         picture_url, audio_url = first_picture(model, values), values.get("audio")
         if picture_url is None:
-            raise media.MediaError("the sandbox films pictures only, and the input names none")
+            raise media.MediaError("the sandbox videos pictures only, and the input names none")
         picture = await self.workshop.run(lambda: media.fetch(picture_url))
         audio = await self.workshop.run(lambda: media.fetch(audio_url)) if audio_url else None
-        plan, follow = film_plan(model, values), model.default(values, "duration") is None
-        key = ("film", sha256(picture).digest(), plan, sha256(audio or b"").digest(), follow)
-        return await self.workshop.once(key, lambda: media.film(picture, plan, audio, follow and audio is not None))
+        plan, follow = video_plan(model, values), model.default(values, "duration") is None
+        key = ("video", sha256(picture).digest(), plan, sha256(audio or b"").digest(), follow)
+        return await self.workshop.once(key, lambda: media.video(picture, plan, audio, follow and audio is not None))
 
     async def read(self, request: Request) -> Response:
         """`GET /v1/predictions/{id}`."""
@@ -299,12 +299,12 @@ class Replicate:
         return JSONResponse(prediction.json(self.base_url()))
 
     async def output(self, request: Request) -> Response:
-        """The film itself, on what is `replicate.delivery` in the real world: open to all, with ranges."""
+        """The video itself, on what is `replicate.delivery` in the real world: open to all, with ranges."""
         prediction = self.predictions.get(request.path_params["id"])
         if prediction is None or prediction.status != "succeeded" or prediction.is_removed:
             return Response("Not Found", 404)
         headers = {"content-type": "video/mp4", "access-control-allow-origin": "*"}
-        return file_response(request, prediction.film, headers)
+        return file_response(request, prediction.video, headers)
 
     def admit(self, request: Request, limit: Limit) -> None:
         """Refuse a missing or invalid token, then what is over the rate limit."""
@@ -438,11 +438,11 @@ def version_json(model: Model) -> dict[str, Any]:
     return {**about, "openapi_schema": model.document()}
 
 
-# What a film is to be
+# What a video is to be
 
 
 def first_picture(model: Model, values: dict[str, Any]) -> str | None:
-    """The URL of the picture to film: the first file field of the model that is filled and is no sound, mask or end."""
+    """The URL of the picture to video: the first file field of the model that is filled and is no sound, mask or end."""
     for name, prop in model.properties.items():
         is_other = re.search(r"audio|last|end|mask|reference|video|lora", name)
         if prop.get("format") == "uri" and not is_other and values.get(name):
@@ -450,13 +450,13 @@ def first_picture(model: Model, values: dict[str, Any]) -> str | None:
     return None
 
 
-def film_plan(model: Model, values: dict[str, Any]) -> media.FilmPlan:
+def video_plan(model: Model, values: dict[str, Any]) -> media.VideoPlan:
     """Seconds, size and rate that the input asks for, or the model's defaults."""
     fps = int(model.default(values, "frames_per_second", "fps") or FPS)
     frames = model.default(values, "num_frames", "length")
     seconds = float(frames) / fps if frames else float(model.default(values, "duration") or DEFAULT_SECONDS)
     size = re.match(r"\d+", str(model.default(values, "resolution", "quality", "target_size") or ""))
-    return media.FilmPlan(seconds, int(size[0]) if size else SHORT_SIDE_PIXELS, min(fps, 60))
+    return media.VideoPlan(seconds, int(size[0]) if size else SHORT_SIDE_PIXELS, min(fps, 60))
 
 
 def timestamp(moment: datetime) -> str:

@@ -54,7 +54,7 @@ def test_a_service_can_be_killed_and_started_again(start_service, caller):
 
 def test_two_services_share_a_sandbox(sandbox, service, start_service, caller):
     """What either buys is bought at the same providers."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     for one in (service, start_service()):
         answer = caller.post(f"{one.url}/jobs_prompt_only", json=prompt_job(sandbox, prompt="shared"))
         assert answer.json()["video_url"].startswith(sandbox.url)
@@ -87,8 +87,8 @@ def test_the_command_takes_ports_only(text):
 
 
 @pytest.mark.beside("-m", "tests.sandbox", "--once", "--verbose", "--text", "Hello!")
-def test_the_command_makes_a_film_without_a_key(beside):
-    """It names what it does not imitate, shows each stage, the log and the three URLs, saves the film and ends with 0."""
+def test_the_command_makes_a_video_without_a_key(beside):
+    """It names what it does not imitate, shows each stage, the log and the three URLs, saves the video and ends with 0."""
     code, told, complaints = beside.outcome()
     assert code == 0, complaints
     assert told.index("Not imitated") < told.index("providers")
@@ -99,8 +99,8 @@ def test_the_command_makes_a_film_without_a_key(beside):
     log = re.findall(r"^  log  (.*)$", told, re.MULTILINE)
     assert any("stage=speech outcome=done" in line for line in log)
     assert "job outcome=ok" in log[-1]
-    film = probe(beside.folder / "talking-pet.mp4")
-    assert (film.video, film.audio, film.height) == ("h264", "aac", 768)
+    video = probe(beside.folder / "talking-pet.mp4")
+    assert (video.video, video.audio, video.height) == ("h264", "aac", 768)
 
 
 @pytest.mark.beside("-m", "tests.sandbox", "--once", "--model", "nobody/nothing")

@@ -96,7 +96,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 )
 def test_a_call_can_be_carried_out_although_the_client_hears_nothing_of_it(sandbox, call, name, kind, details):
     """Its effect is there, once: at a cut, behind an HTML 502, and while a slow answer is still awaited."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     if name in ("read", "cancel"):
         create(sandbox, call)
     carry_out, is_done = CARRIED_OUT[name]
@@ -112,7 +112,7 @@ def test_a_call_can_be_carried_out_although_the_client_hears_nothing_of_it(sandb
 
 def test_what_stands_in_front_can_say_anything(sandbox, call):
     """Status, headers and body of the answer to a call that was carried out may be given."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     sandbox.fault("create", "behind", status=504, headers={"retry-after": "1"}, body={"detail": "too slow"})
     answer = call("POST", HAILUO, headers=BEARER, json={"input": good_input(sandbox)})
     assert (answer.status_code, answer.headers["retry-after"], answer.json()) == (504, "1", {"detail": "too slow"})

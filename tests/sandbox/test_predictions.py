@@ -212,7 +212,7 @@ def test_a_version_has_a_schema_of_its_own(call):
 )
 def test_an_input_is_checked_against_the_version_it_runs_by(sandbox, call, version, values, refused):
     """Not against the model's latest one; the prediction says which version it is."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     body = {"version": f"{version.name}:{version.version}", "input": values}
     answer = call("POST", "/v1/predictions", headers=BEARER, json=body).json()
     assert [problem["field"] for problem in answer.get("invalid_fields", [])] == refused
@@ -236,19 +236,19 @@ def test_every_model_is_served_with_its_schema(call, model: Model):
 
 
 def test_a_prediction_advances_by_reads(sandbox, call):
-    """The first read finds it starting, the next processing with a percentage in the log, the third ended with its film."""
-    sandbox.film(b"film")
+    """The first read finds it starting, the next processing with a percentage in the log, the third ended with its video."""
+    sandbox.video(b"video")
     first = create(sandbox, call)
     seen = [read(call, first) for _ in range(3)]
     assert [first["status"], *(one["status"] for one in seen)] == ["starting", "starting", "processing", "succeeded"]
     assert re.search(r" 66%\|", seen[1]["logs"])
     assert [one["output"] for one in seen[:2]] == [None, None]
-    assert call("GET", httpx.URL(seen[2]["output"]).path).content == b"film"
+    assert call("GET", httpx.URL(seen[2]["output"]).path).content == b"video"
 
 
 def test_a_prediction_takes_its_time_when_told_to(sandbox, call):
     """`video_seconds` holds the end back, however often it is read."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     sandbox.video_seconds = 60
     prediction = create(sandbox, call)
     assert read(call, prediction, times=10)["status"] == "processing"
@@ -269,7 +269,7 @@ def test_a_prediction_takes_its_time_when_told_to(sandbox, call):
 )
 def test_a_prediction_ends_as_told(sandbox, call, outcome, reads, status, error):
     """The outcome holds for one prediction; the next one succeeds again."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     sandbox.outcome(*outcome)
     told, next_one = create(sandbox, call), create(sandbox, call)
     ended = read(call, told, times=reads)
@@ -293,7 +293,7 @@ def test_a_prediction_ends_as_told(sandbox, call, outcome, reads, status, error)
 )
 def test_cancel_after_is_read_as_documented(sandbox, call, header, seconds):
     """Whole seconds or a duration from 5 s to 24 h; anything else is refused, and no prediction is made."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     answer = call("POST", HAILUO, headers={**BEARER, "cancel-after": header}, json={"input": good_input(sandbox)})
     assert answer.status_code == (201 if seconds else 400)
     assert [one.cancel_after for one in sandbox.predictions.values()] == ([seconds] if seconds else [])
@@ -314,7 +314,7 @@ def test_a_prediction_past_its_cancel_after_is_ended(sandbox, call, reads, statu
 
 def test_a_prediction_can_be_canceled_until_it_has_ended(sandbox, call):
     """Cancelling answers with the prediction; one that has ended stays as it is."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     running, ended = create(sandbox, call), create(sandbox, call)
     read(call, ended, times=3)
     statuses = [
@@ -335,7 +335,7 @@ def listed(call: Call, **query: str) -> dict[str, Any]:
 
 def test_predictions_are_listed_newest_first(sandbox, call):
     """Each as a read shows it, with its input, and without counting as a read."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     first, second = create(sandbox, call, prompt="first"), create(sandbox, call, prompt="second")
     assert listed(call, source="api") == {"next": None, "previous": None, "results": [second, first]}
     assert listed(call)["results"] == [second, first]
@@ -360,7 +360,7 @@ MOMENT = datetime(2026, 11, 24, 12, 0, 0, 500_000, timezone.utc)
 )
 def test_the_list_begins_where_it_is_told_to(sandbox, call, after, count):
     """`created_after` includes its own moment."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     sandbox.predictions[create(sandbox, call)["id"]].created_at = MOMENT
     assert len(listed(call, created_after=after)["results"]) == count
 
@@ -385,7 +385,7 @@ def test_the_list_refuses_what_is_no_moment(call, after):
 
 def test_the_list_comes_in_pages(sandbox, call):
     """A hundred each, the next one's URL is absolute and keeps the start; what is created meanwhile moves nothing."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     made = [create(sandbox, call)["id"] for _ in range(102)]
     sandbox.predictions[made[0]].created_at -= timedelta(hours=2)
     begin = (datetime.now(timezone.utc) - timedelta(hours=1)).isoformat()
@@ -401,9 +401,9 @@ def test_the_list_comes_in_pages(sandbox, call):
 # What is gone
 
 
-def test_a_film_expires_when_told_to(sandbox, call):
+def test_a_video_expires_when_told_to(sandbox, call):
     """Input, output, log and file are gone, status and the rest stay, in the list too."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     ended = read(call, create(sandbox, call), times=3)
     sandbox.expire(ended["id"])
     gone = {"input": {}, "output": None, "logs": None, "data_removed": True}
@@ -415,7 +415,7 @@ def test_a_film_expires_when_told_to(sandbox, call):
 
 def test_only_what_has_ended_expires(sandbox, call):
     """Replicate removes an hour after the end, never before."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     running = create(sandbox, call)
     with pytest.raises(ValueError, match="has not ended: starting"):
         sandbox.expire(running["id"])
@@ -432,7 +432,7 @@ def test_only_what_has_ended_expires(sandbox, call):
 )
 def test_an_output_has_the_shape_asked_for(sandbox, call, shape, wrap):
     """A URL, a list of it, or an object with it."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     sandbox.output_shape = shape
     ended = read(call, create(sandbox, call), times=3)
     assert ended["output"] == wrap(f"{sandbox.url}/delivery/{ended['id']}/output.mp4")
@@ -440,7 +440,7 @@ def test_an_output_has_the_shape_asked_for(sandbox, call, shape, wrap):
 
 def test_rate_limits_refuse_with_the_seconds_to_wait(sandbox, call):
     """Above the limit there is a 429 in Replicate's words; creates and other calls are counted apart."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     sandbox.limits(creates_per_minute=1, reads_per_minute=2)
     prediction = create(sandbox, call)
     refused = call("POST", HAILUO, headers=BEARER, json={"input": good_input(sandbox)})

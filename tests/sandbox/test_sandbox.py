@@ -117,7 +117,7 @@ def test_a_picture_can_be_looked_at_first(call, added):
 
 def test_what_was_bought_is_counted(sandbox, call):
     """Speeches by their text, refused ones not; predictions by what their input holds; until the reset."""
-    sandbox.film(b"film")
+    sandbox.video(b"video")
     for text in ("One", "One", "Two", " "):
         speak(call, json={"text": text})
     first, second = create(sandbox, call, prompt="first"), create(sandbox, call, prompt="second")

@@ -1,8 +1,8 @@
 // The client to copy, as a TypeScript project uses it: its types say what /openapi.json says, and refuse what the service refuses.
-// usage: node built/film.js SERVICE_URL IMAGE_URL VOICE_ID
+// usage: node built/video.js SERVICE_URL IMAGE_URL VOICE_ID
 import type { components } from "./api.js";
-import { FilmError, makeFilm } from "./client.js";
-import type { Category, Film, Options, Problem, PromptJob, SpeechJob, StageEvent } from "./client.js";
+import { VideoError, makeVideo } from "./client.js";
+import type { Category, Video, Options, Problem, PromptJob, SpeechJob, StageEvent } from "./client.js";
 
 type Schemas = components["schemas"];
 type Same<A, B> = [A, B, keyof A, keyof B] extends [B, A, keyof B, keyof A] ? true : never;
@@ -10,7 +10,7 @@ type Same<A, B> = [A, B, keyof A, keyof B] extends [B, A, keyof B, keyof A] ? tr
 const agreed: [
   Same<PromptJob, Schemas["JobPromptOnly"]>,
   Same<SpeechJob, Schemas["JobPromptTTS"]>,
-  Same<Required<Film>, Schemas["SpeechResult"]>,
+  Same<Required<Video>, Schemas["SpeechResult"]>,
   Same<StageEvent, Schemas["StageEvent"]>,
   Same<Exclude<Category, "network">, Schemas["ErrorBody"]["category"]>,
   Schemas["ErrorEvent"] extends Problem ? true : never,
@@ -22,10 +22,10 @@ const speechJob: SpeechJob = { ...job, text: "Typed and sound.", voice_id, fit: 
 const options: Options = { service, key: crypto.randomUUID(), onStage: ({ stage, state }) => console.log(stage, state) };
 
 async function makeBoth(): Promise<void> {
-  const film = await makeFilm(speechJob, options);
-  const urls: string[] = [film.audio_url, film.video_url, film.final_url];
-  const silent = await makeFilm(job, { service });
-  // @ts-expect-error  a silent film may have no final_url
+  const video = await makeVideo(speechJob, options);
+  const urls: string[] = [video.audio_url, video.video_url, video.final_url];
+  const silent = await makeVideo(job, { service });
+  // @ts-expect-error  a silent video may have no final_url
   const missing: string = silent.final_url;
   console.log([...urls, silent.video_url, `missing: ${missing}`].join("\n"));
 }
@@ -33,9 +33,9 @@ async function makeBoth(): Promise<void> {
 async function seeRefusal(): Promise<void> {
   try {
     // @ts-expect-error  a length by another name
-    await makeFilm({ image_url, prompt: "x", duration: 10 }, { service });
+    await makeVideo({ image_url, prompt: "x", duration: 10 }, { service });
   } catch (error) {
-    if (!(error instanceof FilmError)) throw error;
+    if (!(error instanceof VideoError)) throw error;
     console.log(error.category, error.retryable, error.errors[0]?.loc.join("."), error.partial.audio_url ?? "nothing paid");
   }
 }
@@ -43,11 +43,11 @@ async function seeRefusal(): Promise<void> {
 /** Never called: what must not compile. */
 export function refused(): void {
   // @ts-expect-error  a text, but no voice
-  void makeFilm({ image_url, prompt: "x", text: "y" }, { service });
+  void makeVideo({ image_url, prompt: "x", text: "y" }, { service });
   // @ts-expect-error  no such fit
-  void makeFilm({ image_url, prompt: "x", text: "y", voice_id, fit: "longest" }, { service });
+  void makeVideo({ image_url, prompt: "x", text: "y", voice_id, fit: "longest" }, { service });
   // @ts-expect-error  where to?
-  void makeFilm(job, { key: "k" });
+  void makeVideo(job, { key: "k" });
 }
 
 console.log(`${agreed.length} types agree with the contract`);
