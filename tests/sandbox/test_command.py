@@ -28,7 +28,9 @@ def test_a_service_that_does_not_start_tells_why():
 
 def test_a_service_does_not_take_another_one_for_itself(sandbox):
     """A port on which somebody answers already is refused, naming it."""
-    with pytest.raises(PortTaken, match=f"port {sandbox.port} is in use: choose another one for the service"):
+    with pytest.raises(
+        PortTaken, match=f"port {sandbox.port} is in use: choose another one for the service"
+    ):
         Service({}, sandbox.port).start()
 
 
@@ -56,7 +58,9 @@ def test_two_services_share_a_sandbox(sandbox, service, start_service, caller):
     """What either buys is bought at the same providers."""
     sandbox.video(b"video")
     for one in (service, start_service()):
-        answer = caller.post(f"{one.url}/jobs_prompt_only", json=prompt_job(sandbox, prompt="shared"))
+        answer = caller.post(
+            f"{one.url}/jobs_prompt_only", json=prompt_job(sandbox, prompt="shared")
+        )
         assert answer.json()["video_url"].startswith(sandbox.url)
     assert len(sandbox.created(prompt="shared")) == 2
 
@@ -64,7 +68,9 @@ def test_two_services_share_a_sandbox(sandbox, service, start_service, caller):
 @pytest.fixture
 def caller() -> Iterator[httpx.Client]:
     """A client with a connection of its own for every request."""
-    with httpx.Client(trust_env=False, timeout=20, limits=httpx.Limits(max_keepalive_connections=0)) as client:
+    with httpx.Client(
+        trust_env=False, timeout=20, limits=httpx.Limits(max_keepalive_connections=0)
+    ) as client:
         yield client
 
 
@@ -73,7 +79,9 @@ def test_the_command_names_a_port_that_is_taken(sandbox, tmp_path, option):
     """One line on standard error says which, and which option helps."""
     line = [sys.executable, "-m", "tests.sandbox", "--once", option, str(sandbox.port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run(
+        line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
     whose = {"--port": "the providers", "--service-port": "the service"}[option]
     told = f"port {sandbox.port} is in use: choose another one for {whose} ({option}), or 0 for a free one\n"
     assert (ended.returncode, ended.stderr) == (1, told)
@@ -95,7 +103,9 @@ def test_the_command_makes_a_video_without_a_key(beside):
     assert re.findall(r"^  (\w[\w ]*\w) +\d+\.\d\d s$", told, re.MULTILINE) == [
         *("speech", "audio upload", "video", "download", "mux", "final upload", "in all")
     ]
-    assert all(f'"{name}": "http://127.0.0.1:' in told for name in ("audio_url", "video_url", "final_url"))
+    assert all(
+        f'"{name}": "http://127.0.0.1:' in told for name in ("audio_url", "video_url", "final_url")
+    )
     log = re.findall(r"^  log  (.*)$", told, re.MULTILINE)
     assert any("stage=speech outcome=done" in line for line in log)
     assert "job outcome=ok" in log[-1]
@@ -119,7 +129,9 @@ def test_the_command_stays_up_until_it_is_interrupted(beside):
     lines = iter(process.stdout.readline, "")
     service_url = next(line.split()[1] for line in lines if line.startswith("service"))
     log = Path(next(line.split()[2] for line in lines if line.startswith("its log")))
-    assert next(line for line in lines if line.startswith("open")).startswith("open http://127.0.0.1:")
+    assert next(line for line in lines if line.startswith("open")).startswith(
+        "open http://127.0.0.1:"
+    )
     assert "job outcome=" in log.read_text()
     process.send_signal(signal.SIGINT)
     assert beside.outcome()[0] == 1

@@ -11,19 +11,25 @@ import httpx
 import pytest
 
 from tests.sandbox import Sandbox
-from tests.sandbox.calls import BEARER, HAILUO, PET, STORAGE, create, good_input, speak, upload
+from tests.sandbox.calls import BEARER, HAILUO, PET, STORAGE, create, speak, upload, valid_input
 from tests.sandbox.replicate import Prediction
 
 
 def test_a_status_comes_in_the_providers_own_shape(sandbox, call):
     """As often as asked, then the call works again; headers and body may be given."""
     sandbox.fault("model", "status", times=2, status=503)
-    sandbox.fault("speech", "status", status=429, headers={"retry-after": "7"}, body={"detail": "slow"})
+    sandbox.fault(
+        "speech", "status", status=429, headers={"retry-after": "7"}, body={"detail": "slow"}
+    )
     models = [call("GET", "/v1/models/minimax/hailuo-02", headers=BEARER) for _ in range(3)]
     assert [answer.status_code for answer in models] == [503, 503, 200]
     assert models[0].json() == {"detail": "Internal server error", "status": 503}
     speech = speak(call)
-    assert (speech.status_code, speech.headers["retry-after"], speech.json()) == (429, "7", {"detail": "slow"})
+    assert (speech.status_code, speech.headers["retry-after"], speech.json()) == (
+        429,
+        "7",
+        {"detail": "slow"},
+    )
     sandbox.fault("upload", "status", status=429)
     assert upload(call).json()["code"] == "SlowDown"
 
@@ -49,17 +55,26 @@ def test_a_connection_can_break_before_the_call_is_carried_out(sandbox, call):
 
 SLOW_S = 20.0
 CARRIED_OUT = {  # the call, and whether it has had its effect
-    "speech": (lambda sandbox, call, how: speak(call, **how), lambda sandbox: sandbox.speeches == {"Hello!": 1}),
+    "speech": (
+        lambda sandbox, call, how: speak(call, **how),
+        lambda sandbox: sandbox.speeches == {"Hello!": 1},
+    ),
     "create": (
-        lambda sandbox, call, how: call("POST", HAILUO, headers=BEARER, json={"input": good_input(sandbox)}, **how),
+        lambda sandbox, call, how: call(
+            "POST", HAILUO, headers=BEARER, json={"input": valid_input(sandbox)}, **how
+        ),
         lambda sandbox: len(sandbox.predictions) == 1,
     ),
     "read": (
-        lambda sandbox, call, how: call("GET", f"/v1/predictions/{only(sandbox).id}", headers=BEARER, **how),
+        lambda sandbox, call, how: call(
+            "GET", f"/v1/predictions/{only(sandbox).id}", headers=BEARER, **how
+        ),
         lambda sandbox: only(sandbox).reads == 1,
     ),
     "cancel": (
-        lambda sandbox, call, how: call("POST", f"/v1/predictions/{only(sandbox).id}/cancel", headers=BEARER, **how),
+        lambda sandbox, call, how: call(
+            "POST", f"/v1/predictions/{only(sandbox).id}/cancel", headers=BEARER, **how
+        ),
         lambda sandbox: only(sandbox).status == "canceled",
     ),
     "upload": (
@@ -94,7 +109,9 @@ def eventually(condition: Callable[[], bool]) -> bool:
         pytest.param("slow", {"seconds": SLOW_S}, id="slow"),
     ],
 )
-def test_a_call_can_be_carried_out_although_the_client_hears_nothing_of_it(sandbox, call, name, kind, details):
+def test_a_call_can_be_carried_out_although_the_client_hears_nothing_of_it(
+    sandbox, call, name, kind, details
+):
     """Its effect is there, once: at a cut, behind an HTML 502, and while a slow answer is still awaited."""
     sandbox.video(b"video")
     if name in ("read", "cancel"):
@@ -103,7 +120,10 @@ def test_a_call_can_be_carried_out_although_the_client_hears_nothing_of_it(sandb
     sandbox.fault(name, kind, **details)
     if kind == "behind":
         answer = carry_out(sandbox, call, {})
-        assert (answer.status_code, answer.headers["content-type"]) == (502, "text/html; charset=utf-8")
+        assert (answer.status_code, answer.headers["content-type"]) == (
+            502,
+            "text/html; charset=utf-8",
+        )
     else:
         with pytest.raises(httpx.TransportError):
             carry_out(sandbox, call, {"timeout": 0.2})
@@ -113,9 +133,15 @@ def test_a_call_can_be_carried_out_although_the_client_hears_nothing_of_it(sandb
 def test_what_stands_in_front_can_say_anything(sandbox, call):
     """Status, headers and body of the answer to a call that was carried out may be given."""
     sandbox.video(b"video")
-    sandbox.fault("create", "behind", status=504, headers={"retry-after": "1"}, body={"detail": "too slow"})
-    answer = call("POST", HAILUO, headers=BEARER, json={"input": good_input(sandbox)})
-    assert (answer.status_code, answer.headers["retry-after"], answer.json()) == (504, "1", {"detail": "too slow"})
+    sandbox.fault(
+        "create", "behind", status=504, headers={"retry-after": "1"}, body={"detail": "too slow"}
+    )
+    answer = call("POST", HAILUO, headers=BEARER, json={"input": valid_input(sandbox)})
+    assert (answer.status_code, answer.headers["retry-after"], answer.json()) == (
+        504,
+        "1",
+        {"detail": "too slow"},
+    )
     assert only(sandbox).status == "starting"
 
 
@@ -160,12 +186,15 @@ def test_an_answer_can_be_slow(sandbox, call):
 
 @pytest.mark.parametrize(
     ("kind", "content"),
-    [pytest.param("nonsense", b'["unexpected"]', id="nonsense"), pytest.param("empty", b"", id="empty")],
+    [
+        pytest.param("nonsense", b'["unexpected"]', id="nonsense"),
+        pytest.param("empty", b"", id="empty"),
+    ],
 )
 def test_success_can_be_of_no_use(sandbox, call, kind, content):
     """The status of success, with a body that says nothing, and nothing done."""
     sandbox.fault("create", kind)
-    answer = call("POST", HAILUO, headers=BEARER, json={"input": good_input(sandbox)})
+    answer = call("POST", HAILUO, headers=BEARER, json={"input": valid_input(sandbox)})
     assert (answer.status_code, answer.content, sandbox.predictions) == (201, content, {})
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.sandbox import providers
-from tests.sandbox.calls import BEARER, HAILUO, Call, create, good_input, read
+from tests.sandbox.calls import BEARER, HAILUO, Call, create, poll, valid_input
 from tests.sandbox.schemas import Model, load_models
 
 LTX = load_models()["lightricks/ltx-video"]
@@ -21,7 +21,9 @@ UNKNOWN_ID = "a" * 64
 @pytest.mark.parametrize(
     ("method", "path", "headers", "status", "detail"),
     [
-        pytest.param("POST", HAILUO, {}, 401, "You did not pass an authentication token", id="no token"),
+        pytest.param(
+            "POST", HAILUO, {}, 401, "You did not pass an authentication token", id="no token"
+        ),
         pytest.param(
             "POST",
             HAILUO,
@@ -63,9 +65,16 @@ UNKNOWN_ID = "a" * 64
             id="version of another model",
         ),
         pytest.param(
-            "GET", "/v1/predictions", {}, 401, "You did not pass an authentication token", id="list, no token"
+            "GET",
+            "/v1/predictions",
+            {},
+            401,
+            "You did not pass an authentication token",
+            id="list, no token",
         ),
-        pytest.param("GET", "/v1/predictions?cursor=x", BEARER, 404, "Invalid cursor", id="unknown cursor"),
+        pytest.param(
+            "GET", "/v1/predictions?cursor=x", BEARER, 404, "Invalid cursor", id="unknown cursor"
+        ),
         pytest.param(
             "GET",
             "/v1/predictions/none",
@@ -84,16 +93,26 @@ UNKNOWN_ID = "a" * 64
         ),
     ],
 )
-def test_replicate_refuses_tokens_and_names_it_does_not_know(call, method, path, headers, status, detail):
+def test_replicate_refuses_tokens_and_names_it_does_not_know(
+    call, method, path, headers, status, detail
+):
     """The real statuses and sentences."""
-    answer = call(method, path, headers=headers, json={"input": {"prompt": "x"}} if method == "POST" else None)
-    assert (answer.status_code, answer.json()["status"], answer.json()["detail"]) == (status, status, detail)
+    answer = call(
+        method, path, headers=headers, json={"input": {"prompt": "x"}} if method == "POST" else None
+    )
+    assert (answer.status_code, answer.json()["status"], answer.json()["detail"]) == (
+        status,
+        status,
+        detail,
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "kind", "field", "description"),
     [
-        pytest.param({"prompt": ...}, "required", "input", "prompt is required", id="required field missing"),
+        pytest.param(
+            {"prompt": ...}, "required", "input", "prompt is required", id="required field missing"
+        ),
         pytest.param(
             {"duration": 7},
             "enum",
@@ -131,9 +150,13 @@ def test_replicate_refuses_tokens_and_names_it_does_not_know(call, method, path,
         ),
     ],
 )
-def test_input_is_checked_against_the_models_own_schema(sandbox, call, change, kind, field, description):
+def test_input_is_checked_against_the_models_own_schema(
+    sandbox, call, change, kind, field, description
+):
     """A wrong input is a 422 that lists the field, the kind of error and what would be right."""
-    values = {key: value for key, value in good_input(sandbox, **change).items() if value is not ...}
+    values = {
+        key: value for key, value in valid_input(sandbox, **change).items() if value is not ...
+    }
     answer = call("POST", HAILUO, headers=BEARER, json={"input": values})
     assert (answer.status_code, answer.json()) == (
         422,
@@ -157,13 +180,19 @@ def test_input_is_checked_against_the_models_own_schema(sandbox, call, change, k
 def test_numbers_are_held_to_their_range(call, value, kind):
     """Minimum and maximum of the schema are allowed, what lies beyond is not."""
     body = {"input": {"prompt": "x", "duration": value}}
-    answer = call("POST", "/v1/models/bytedance/seedance-1-lite/predictions", headers=BEARER, json=body).json()
-    assert [problem["type"] for problem in answer.get("invalid_fields", [])] == ([kind] if kind else [])
+    answer = call(
+        "POST", "/v1/models/bytedance/seedance-1-lite/predictions", headers=BEARER, json=body
+    ).json()
+    assert [problem["type"] for problem in answer.get("invalid_fields", [])] == (
+        [kind] if kind else []
+    )
 
 
 def test_a_field_beside_the_known_ones_of_a_request_is_refused(sandbox, call):
     """The body of a prediction allows nothing that Replicate's document does not list."""
-    answer = call("POST", HAILUO, headers=BEARER, json={"input": good_input(sandbox), "model": "x"})
+    answer = call(
+        "POST", HAILUO, headers=BEARER, json={"input": valid_input(sandbox), "model": "x"}
+    )
     assert answer.status_code == 422
     assert answer.json()["invalid_fields"][0]["type"] == "additional_property_not_allowed"
 
@@ -183,7 +212,12 @@ def test_a_field_beside_the_known_ones_of_a_request_is_refused(sandbox, call):
 )
 def test_versions_are_looked_up(call, version, status):
     """`POST /v1/predictions` takes the three forms of a version, and refuses unknown ones in Replicate's words."""
-    answer = call("POST", "/v1/predictions", headers=BEARER, json={"version": version, "input": {"prompt": "x"}})
+    answer = call(
+        "POST",
+        "/v1/predictions",
+        headers=BEARER,
+        json={"version": version, "input": {"prompt": "x"}},
+    )
     assert answer.status_code == status
     if status == 422:
         assert answer.json()["title"] == "Invalid version or not permitted"
@@ -192,10 +226,16 @@ def test_versions_are_looked_up(call, version, status):
 def test_a_version_has_a_schema_of_its_own(call):
     """An older version is described as it was, in the words that the latest one has under its model."""
     latest = call("GET", f"/v1/models/{LTX.name}", headers=BEARER).json()["latest_version"]
-    same, older = (call("GET", f"/v1/models/{one.name}/versions/{one.version}", headers=BEARER) for one in LTX.versions)
+    same, older = (
+        call("GET", f"/v1/models/{one.name}/versions/{one.version}", headers=BEARER)
+        for one in LTX.versions
+    )
     assert same.json() == latest
     assert older.json().keys() == latest.keys()
-    assert (older.json()["id"], older.json()["created_at"] < latest["created_at"]) == (OLD_LTX.version, True)
+    assert (older.json()["id"], older.json()["created_at"] < latest["created_at"]) == (
+        OLD_LTX.version,
+        True,
+    )
     schemas = older.json()["openapi_schema"]["components"]["schemas"]
     assert schemas["Input"]["required"] == ["start_image"]
     assert schemas["duration"]["enum"] == [3, 5]
@@ -205,12 +245,23 @@ def test_a_version_has_a_schema_of_its_own(call):
     ("version", "values", "refused"),
     [
         pytest.param(OLD_LTX, {"start_image": "https://a.b/c.jpg", "duration": 5}, [], id="older"),
-        pytest.param(OLD_LTX, {"start_image": "https://a.b/c.jpg", "duration": 6}, ["input.duration"], id="a value"),
-        pytest.param(OLD_LTX, {"image": "https://a.b/c.jpg"}, ["input", "input"], id="fields of the latest"),
-        pytest.param(LTX, {"start_image": "https://a.b/c.jpg"}, ["input"], id="fields of the older"),
+        pytest.param(
+            OLD_LTX,
+            {"start_image": "https://a.b/c.jpg", "duration": 6},
+            ["input.duration"],
+            id="a value",
+        ),
+        pytest.param(
+            OLD_LTX, {"image": "https://a.b/c.jpg"}, ["input", "input"], id="fields of the latest"
+        ),
+        pytest.param(
+            LTX, {"start_image": "https://a.b/c.jpg"}, ["input"], id="fields of the older"
+        ),
     ],
 )
-def test_an_input_is_checked_against_the_version_it_runs_by(sandbox, call, version, values, refused):
+def test_an_input_is_checked_against_the_version_it_runs_by(
+    sandbox, call, version, values, refused
+):
     """Not against the model's latest one; the prediction says which version it is."""
     sandbox.video(b"video")
     body = {"version": f"{version.name}:{version.version}", "input": values}
@@ -232,15 +283,23 @@ def test_every_model_is_served_with_its_schema(call, model: Model):
             assert schemas[name]["enum"] == prop["enum"]
     assert set(schemas["Input"].get("required", [])) <= set(properties)
     assert schemas["Output"]["type"] == ("array" if model.output == "list" else "string")
-    assert (served["is_official"], served["latest_version"]["id"]) == (model.official, model.version)
+    assert (served["is_official"], served["latest_version"]["id"]) == (
+        model.official,
+        model.version,
+    )
 
 
 def test_a_prediction_advances_by_reads(sandbox, call):
     """The first read finds it starting, the next processing with a percentage in the log, the third ended with its video."""
     sandbox.video(b"video")
     first = create(sandbox, call)
-    seen = [read(call, first) for _ in range(3)]
-    assert [first["status"], *(one["status"] for one in seen)] == ["starting", "starting", "processing", "succeeded"]
+    seen = [poll(call, first) for _ in range(3)]
+    assert [first["status"], *(one["status"] for one in seen)] == [
+        "starting",
+        "starting",
+        "processing",
+        "succeeded",
+    ]
     assert re.search(r" 66%\|", seen[1]["logs"])
     assert [one["output"] for one in seen[:2]] == [None, None]
     assert call("GET", httpx.URL(seen[2]["output"]).path).content == b"video"
@@ -251,16 +310,20 @@ def test_a_prediction_takes_its_time_when_told_to(sandbox, call):
     sandbox.video(b"video")
     sandbox.video_seconds = 60
     prediction = create(sandbox, call)
-    assert read(call, prediction, times=10)["status"] == "processing"
+    assert poll(call, prediction, times=10)["status"] == "processing"
     sandbox.predictions[prediction["id"]].created -= 60
-    assert read(call, prediction)["status"] == "succeeded"
+    assert poll(call, prediction)["status"] == "succeeded"
 
 
 @pytest.mark.parametrize(
     ("outcome", "reads", "status", "error"),
     [
-        pytest.param(("failed", "CUDA out of memory"), 3, "failed", "CUDA out of memory", id="failed"),
-        pytest.param(("failed",), 3, "failed", "Prediction failed.", id="failed without a reason given"),
+        pytest.param(
+            ("failed", "CUDA out of memory"), 3, "failed", "CUDA out of memory", id="failed"
+        ),
+        pytest.param(
+            ("failed",), 3, "failed", "Prediction failed.", id="failed without a reason given"
+        ),
         pytest.param(("canceled",), 3, "canceled", None, id="canceled"),
         pytest.param(("aborted",), 3, "aborted", None, id="aborted"),
         pytest.param(("never",), 9, "processing", None, id="never ends"),
@@ -272,9 +335,9 @@ def test_a_prediction_ends_as_told(sandbox, call, outcome, reads, status, error)
     sandbox.video(b"video")
     sandbox.outcome(*outcome)
     told, next_one = create(sandbox, call), create(sandbox, call)
-    ended = read(call, told, times=reads)
+    ended = poll(call, told, times=reads)
     assert (ended["status"], ended["error"], ended["output"]) == (status, error, None)
-    assert read(call, next_one, times=3)["status"] == "succeeded"
+    assert poll(call, next_one, times=3)["status"] == "succeeded"
 
 
 @pytest.mark.parametrize(
@@ -294,31 +357,40 @@ def test_a_prediction_ends_as_told(sandbox, call, outcome, reads, status, error)
 def test_cancel_after_is_read_as_documented(sandbox, call, header, seconds):
     """Whole seconds or a duration from 5 s to 24 h; anything else is refused, and no prediction is made."""
     sandbox.video(b"video")
-    answer = call("POST", HAILUO, headers={**BEARER, "cancel-after": header}, json={"input": good_input(sandbox)})
+    answer = call(
+        "POST",
+        HAILUO,
+        headers={**BEARER, "cancel-after": header},
+        json={"input": valid_input(sandbox)},
+    )
     assert answer.status_code == (201 if seconds else 400)
-    assert [one.cancel_after for one in sandbox.predictions.values()] == ([seconds] if seconds else [])
+    assert [one.cancel_after for one in sandbox.predictions.values()] == (
+        [seconds] if seconds else []
+    )
 
 
 @pytest.mark.parametrize(
-    ("reads", "status"), [pytest.param(1, "aborted", id="in the queue"), pytest.param(2, "canceled", id="running")]
+    ("reads", "status"),
+    [pytest.param(1, "aborted", id="in the queue"), pytest.param(2, "canceled", id="running")],
 )
 def test_a_prediction_past_its_cancel_after_is_ended(sandbox, call, reads, status):
     """Before the start it is aborted, later canceled."""
     headers = {**BEARER, "cancel-after": "5"}
     sandbox.outcome("never")
-    prediction = call("POST", HAILUO, headers=headers, json={"input": good_input(sandbox)}).json()
-    read(call, prediction, times=reads)
+    prediction = call("POST", HAILUO, headers=headers, json={"input": valid_input(sandbox)}).json()
+    poll(call, prediction, times=reads)
     sandbox.predictions[prediction["id"]].created -= 5
-    assert read(call, prediction)["status"] == status
+    assert poll(call, prediction)["status"] == status
 
 
 def test_a_prediction_can_be_canceled_until_it_has_ended(sandbox, call):
     """Cancelling answers with the prediction; one that has ended stays as it is."""
     sandbox.video(b"video")
     running, ended = create(sandbox, call), create(sandbox, call)
-    read(call, ended, times=3)
+    poll(call, ended, times=3)
     statuses = [
-        call("POST", f"/v1/predictions/{one['id']}/cancel", headers=BEARER).json()["status"] for one in (running, ended)
+        call("POST", f"/v1/predictions/{one['id']}/cancel", headers=BEARER).json()["status"]
+        for one in (running, ended)
     ]
     assert statuses == ["canceled", "succeeded"]
 
@@ -337,10 +409,18 @@ def test_predictions_are_listed_newest_first(sandbox, call):
     """Each as a read shows it, with its input, and without counting as a read."""
     sandbox.video(b"video")
     first, second = create(sandbox, call, prompt="first"), create(sandbox, call, prompt="second")
-    assert listed(call, source="api") == {"next": None, "previous": None, "results": [second, first]}
+    assert listed(call, source="api") == {
+        "next": None,
+        "previous": None,
+        "results": [second, first],
+    }
     assert listed(call)["results"] == [second, first]
     assert [one["input"]["prompt"] for one in (second, first)] == ["second", "first"]
-    assert (first["model"], first["version"], first["status"]) == ("minimax/hailuo-02", "hidden", "starting")
+    assert (first["model"], first["version"], first["status"]) == (
+        "minimax/hailuo-02",
+        "hidden",
+        "starting",
+    )
 
 
 MOMENT = datetime(2026, 11, 24, 12, 0, 0, 500_000, timezone.utc)
@@ -404,10 +484,10 @@ def test_the_list_comes_in_pages(sandbox, call):
 def test_a_video_expires_when_told_to(sandbox, call):
     """Input, output, log and file are gone, status and the rest stay, in the list too."""
     sandbox.video(b"video")
-    ended = read(call, create(sandbox, call), times=3)
+    ended = poll(call, create(sandbox, call), times=3)
     sandbox.expire(ended["id"])
     gone = {"input": {}, "output": None, "logs": None, "data_removed": True}
-    assert read(call, ended) == {**ended, **gone}
+    assert poll(call, ended) == {**ended, **gone}
     assert listed(call)["results"] == [{**ended, **gone}]
     assert call("GET", httpx.URL(ended["output"]).path).status_code == 404
     assert sandbox.created(prompt="talk")[0].id == ended["id"]
@@ -419,7 +499,7 @@ def test_only_what_has_ended_expires(sandbox, call):
     running = create(sandbox, call)
     with pytest.raises(ValueError, match="has not ended: starting"):
         sandbox.expire(running["id"])
-    assert read(call, running, times=3)["status"] == "succeeded"
+    assert poll(call, running, times=3)["status"] == "succeeded"
 
 
 @pytest.mark.parametrize(
@@ -434,7 +514,7 @@ def test_an_output_has_the_shape_asked_for(sandbox, call, shape, wrap):
     """A URL, a list of it, or an object with it."""
     sandbox.video(b"video")
     sandbox.output_shape = shape
-    ended = read(call, create(sandbox, call), times=3)
+    ended = poll(call, create(sandbox, call), times=3)
     assert ended["output"] == wrap(f"{sandbox.url}/delivery/{ended['id']}/output.mp4")
 
 
@@ -443,9 +523,11 @@ def test_rate_limits_refuse_with_the_seconds_to_wait(sandbox, call):
     sandbox.video(b"video")
     sandbox.limits(creates_per_minute=1, reads_per_minute=2)
     prediction = create(sandbox, call)
-    refused = call("POST", HAILUO, headers=BEARER, json={"input": good_input(sandbox)})
+    refused = call("POST", HAILUO, headers=BEARER, json={"input": valid_input(sandbox)})
     assert refused.status_code == 429
-    assert re.fullmatch(r"Request was throttled. Your rate limit resets in ~\d+s.", refused.json()["detail"])
+    assert re.fullmatch(
+        r"Request was throttled. Your rate limit resets in ~\d+s.", refused.json()["detail"]
+    )
     paths = [f"/v1/predictions/{prediction['id']}", "/v1/predictions", "/v1/predictions"]
     assert [call("GET", path, headers=BEARER).status_code for path in paths] == [200, 200, 429]
 
@@ -456,14 +538,18 @@ def test_rate_limits_refuse_with_the_seconds_to_wait(sandbox, call):
         pytest.param("/none.jpg", "HTTP Error 404", id="not there"),
         pytest.param("/v1/predictions/none", "HTTP Error 401", id="forbidden"),
         pytest.param("/", "cannot identify image file", id="no picture"),
-        pytest.param("data:image/png;base64,iVBORw0KGgo=", "cannot read image file", id="broken picture"),
+        pytest.param(
+            "data:image/png;base64,iVBORw0KGgo=", "cannot read image file", id="broken picture"
+        ),
     ],
 )
-def test_a_picture_that_cannot_be_used_fails_the_prediction(sandbox, call, monkeypatch, tmp_path, picture, error):
+def test_a_picture_that_cannot_be_used_fails_the_prediction(
+    sandbox, call, monkeypatch, tmp_path, picture, error
+):
     """The model's machine really loads the picture, and says what is wrong with it."""
     monkeypatch.setattr(providers, "PAGE_FILE", tmp_path / "page.html")
     (tmp_path / "page.html").write_text("a page")
     url = picture if picture.startswith("data:") else sandbox.url + picture
-    ended = read(call, create(sandbox, call, first_frame_image=url), times=3)
+    ended = poll(call, create(sandbox, call, first_frame_image=url), times=3)
     assert ended["status"] == "failed"
     assert error in ended["error"]

@@ -18,8 +18,15 @@ def test_requests_are_recorded(sandbox, call):
     speak(call, params={"output_format": "mp3_44100_64"})
     call("GET", "/pet.jpg")
     speech, picture = sandbox.requests
-    assert (speech.call, speech.method, speech.query) == ("speech", "POST", {"output_format": "mp3_44100_64"})
-    assert (speech.path, speech.headers["xi-api-key"]) == (f"/v1/text-to-speech/{sandbox.voice_id}", elevenlabs.KEY)
+    assert (speech.call, speech.method, speech.query) == (
+        "speech",
+        "POST",
+        {"output_format": "mp3_44100_64"},
+    )
+    assert (speech.path, speech.headers["xi-api-key"]) == (
+        f"/v1/text-to-speech/{sandbox.voice_id}",
+        elevenlabs.KEY,
+    )
     assert speech.json() == {"text": "Hello!", "model_id": "eleven_multilingual_v2"}
     assert sandbox.calls("picture") == [picture]
     sandbox.reset()
@@ -43,7 +50,9 @@ def test_a_reset_brings_the_first_behaviour_back(sandbox):
 def test_a_port_in_use_is_an_error_that_leaves_nothing(sandbox):
     """No folder stays behind."""
     second = Sandbox(sandbox.port)
-    with pytest.raises(PortTaken, match=f"port {sandbox.port} is in use: choose another one for the providers"):
+    with pytest.raises(
+        PortTaken, match=f"port {sandbox.port} is in use: choose another one for the providers"
+    ):
         second.start()
     assert not Path(second.folder.name).exists()
 
@@ -73,9 +82,16 @@ def test_the_page_knows_every_model_and_voice(call, monkeypatch, tmp_path):
     (tmp_path / "page.html").write_text('{"models": {{MODELS}}, "voices": {{VOICES}}}')
     known = call("GET", "/").json()
     first = known["models"][0]
-    assert {**first, "version": ""} == {"name": "minimax/hailuo-02", "speaks": False, "official": True, "version": ""}
+    assert {**first, "version": ""} == {
+        "name": "minimax/hailuo-02",
+        "speaks": False,
+        "official": True,
+        "version": "",
+    }
     named = {model["name"]: model for model in known["models"]}
-    assert [name for name, model in named.items() if not model["official"]] == ["lightricks/ltx-video"]
+    assert [name for name, model in named.items() if not model["official"]] == [
+        "lightricks/ltx-video"
+    ]
     assert named["wan-video/wan-2.2-s2v"]["speaks"]
     for name, model in named.items():
         path = f"/v1/models/{name}/versions/{model['version']}"
@@ -103,13 +119,23 @@ def test_the_client_script_is_served_to_any_page(call, monkeypatch, tmp_path):
     assert answer.headers["content-type"].startswith("text/javascript")
 
 
-@pytest.mark.parametrize("added", [pytest.param(False, id="the pet"), pytest.param(True, id="a picture brought")])
+@pytest.mark.parametrize(
+    "added", [pytest.param(False, id="the pet"), pytest.param(True, id="a picture brought")]
+)
 def test_a_picture_can_be_looked_at_first(call, added):
     """HEAD tells type and size, and a GET of the first byte gives that byte and the size."""
-    path = httpx.URL(call("POST", "/pictures", content=PET).json()["url"]).path if added else "/pet.jpg"
+    path = (
+        httpx.URL(call("POST", "/pictures", content=PET).json()["url"]).path
+        if added
+        else "/pet.jpg"
+    )
     head = call("HEAD", path)
     first = call("GET", path, headers={"range": "bytes=0-0"})
-    assert (head.status_code, head.headers["content-type"], head.content) == (200, "image/jpeg", b"")
+    assert (head.status_code, head.headers["content-type"], head.content) == (
+        200,
+        "image/jpeg",
+        b"",
+    )
     assert head.headers["content-length"] == str(len(PET))
     assert (first.status_code, first.content) == (206, PET[:1])
     assert first.headers["content-range"] == f"bytes 0-0/{len(PET)}"
@@ -131,4 +157,7 @@ def test_what_was_bought_is_counted(sandbox, call):
 def test_an_unknown_path_says_so(call):
     """No provider has it: a 404 that names it."""
     answer = call("GET", "/v1/nothing")
-    assert (answer.status_code, answer.json()["detail"]) == (404, "the sandbox knows no GET /v1/nothing")
+    assert (answer.status_code, answer.json()["detail"]) == (
+        404,
+        "the sandbox knows no GET /v1/nothing",
+    )

@@ -15,15 +15,38 @@ JSON = {**ELEVEN, "content-type": "application/json"}
     ("how", "status", "code"),
     [
         pytest.param({"headers": {}}, 401, "needs_authorization", id="no key"),
-        pytest.param({"headers": {"xi-api-key": "sk_other"}}, 401, "invalid_api_key", id="unknown key"),
-        pytest.param({"voice_id": "SandboxVoiceNobody00"}, 404, "voice_not_found", id="unknown voice"),
+        pytest.param(
+            {"headers": {"xi-api-key": "sk_other"}}, 401, "invalid_api_key", id="unknown key"
+        ),
+        pytest.param(
+            {"voice_id": "SandboxVoiceNobody00"}, 404, "voice_not_found", id="unknown voice"
+        ),
         pytest.param({"voice_id": "a%20b"}, 400, "invalid_uid", id="malformed voice"),
-        pytest.param({"params": {"output_format": "mp3"}}, 400, "invalid_output_format", id="unknown format"),
+        pytest.param(
+            {"params": {"output_format": "mp3"}}, 400, "invalid_output_format", id="unknown format"
+        ),
         pytest.param({"json": {"text": "  "}}, 400, "empty_text", id="blank text"),
-        pytest.param({"json": {"text": "a", "model_id": "eleven_v9"}}, 400, "model_not_found", id="unknown model"),
-        pytest.param({"json": {"text": "a" * 10_001}}, 400, "max_character_limit_exceeded", id="text too long"),
-        pytest.param({"json": None, "content": b"{"}, 400, "invalid_content_type", id="no content type"),
-        pytest.param({"json": None, "content": b"{", "headers": JSON}, 400, "malformed_json", id="broken JSON"),
+        pytest.param(
+            {"json": {"text": "a", "model_id": "eleven_v9"}},
+            400,
+            "model_not_found",
+            id="unknown model",
+        ),
+        pytest.param(
+            {"json": {"text": "a" * 10_001}},
+            400,
+            "max_character_limit_exceeded",
+            id="text too long",
+        ),
+        pytest.param(
+            {"json": None, "content": b"{"}, 400, "invalid_content_type", id="no content type"
+        ),
+        pytest.param(
+            {"json": None, "content": b"{", "headers": JSON},
+            400,
+            "malformed_json",
+            id="broken JSON",
+        ),
     ],
 )
 def test_speech_is_refused_with_the_status_and_code_of_elevenlabs(call, how, status, code):
@@ -35,10 +58,16 @@ def test_speech_is_refused_with_the_status_and_code_of_elevenlabs(call, how, sta
 @pytest.mark.parametrize(
     ("body", "problem"),
     [
-        pytest.param({}, {"loc": ["body", "text"], "msg": "Field required", "type": "missing"}, id="no text"),
+        pytest.param(
+            {}, {"loc": ["body", "text"], "msg": "Field required", "type": "missing"}, id="no text"
+        ),
         pytest.param(
             {"text": 5},
-            {"loc": ["body", "text"], "msg": "Input should be a valid string", "type": "string_type"},
+            {
+                "loc": ["body", "text"],
+                "msg": "Input should be a valid string",
+                "type": "string_type",
+            },
             id="text is a number",
         ),
     ],
@@ -52,9 +81,19 @@ def test_a_speech_body_of_another_shape_is_a_422_with_a_list(call, body, problem
 @pytest.mark.parametrize(
     ("plan", "how", "status", "code"),
     [
-        pytest.param("free", {"voice_id": elevenlabs.LIBRARY_VOICE}, 402, "payment_required", id="library voice"),
         pytest.param(
-            "creator", {"params": {"output_format": "wav_44100"}}, 403, "output_format_not_allowed", id="format of Pro"
+            "free",
+            {"voice_id": elevenlabs.LIBRARY_VOICE},
+            402,
+            "payment_required",
+            id="library voice",
+        ),
+        pytest.param(
+            "creator",
+            {"params": {"output_format": "wav_44100"}},
+            403,
+            "output_format_not_allowed",
+            id="format of Pro",
         ),
     ],
 )
@@ -74,7 +113,14 @@ def test_an_output_format_in_the_body_is_ignored(call):
 
 
 RAW_INPUT = {"pcm": "s16le", "ulaw": "mulaw", "alaw": "alaw"}
-CODECS = {"mp3": "mp3", "wav": "pcm_s16le", "pcm": "pcm_s16le", "opus": "opus", "ulaw": "pcm_mulaw", "alaw": "pcm_alaw"}
+CODECS = {
+    "mp3": "mp3",
+    "wav": "pcm_s16le",
+    "pcm": "pcm_s16le",
+    "opus": "opus",
+    "ulaw": "pcm_mulaw",
+    "alaw": "pcm_alaw",
+}
 
 
 @pytest.mark.parametrize("output_format", media.FORMATS)
@@ -95,7 +141,9 @@ def test_every_output_format_is_what_its_name_says(tmp_path, output_format):
 
 def test_speech_can_be_heard_and_follows_the_text(call):
     """Each letter is a tone of its own, punctuation is silence, a longer text takes longer."""
-    loud, silent = (speak(call, json={"text": text}, params=PCM).content for text in ("hello", "a....!"))
+    loud, silent = (
+        speak(call, json={"text": text}, params=PCM).content for text in ("hello", "a....!")
+    )
     assert loudness(loud) > 1000
     assert loudness(silent[-8000:]) < 10
     assert len(speak(call, json={"text": "hello hello"}, params=PCM).content) > 2 * len(loud)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.sandbox import supabase
-from tests.sandbox.calls import STORAGE, truth, upload
+from tests.sandbox.calls import STORAGE, storage_error, upload
 
 
 def key_in_both(name: str) -> dict[str, str]:
@@ -32,24 +32,40 @@ NO_HEADER = (400, "400", "headers must have required property 'authorization'")
         pytest.param(None, "service", 200, id="apikey alone"),
         pytest.param("service", "anon", 200, id="the bearer wins"),
         pytest.param("anon", "anon", RLS, id="anonymous key"),
-        pytest.param("expired", "expired", (400, "403", '"exp" claim timestamp check failed'), id="expired key"),
-        pytest.param("foreign", "foreign", (400, "403", "signature verification failed"), id="another project's key"),
+        pytest.param(
+            "expired",
+            "expired",
+            (400, "403", '"exp" claim timestamp check failed'),
+            id="expired key",
+        ),
+        pytest.param(
+            "foreign",
+            "foreign",
+            (400, "403", "signature verification failed"),
+            id="another project's key",
+        ),
         pytest.param("garbage", "garbage", NO_SECOND_KEY, id="garbage"),
         pytest.param("", None, NO_SECOND_KEY, id="empty bearer"),
         pytest.param(None, None, NO_HEADER, id="no key"),
         pytest.param("secret", "secret", 200, id="secret key in both"),
         pytest.param(None, "secret", 200, id="secret key as apikey"),
         pytest.param("secret", None, NO_HEADER, id="secret key as bearer alone"),
-        pytest.param("sb_secret_unknown", "sb_secret_unknown", NO_SECOND_KEY, id="unknown secret key"),
+        pytest.param(
+            "sb_secret_unknown", "sb_secret_unknown", NO_SECOND_KEY, id="unknown secret key"
+        ),
         pytest.param(None, "publishable", RLS, id="publishable key"),
     ],
 )
 def test_storage_treats_keys_as_the_recorded_gateway_does(call, bearer, apikey, expected):
     """Every refusal of a key is an HTTP 400; the body tells which."""
-    headers = {} if bearer is None else {"authorization": f"Bearer {supabase.KEYS.get(bearer, bearer)}".strip(" ")}
+    headers = (
+        {}
+        if bearer is None
+        else {"authorization": f"Bearer {supabase.KEYS.get(bearer, bearer)}".strip(" ")}
+    )
     headers |= {} if apikey is None else {"apikey": supabase.KEYS.get(apikey, apikey)}
     answer = call("POST", "/storage/v1/object/pets/key.bin", headers=headers, content=b"x")
-    assert (answer.status_code if expected == 200 else truth(answer)) == expected
+    assert (answer.status_code if expected == 200 else storage_error(answer)) == expected
 
 
 TOO_LARGE = (400, "413", "The object exceeded the maximum allowed size")
@@ -58,32 +74,72 @@ TOO_LARGE = (400, "413", "The object exceeded the maximum allowed size")
 @pytest.mark.parametrize(
     ("path", "content", "content_type", "expected"),
     [
-        pytest.param("nope/a", b"x", "audio/mpeg", (400, "404", "Bucket not found"), id="missing bucket"),
-        pytest.param("small1mb/a", bytes(1_000_001), "audio/mpeg", TOO_LARGE, id="a byte over the bucket's limit"),
+        pytest.param(
+            "nope/a", b"x", "audio/mpeg", (400, "404", "Bucket not found"), id="missing bucket"
+        ),
+        pytest.param(
+            "small1mb/a",
+            bytes(1_000_001),
+            "audio/mpeg",
+            TOO_LARGE,
+            id="a byte over the bucket's limit",
+        ),
         pytest.param("small1mb/a", bytes(1_000_000), "audio/mpeg", 200, id="at the bucket's limit"),
         pytest.param(
-            "small1mb/a", iter([bytes(1_000_001)]), "audio/mpeg", TOO_LARGE, id="over the limit without a length"
+            "small1mb/a",
+            iter([bytes(1_000_001)]),
+            "audio/mpeg",
+            TOO_LARGE,
+            id="over the limit without a length",
         ),
-        pytest.param("pets/a", bytes(52_428_801), "audio/mpeg", TOO_LARGE, id="over the global limit"),
-        pytest.param("mp4only/a", b"x", "audio/mpeg", (400, "415", "mime type audio/mpeg is not supported"), id="mime"),
         pytest.param(
-            "mp4only/a", b"x", "VIDEO/MP4", (400, "415", "mime type VIDEO/MP4 is not supported"), id="mime in capitals"
+            "pets/a", bytes(52_428_801), "audio/mpeg", TOO_LARGE, id="over the global limit"
+        ),
+        pytest.param(
+            "mp4only/a",
+            b"x",
+            "audio/mpeg",
+            (400, "415", "mime type audio/mpeg is not supported"),
+            id="mime",
+        ),
+        pytest.param(
+            "mp4only/a",
+            b"x",
+            "VIDEO/MP4",
+            (400, "415", "mime type VIDEO/MP4 is not supported"),
+            id="mime in capitals",
         ),
         pytest.param("mp4only/a", b"x", "video/mp4", 200, id="mime in the list"),
-        pytest.param("pets/a", b"x", "mp3", (400, "415", "Invalid Content-Type header"), id="no mime"),
-        pytest.param("pets/a", b"", "audio/mpeg", 200, id="empty body"),
-        pytest.param("pets/%C3%A9.mp3", b"x", "audio/mpeg", (400, "400", "Invalid key: é.mp3"), id="non-ASCII name"),
-        pytest.param("pets/a~b", b"x", "audio/mpeg", (400, "400", "Invalid key: a~b"), id="forbidden sign"),
         pytest.param(
-            "pets/" + "a" * 256, b"x", "audio/mpeg", (500, "500", "Internal Server Error"), id="name too long"
+            "pets/a", b"x", "mp3", (400, "415", "Invalid Content-Type header"), id="no mime"
+        ),
+        pytest.param("pets/a", b"", "audio/mpeg", 200, id="empty body"),
+        pytest.param(
+            "pets/%C3%A9.mp3",
+            b"x",
+            "audio/mpeg",
+            (400, "400", "Invalid key: é.mp3"),
+            id="non-ASCII name",
+        ),
+        pytest.param(
+            "pets/a~b", b"x", "audio/mpeg", (400, "400", "Invalid key: a~b"), id="forbidden sign"
+        ),
+        pytest.param(
+            "pets/" + "a" * 256,
+            b"x",
+            "audio/mpeg",
+            (500, "500", "Internal Server Error"),
+            id="name too long",
         ),
         pytest.param("pets/", b"x", "audio/mpeg", (400, "400", "Invalid key: "), id="no name"),
     ],
 )
-def test_storage_checks_bucket_type_size_and_name(sandbox, call, path, content, content_type, expected):
+def test_storage_checks_bucket_type_size_and_name(
+    sandbox, call, path, content, content_type, expected
+):
     """What it accepts is stored, what it refuses is not, and nearly every refusal is an HTTP 400."""
     answer = upload(call, path, content, content_type=content_type)
-    assert (answer.status_code if expected == 200 else truth(answer)) == expected
+    assert (answer.status_code if expected == 200 else storage_error(answer)) == expected
     assert len(sandbox.objects) == (expected == 200)
 
 
@@ -100,11 +156,13 @@ def test_storage_checks_bucket_type_size_and_name(sandbox, call, path, content, 
 def test_an_object_is_replaced_only_with_the_exact_header(call, sandbox, upsert, is_replaced):
     """`x-upsert: true` replaces and keeps the id; anything else is a Duplicate, and the query does nothing."""
     first = upload(call).json()
-    second = upload(call, "pets/a.bin?upsert=true", b"new", **({"x_upsert": upsert} if upsert else {}))
+    second = upload(
+        call, "pets/a.bin?upsert=true", b"new", **({"x_upsert": upsert} if upsert else {})
+    )
     if is_replaced:
         assert second.json() == first
     else:
-        assert truth(second) == (400, "409", "The resource already exists")
+        assert storage_error(second) == (400, "409", "The resource already exists")
     assert sandbox.objects["pets/a.bin"].read() == (b"new" if is_replaced else b"bytes")
 
 
@@ -115,10 +173,14 @@ def test_a_replaced_object_is_read_new(call, bucket):
     for content in (b'{"step": 1}', b'{"step": 22}'):
         how = {"content_type": "application/json", "cache_control": "max-age=0", "x_upsert": "true"}
         told = upload(call, f"{bucket}/jobs/a.json", content, **how)
-        answer = call("GET", path, headers={**STORAGE, "if-none-match": seen[0][1]} if seen else STORAGE)
+        answer = call(
+            "GET", path, headers={**STORAGE, "if-none-match": seen[0][1]} if seen else STORAGE
+        )
         assert (answer.status_code, answer.content) == (200, content)
         assert answer.headers["content-type"] == "application/json"
-        assert answer.headers["cache-control"] == "max-age=0" + (", stale-while-revalidate=30" if seen else "")
+        assert answer.headers["cache-control"] == "max-age=0" + (
+            ", stale-while-revalidate=30" if seen else ""
+        )
         seen.append((told.json()["Id"], answer.headers["etag"]))
     assert seen[0][0] == seen[1][0]
     assert seen[0][1] != seen[1][1]
@@ -146,10 +208,22 @@ def test_an_object_is_served_as_it_was_uploaded(call):
     upload(call, content_type=content_type, cache_control="3600")
     answer = call("GET", "/storage/v1/object/public/pets/a.bin")
     assert answer.content == b"bytes"
-    wanted = {"content-type": content_type, "cache-control": "3600", "accept-ranges": "bytes", "content-length": "5"}
+    wanted = {
+        "content-type": content_type,
+        "cache-control": "3600",
+        "accept-ranges": "bytes",
+        "content-length": "5",
+    }
     assert wanted.items() <= dict(answer.headers).items()
-    assert (answer.headers["access-control-allow-origin"], "last-modified" in answer.headers) == ("*", True)
-    again = call("GET", "/storage/v1/object/public/pets/a.bin", headers={"if-none-match": answer.headers["etag"]})
+    assert (answer.headers["access-control-allow-origin"], "last-modified" in answer.headers) == (
+        "*",
+        True,
+    )
+    again = call(
+        "GET",
+        "/storage/v1/object/public/pets/a.bin",
+        headers={"if-none-match": answer.headers["etag"]},
+    )
     assert (again.status_code, again.content) == (304, b"")
 
 
@@ -189,26 +263,56 @@ def test_head_tells_the_size_without_the_bytes(call):
 @pytest.mark.parametrize(
     ("path", "headers", "expected"),
     [
-        pytest.param("authenticated/pets/a.bin", STORAGE, 200, id="public object on the authenticated route"),
-        pytest.param("authenticated/pets/a.bin", {}, NO_HEADER, id="no key on the authenticated route"),
-        pytest.param("authenticated/pets/none", STORAGE, (400, "404", "Object not found"), id="missing, with the key"),
-        pytest.param("authenticated/private/none", STORAGE, (400, "404", "Object not found"), id="missing and private"),
         pytest.param(
-            "authenticated/nope/a.bin", STORAGE, (400, "404", "Bucket not found"), id="no bucket, with the key"
+            "authenticated/pets/a.bin", STORAGE, 200, id="public object on the authenticated route"
         ),
         pytest.param(
-            "authenticated/private/a.bin", ANON, (400, "404", "Object not found"), id="private, anonymous key"
+            "authenticated/pets/a.bin", {}, NO_HEADER, id="no key on the authenticated route"
+        ),
+        pytest.param(
+            "authenticated/pets/none",
+            STORAGE,
+            (400, "404", "Object not found"),
+            id="missing, with the key",
+        ),
+        pytest.param(
+            "authenticated/private/none",
+            STORAGE,
+            (400, "404", "Object not found"),
+            id="missing and private",
+        ),
+        pytest.param(
+            "authenticated/nope/a.bin",
+            STORAGE,
+            (400, "404", "Bucket not found"),
+            id="no bucket, with the key",
+        ),
+        pytest.param(
+            "authenticated/private/a.bin",
+            ANON,
+            (400, "404", "Object not found"),
+            id="private, anonymous key",
         ),
         pytest.param("authenticated/private/a.bin", SECRET, 200, id="secret key in both headers"),
         pytest.param(
-            "authenticated/private/a.bin", FOREIGN, (400, "403", "signature verification failed"), id="foreign key"
+            "authenticated/private/a.bin",
+            FOREIGN,
+            (400, "403", "signature verification failed"),
+            id="foreign key",
         ),
         pytest.param("public/pets/none", {}, (400, "404", "Object not found"), id="missing object"),
-        pytest.param("public/nope/a.bin", {}, (400, "404", "Bucket not found"), id="missing bucket"),
         pytest.param(
-            "public/private/a.bin", STORAGE, (400, "404", "Bucket not found"), id="private bucket, even with a key"
+            "public/nope/a.bin", {}, (400, "404", "Bucket not found"), id="missing bucket"
         ),
-        pytest.param("private/a.bin", {}, (400, "404", "Bucket not found"), id="private object without a key"),
+        pytest.param(
+            "public/private/a.bin",
+            STORAGE,
+            (400, "404", "Bucket not found"),
+            id="private bucket, even with a key",
+        ),
+        pytest.param(
+            "private/a.bin", {}, (400, "404", "Bucket not found"), id="private object without a key"
+        ),
         pytest.param("private/a.bin", STORAGE, 200, id="private object with the key"),
         pytest.param("authenticated/private/a.bin", STORAGE, 200, id="authenticated route"),
         pytest.param("pets/a.bin", {}, 200, id="public object on the other route"),
@@ -219,7 +323,7 @@ def test_reads_depend_on_bucket_and_key(call, path, headers, expected):
     upload(call, "pets/a.bin")
     upload(call, "private/a.bin")
     answer = call("GET", f"/storage/v1/object/{path}", headers=headers)
-    assert (answer.status_code if expected == 200 else truth(answer)) == expected
+    assert (answer.status_code if expected == 200 else storage_error(answer)) == expected
 
 
 def test_download_in_the_query_names_the_file(call):
@@ -232,14 +336,22 @@ def test_download_in_the_query_names_the_file(call):
 def test_a_bucket_tells_its_limits_to_the_service_key_only(call):
     """What a check of the set-up asks for."""
     bucket = call("GET", "/storage/v1/bucket/mp4only", headers=STORAGE).json()
-    assert (bucket["public"], bucket["file_size_limit"], bucket["allowed_mime_types"]) == (True, None, ["video/mp4"])
+    assert (bucket["public"], bucket["file_size_limit"], bucket["allowed_mime_types"]) == (
+        True,
+        None,
+        ["video/mp4"],
+    )
     anonymous = call("GET", "/storage/v1/bucket/mp4only", headers={"apikey": supabase.KEYS["anon"]})
-    assert truth(anonymous) == (400, "404", "Bucket not found")
+    assert storage_error(anonymous) == (400, "404", "Bucket not found")
 
 
 def test_a_browser_may_ask_first(call):
     """The gateway answers a preflight."""
-    headers = {"origin": "http://a", "access-control-request-method": "GET", "access-control-request-headers": "range"}
+    headers = {
+        "origin": "http://a",
+        "access-control-request-method": "GET",
+        "access-control-request-headers": "range",
+    }
     answer = call("OPTIONS", "/storage/v1/object/public/pets/a.bin", headers=headers)
     assert (answer.status_code, answer.headers["access-control-allow-headers"]) == (200, "range")
 
