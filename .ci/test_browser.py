@@ -47,7 +47,7 @@ def slow_video(sandbox: Sandbox, seconds: float = 1.5) -> None:
 
 def making_video(page: Page) -> None:
     """Wait until the video is being made."""
-    expect(page.locator("#stages li[data-state=started]")).to_contain_text("Video the picture", timeout=JOB_MS)
+    expect(page.locator("#stages li[data-state=started]")).to_contain_text("Animate the picture", timeout=JOB_MS)
 
 
 def overflow(page: Page) -> int:
@@ -98,7 +98,7 @@ def test_the_bar_shows_the_percentage_of_the_video(page: Page, sandbox: Sandbox)
 def test_without_a_text_the_video_is_silent(page: Page, sandbox: Sandbox) -> None:
     """An empty text asks for the video alone: no voice is bought, one step is shown."""
     page.fill("#text", "")
-    expect(page.locator("#start")).to_have_text("Make a video without speech")
+    expect(page.locator("#start")).to_have_text("Make a silent video")
     make_video(page)
     wait_for(page, "done")
     plays(page, sound=False)
@@ -163,7 +163,7 @@ def test_models_and_voices_are_chosen_from_lists_or_typed(page: Page, sandbox: S
     assert set(page.evaluate(offered, "models")) == set(sandbox.replicate.models)
     assert sandbox.voice_id in page.evaluate(offered, "voices")
     page.fill("#model", "wan-video/wan-2.5-i2v")
-    expect(page.locator("#model-hint")).to_contain_text("speaks")
+    expect(page.locator("#model-hint")).to_contain_text("lips move")
     with page.expect_request("**/jobs_prompt_tts") as sent:
         said = failure(page, model="typed/by-hand")
     assert json.loads(sent.value.post_data or "")["model"] == "typed/by-hand"
@@ -205,7 +205,7 @@ def test_a_lost_connection_is_made_again(page: Page, sandbox: Sandbox, answered:
 
     page.route("**/jobs_prompt_tts", spoil, times=1)
     make_video(page)
-    expect(page.locator("#status")).to_contain_text("Asking again in 1 s")
+    expect(page.locator("#status")).to_contain_text("Retrying in 1 s")
     expect(page.locator("#aside")).to_contain_text("502" if answered else "The connection failed")
     wait_for(page, "done")
     assert videos_bought(sandbox) == 1
@@ -218,7 +218,7 @@ def test_a_service_that_dies_and_comes_back_goes_on(page: Page, sandbox: Sandbox
     make_video(page, service=service.url)
     making_video(page)
     service.stop(signal.SIGKILL)
-    expect(page.locator("#status")).to_contain_text("Asking again")
+    expect(page.locator("#status")).to_contain_text("Retrying in")
     service.start()
     wait_for(page, "done")
     expect(page.locator("#stages li[data-state=done]")).to_have_count(6)
@@ -246,10 +246,10 @@ def test_to_stop_waiting_stops_nothing_else(page: Page, sandbox: Sandbox) -> Non
     expect(page.locator("#cancel")).to_have_text("Stop waiting")
     expect(page.locator("#aside")).to_contain_text("it is paid for")
     page.click("#cancel")
-    expect(page.locator("#status")).to_have_text("Not waiting any more")
+    expect(page.locator("#status")).to_have_text("No longer waiting")
     expect(page.locator("#failure")).to_contain_text("Paid for: the speech")
     page.reload()
-    expect(page.locator("#start")).to_have_text("Go on with this video")
+    expect(page.locator("#start")).to_have_text("Continue this video")
     page.click("#start")
     wait_for(page, "done")
     assert videos_bought(sandbox) == 1
@@ -330,11 +330,11 @@ def test_a_configuration_error_names_the_variable(page: Page, start_service: Sta
 def test_a_validation_error_marks_the_field(page: Page, sandbox: Sandbox) -> None:
     """Every fault is listed, and its field is marked."""
     said = failure(page, voice_id="../me", seconds="soon")
-    assert "Something in the form cannot be used" in said
+    assert "Something in the form is not valid" in said
     assert "Voice: " in said
     assert "Seconds: " in said
     assert [field.get_attribute("id") for field in page.locator("[aria-invalid]").all()] == ["voice_id", "seconds"]
-    expect(page.locator("#seconds-fault")).to_be_visible()
+    expect(page.locator("#seconds-error")).to_be_visible()
     page.locator("#failure a", has_text="Voice").click()
     expect(page.locator("#voice_id")).to_be_focused()
     assert sandbox.calls("speech") == []
@@ -347,7 +347,7 @@ def test_a_field_that_a_provider_refuses_is_marked(page: Page, sandbox: Sandbox)
     """A voice that only ElevenLabs knows to be missing; the mark goes as soon as the field is changed."""
     said = failure(page, voice_id="NobodysVoice00000001")
     assert "Voice: " in said
-    expect(page.locator("#voice_id-fault")).to_contain_text("was not found")
+    expect(page.locator("#voice_id-error")).to_contain_text("was not found")
     page.fill("#voice_id", sandbox.voice_id)
     assert page.locator("[aria-invalid], .hint.bad:visible").count() == 0
 
@@ -356,9 +356,9 @@ def test_a_provider_error_says_whose_and_keeps_the_speech(page: Page, sandbox: S
     """A video that failed: the model's own words, the step that failed, and the speech that was paid for."""
     sandbox.outcome("failed", error="The picture was flagged as sensitive")
     said = failure(page)
-    assert "Replicate did not accept this job" in said
+    assert "Replicate rejected this job" in said
     assert "flagged as sensitive" in said
-    assert "Video the picture" in page.locator("li[data-state=failed]").inner_text()
+    assert "Animate the picture" in page.locator("li[data-state=failed]").inner_text()
     expect(page.locator("label[for=audio_url]")).to_contain_text("still usable")
     assert page.request.get(page.input_value("#audio_url")).ok
 
@@ -367,7 +367,7 @@ def test_a_provider_that_is_down_is_told_from_a_refusal(page: Page, sandbox: San
     """What to do is another thing: wait, or have the account looked at; not change the input."""
     sandbox.fault("speech", "status", times=None, status=503)
     said = failure(page, key=False)
-    assert "ElevenLabs did not do its part" in said
+    assert "ElevenLabs failed" in said
     assert "Try again in a few minutes" in said
     sandbox.reset()
     sandbox.fault("speech", "status", times=None, status=401)
@@ -378,7 +378,7 @@ def test_a_resource_error_keeps_what_was_made(page: Page, sandbox: Sandbox) -> N
     """A video that ffmpeg cannot use: speech and video are still there to take."""
     sandbox.video(b"this is no video")
     said = failure(page)
-    assert "A file could not be stored, fetched or used" in said
+    assert "A file could not be stored, downloaded or used" in said
     assert page.locator("#links li").count() == 2
 
 
@@ -397,7 +397,7 @@ def test_an_internal_error_gives_the_request_number(page: Page, sandbox: Sandbox
 
 def test_a_service_that_does_not_answer_is_said_so(page: Page) -> None:
     """The one case without a category."""
-    assert "There is no proper answer" in failure(page, key=False, service="http://127.0.0.1:9")
+    assert "No valid response from the service" in failure(page, key=False, service="http://127.0.0.1:9")
 
 
 def test_a_proxys_error_page_is_said_so(page: Page, service: Service) -> None:
@@ -413,7 +413,7 @@ def test_a_stream_that_breaks_off_is_said_so(page: Page) -> None:
         "**/jobs_prompt_tts", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=half)
     )
     said = failure(page, key=False)
-    assert "ended before the video was there" in said
+    assert "ended before the video was ready" in said
     assert "Paid for: the speech, if it was made in time." in said
 
 

@@ -409,14 +409,14 @@ def test_a_service_that_is_down_is_asked_until_it_is_up(make_video: Caller) -> N
         told = make_video(JOB, late.url, {"hurry": 10}, key=KEY)
         late.shutdown()
         start.join()
-    assert (told.video, set(told.causes)) == (VIDEO, {"The connection failed before the video was there."})
+    assert (told.video, set(told.causes)) == (VIDEO, {"The connection failed before the video was ready."})
 
 
 def test_a_dead_connection_of_a_job_with_a_key_is_left(make_video: Caller, stand_in: Way) -> None:
     """Nothing comes, nothing closes: a phone that has changed its network."""
     stand_in.answers.extend([[STREAM_HEAD, STARTING, 2 * NODE_S], VIDEO_STREAM])
     told = make_video(JOB, stand_in.url, {"hurry": 10}, key=KEY, silence=3)
-    assert (told.video, told.causes) == (VIDEO, ["The answer ended before the video was there."])
+    assert (told.video, told.causes) == (VIDEO, ["The response ended before the video was ready."])
 
 
 def test_a_silent_job_without_a_key_is_waited_for(make_video: Caller, stand_in: Way) -> None:
