@@ -338,7 +338,7 @@ class Sandbox(Behaviour):
         return picture_response(request, picture, media_type or "application/octet-stream")
 
     async def add_picture(self, request: Request) -> Response:
-        """`POST /pictures`: store a picture, as a front end's own storage would, and return its URL."""
+        """`POST /pictures`: store a picture, as a front end's storage would, and return its URL."""
         picture = await request.body()
         extension = picture_extension(picture)
         if extension is None:

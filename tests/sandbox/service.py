@@ -158,7 +158,7 @@ class Service:
             return self.process.wait()
 
     def restart(self, signal_number: int = signal.SIGKILL) -> Service:
-        """End the process with this signal and start it again, on the same port; its log is kept."""
+        """End the process with this signal, and start it again on the same port and log."""
         self.stop(signal_number)
         return self.start()
 

@@ -111,7 +111,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
     ],
 )
 def test_a_call_can_be_carried_out_without_its_response(sandbox, call, name, kind, details):
-    """It has its effect once: if the connection is cut, behind a 502, and before a slow response."""
+    """It has its effect once: before a cut, behind a 502, and before a slow response."""
     sandbox.video(b"video")
     if name in ("read", "cancel"):
         create(sandbox, call)
