@@ -52,7 +52,8 @@ def create(sandbox: Sandbox, call: Call, **changes: Any) -> dict[str, Any]:
     body = {"input": valid_input(sandbox, **changes)}
     response = post_prediction(sandbox, call, json=body)
     assert response.status_code == 201
-    return response.json()
+    prediction: dict[str, Any] = response.json()
+    return prediction
 
 
 def poll(call: Call, prediction: dict[str, Any], times: int = 1) -> dict[str, Any]:

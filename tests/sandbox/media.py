@@ -18,6 +18,7 @@ from array import array
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 
@@ -343,7 +344,7 @@ def probe(path: str | Path, *input_options: str) -> Probe:
     return Probe(**found)
 
 
-def duration_in(output: str) -> dict[str, float]:
+def duration_in(output: str) -> dict[str, Any]:
     """The length in ffmpeg's output, as fields of a Probe."""
     match = re.search(r"Duration: (\d+):(\d+):([\d.]+)", output)
     if match is None:
@@ -352,7 +353,7 @@ def duration_in(output: str) -> dict[str, float]:
     return {"seconds": int(hours) * 3600 + int(minutes) * 60 + float(seconds)}
 
 
-def video_stream_in(output: str) -> dict[str, str | int | float]:
+def video_stream_in(output: str) -> dict[str, Any]:
     """The video stream in ffmpeg's output, as fields of a Probe."""
     pattern = r"Video: (\w+).*?, (\w+)(?:\([^)]*\))?, (\d+)x(\d+).*? ([\d.]+) fps"
     match = re.search(pattern, output)
@@ -367,7 +368,7 @@ def video_stream_in(output: str) -> dict[str, str | int | float]:
     }
 
 
-def audio_stream_in(output: str) -> dict[str, str | int]:
+def audio_stream_in(output: str) -> dict[str, Any]:
     """The audio stream in ffmpeg's output, as fields of a Probe."""
     match = re.search(r"Audio: (\w+).*? (\d+) Hz", output)
     if match is None:
