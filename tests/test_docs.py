@@ -9,7 +9,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 import main
-from tests.inprocess import answer
+from tests.support.application import provider_response
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def test_readme_has_every_kind_of_error() -> None:
     """Status, category and whether it is retryable: those of the classes, and of a provider that refuses the service."""
     classes = [main.SettingMissing, main.InvalidInput, main.SpeechTooLarge, main.ServiceError]
     errors = [kind("") for kind in (*classes, main.ProviderRefused, main.ProviderFailed, main.ResourceFailed)]
-    errors += [main.refusal(name, answer(403)) for name in ("elevenlabs", "replicate", "supabase")]
+    errors += [main.refusal(name, provider_response(403)) for name in ("elevenlabs", "replicate", "supabase")]
     known = {(str(error.http_status), error.category, "yes" if error.retryable else "no") for error in errors}
     assert {tuple(row[1:]) for row in table(README, "what happened")} == known
     assert {category for _, category, _ in known} == set(get_args(main.Category))

@@ -20,16 +20,17 @@ import imageio_ffmpeg
 import pytest
 
 import main
-from tests import network
 from tests.conftest import PACE
-from tests.inprocess import error_of
-from tests.jobs import caller, left_in, needs_proc, prompt_job, short_video, speech_job
-from tests.network import PUBLIC, Internet, redirect, reply
 from tests.sandbox import Sandbox, Service, media
+from tests.support import network
+from tests.support.application import error_from
+from tests.support.network import PUBLIC, Internet, redirect, reply
+from tests.support.processes import files_in, needs_proc
+from tests.support.requests import prompt_job, service_client, short_video, speech_job
 
 pytestmark = pytest.mark.anyio
 
-serve, inside, internet, client = network.serve, network.inside, network.internet, network.client
+serve, internal_server, internet, client = network.serve, network.internal_server, network.internet, network.client
 
 
 class Housed(NamedTuple):
@@ -56,7 +57,7 @@ def housed(running_housed: Housed, sandbox: Sandbox) -> Housed:
 
 async def post(service: Service, path: str, body: Any) -> httpx.Response:
     """One request with a client of its own."""
-    async with caller(service.url) as client:
+    async with service_client(service.url) as client:
         return await client.post(path, json=body)
 
 
@@ -72,14 +73,14 @@ async def failed(housed: Housed, sandbox: Sandbox) -> dict[str, Any]:
     """The error of a speech job, which must be a 500 and leave no file."""
     response = await post(housed.service, "/jobs_prompt_tts", speech_job(sandbox))
     assert response.status_code == 500, response.text
-    assert not housed.folder.exists() or left_in(housed.folder) == []
+    assert not housed.folder.exists() or files_in(housed.folder) == []
     error: dict[str, Any] = response.json()
     return error
 
 
 async def fetch(url: str) -> bytes:
     """What a browser gets under a URL of the answer."""
-    async with caller("") as client:
+    async with service_client("") as client:
         response = await client.get(url)
         assert response.status_code == 200
         return response.content
@@ -110,8 +111,8 @@ async def test_a_speech_job_gives_a_video_that_talks(service: Service, sandbox: 
     assert (looked_at.video, looked_at.audio) == ("h264", "aac")
     assert min(looked_at.width, looked_at.height) == 512
     assert looked_at.seconds == pytest.approx(6.0, abs=0.1)
-    told = ffmpeg("-i", str(video), "-af", "silencedetect=noise=-40dB:d=0.1", "-vn", "-f", "null", "-")
-    assert float(re.findall(r"silence_end: ([\d.]+)", told)[0]) == pytest.approx(0.5, abs=0.06)
+    silences = ffmpeg("-i", str(video), "-af", "silencedetect=noise=-40dB:d=0.1", "-vn", "-f", "null", "-")
+    assert float(re.findall(r"silence_end: ([\d.]+)", silences)[0]) == pytest.approx(0.5, abs=0.06)
     assert ffmpeg("-v", "warning", "-i", str(video), "-f", "null", "-") == ""
     assert media.probe(silent).audio == ""
     assert (media.probe(speech).audio, media.probe(speech).sample_rate) == ("mp3", 44_100)
@@ -243,7 +244,7 @@ async def test_certificates_of_the_environment_are_heeded(
             if variable:
                 assert (await look_up).status == 200
             else:
-                assert "CERTIFICATE_VERIFY_FAILED" in (await error_of(look_up)).detail
+                assert "CERTIFICATE_VERIFY_FAILED" in (await error_from(look_up)).detail
         finally:
             main.tls_context.cache_clear()
     assert caplog.messages == []
@@ -293,7 +294,7 @@ async def test_ten_speech_jobs_at_once(housed: Housed, sandbox: Sandbox) -> None
     assert slowest <= 0.1
     assert len({answer["final_url"] for answer in answers}) == len(answers) >= 10
     assert len(sandbox.predictions) == len(answers)
-    assert left_in(housed.folder) == []
+    assert files_in(housed.folder) == []
 
 
 # The owner's bucket, and the service's own machine

@@ -20,9 +20,9 @@ import imageio_ffmpeg  # type: ignore[import-untyped]
 import pytest
 
 import main
-from tests import jobs, network
-from tests.jobs import needs_proc
-from tests.network import reply
+from tests.support import network, processes
+from tests.support.network import reply
+from tests.support.processes import needs_proc
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("_no_child_left")]
 
@@ -43,7 +43,7 @@ def ffmpeg(*arguments: object) -> "subprocess.CompletedProcess[bytes]":
 
 def children() -> set[int]:
     """The ffmpeg processes that this one has started and not yet reaped."""
-    return set(jobs.children(os.getpid(), "ffmpeg"))
+    return set(processes.children(os.getpid(), "ffmpeg"))
 
 
 @pytest.fixture
@@ -138,10 +138,10 @@ class Clip:
 
     def __init__(self, path: Path) -> None:
         read = ffmpeg("-i", path, "-map", "0", "-c", "copy", "-f", "framecrc", "-")
-        told = read.stderr.decode()
-        hours, minutes, seconds = re.findall(r"Duration: (\d+):(\d+):([\d.]+)", told)[0]
+        report = read.stderr.decode()
+        hours, minutes, seconds = re.findall(r"Duration: (\d+):(\d+):([\d.]+)", report)[0]
         self.seconds = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        inputs = told.partition("Output #0")[0]
+        inputs = report.partition("Output #0")[0]
         self.streams = re.findall(r"Stream #0:\d.*?: ((?:Video|Audio|Subtitle|Data): \w+)", inputs)
         self.packets: list[list[Packet]] = [[] for _ in self.streams]
         lines = read.stdout.decode().replace(" ", "").splitlines()
@@ -259,8 +259,8 @@ async def test_the_speech_starts_half_a_second_in(fit, studio):
 
 async def test_a_videos_own_sound_is_not_heard(studio):
     """Of the two tones only the speech's is in the clip."""
-    own, heard = Sound(studio.video(SOUNDING)), Sound(await studio.clip(SOUNDING, 9, "shortest"))
-    assert (own.hz, heard.hz) == pytest.approx((VIDEO_HZ, SPEECH_HZ), rel=0.02)
+    own, request_heads = Sound(studio.video(SOUNDING)), Sound(await studio.clip(SOUNDING, 9, "shortest"))
+    assert (own.hz, request_heads.hz) == pytest.approx((VIDEO_HZ, SPEECH_HZ), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path
         for inputs in ((media, speech), (video, media)):
             with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
                 await main.run_ffmpeg(main.mux_arguments(*inputs, "mp3", "speech", final), 10)
-    assert server.was_silent()
+    assert server.was_never_contacted()
 
 
 @pytest.mark.parametrize(
@@ -425,8 +425,8 @@ def test_a_huge_frame_does_not_fill_the_memory(studio, final, tmp_path):
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     mux = [FFMPEG, *main.mux_arguments(video, studio.speech(3), "mp3", "shortest", final)]
-    told = subprocess.run([sys.executable, "-c", program, *mux], capture_output=True, check=True, timeout=60)
-    assert int(told.stdout) * (1 if sys.platform == "darwin" else 1024) < 110_000_000
+    measured = subprocess.run([sys.executable, "-c", program, *mux], capture_output=True, check=True, timeout=60)
+    assert int(measured.stdout) * (1 if sys.platform == "darwin" else 1024) < 110_000_000
 
 
 # The process

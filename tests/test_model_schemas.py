@@ -11,8 +11,8 @@ import pytest
 import respx
 
 import main
-from tests import network
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, told
+from tests.support import network
+from tests.support.application import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, error_kind
 
 PICTURE_URL = "https://example.com/pet.jpg"
 SPEECH_URL = "https://example.com/speech.mp3"
@@ -419,7 +419,7 @@ def test_a_schema_that_makes_no_sense_is_the_providers_failure(schemas):
     """Told as such, naming the model."""
     with pytest.raises(main.ProviderFailed) as caught:
         main.video_model("some/model", None, schemas)
-    assert told(caught.value) == (500, "provider", "replicate")
+    assert error_kind(caught.value) == (500, "provider", "replicate")
     assert (
         caught.value.detail == "Replicate answered without an input schema of some/model that a person could fill in."
     )
