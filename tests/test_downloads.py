@@ -15,6 +15,7 @@ import pytest
 
 import main
 from tests.support import network
+from tests.support.application import in_lifespan
 from tests.support.network import PATH, URL, Answer, Answers, Internet, Server, redirect, reply
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
@@ -152,7 +153,7 @@ async def test_silence_is_not_waited_for_without_end(
 
     internet.add("pets.example", serve({PATH: [fall_silent, reply(200, b"video")]}))
 
-    await asyncio.wait_for(main.download(URL, target), 5)
+    await asyncio.wait_for(in_lifespan(main.download(URL, target)), 5)
 
     assert target.read_bytes() == b"video"
 

@@ -23,7 +23,7 @@ import main
 from tests.conftest import PACE
 from tests.sandbox import Sandbox, Service, media
 from tests.support import network
-from tests.support.application import error_from
+from tests.support.application import error_from, in_lifespan
 from tests.support.network import PUBLIC, Internet, redirect, reply
 from tests.support.processes import files_in, needs_proc
 from tests.support.requests import prompt_job, service_client, short_video, speech_job
@@ -240,7 +240,7 @@ async def test_certificates_of_the_environment_are_heeded(
         main.get_settings.cache_clear()
         main.tls_context.cache_clear()
         try:
-            look_up = main.call_replicate("GET", "models/a/b", main.MODEL_RETRY)
+            look_up = in_lifespan(main.call_replicate("GET", "models/a/b", main.MODEL_RETRY))
             if variable:
                 assert (await look_up).status == 200
             else:

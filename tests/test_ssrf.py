@@ -13,7 +13,7 @@ import pytest
 
 import main
 from tests.support import network
-from tests.support.application import SECRETS, log_lines, use_settings
+from tests.support.application import SECRETS, in_lifespan, log_lines, use_settings
 from tests.support.network import PATH, PUBLIC, URL, Answers, Internet, Server, debug_head, redirect, reply
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
@@ -215,7 +215,7 @@ async def test_the_next_address_is_tried(
 
     monkeypatch.setattr("anyio.connect_tcp", connect)
     monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(5, connect=0.3))
-    await main.download(URL, tmp_path / "video.mp4")
+    await in_lifespan(main.download(URL, tmp_path / "video.mp4"))
     assert (internet.looked_up, internet.connected[-1]) == (["pets.example"], PUBLIC)
 
 
@@ -254,7 +254,7 @@ async def test_a_slow_look_up_has_the_time_of_a_connection(
 
     monkeypatch.setattr(socket, "getaddrinfo", slow_at_first)
     monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(5, connect=0.05))
-    await main.download(URL, tmp_path / "video.mp4")
+    await in_lifespan(main.download(URL, tmp_path / "video.mp4"))
     answered.set()
 
     assert "(ConnectTimeout looking up pets.example took too long)" in log_lines(caplog)[0]
@@ -324,7 +324,7 @@ async def test_a_proxy_of_the_environment_is_not_used(
     internet.add("pets.example", serve({PATH: reply(200, b"video")}))
     for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, internet.internal_server.url)
-    await main.download(URL, tmp_path / "video.mp4")
+    await in_lifespan(main.download(URL, tmp_path / "video.mp4"))
     assert (tmp_path / "video.mp4").read_bytes() == b"video"
     assert internet.internal_server.was_never_contacted()
 
@@ -335,7 +335,12 @@ async def test_a_proxy_of_the_environment_is_not_used(
     "http://10.1.2.3:9000/self/hosted".split(),
 )
 async def test_the_owners_storage_is_trusted(
-    storage: str, serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    storage: str,
+    serve: Serve,
+    client: httpx.AsyncClient,
+    internet: Internet,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """A storage inside the owner's network works, however its address is written, with the owner's own bucket."""
     path = httpx.URL(storage).path.rstrip("/") + "/storage/v1/object"

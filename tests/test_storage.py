@@ -73,8 +73,8 @@ async def test_a_video_is_read_piece_by_piece(tmp_path):
     assert max(map(len, pieces)) <= 1_000_000
 
 
-async def test_a_failed_upload_is_repeated_from_the_first_byte(content):
-    """Also without a running service: the helper stands on its own."""
+async def test_a_failed_upload_is_repeated_from_the_first_byte(client, content):
+    """Each attempt sends the whole file, from memory and from disk."""
     with respx.mock as router:
         outcomes = [httpx.ReadError("reset"), httpx.Response(503), httpx.Response(200, json=STORED)]
         route = router.post(UPLOAD_URL).mock(side_effect=outcomes)

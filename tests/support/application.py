@@ -6,7 +6,7 @@ Only what lies outside main.py is replaced: the environment here, HTTP by respx 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -21,6 +21,7 @@ SECRETS = {
     "REPLICATE_API_TOKEN": "r8_0123456789abcdefghijABCDEFGHIJ",
     "SUPABASE_SERVICE_ROLE": "eyJhbGciOiJIUzI1NiJ9.eyJyb2xlIjoic2VydmljZSJ9.c2lnbmF0dXJl",
 }
+Result = TypeVar("Result")
 FAST = {"POLL_MIN_SECONDS": "0.0001", "RETRY_FIRST_SECONDS": "0.0001", "PATIENCE_SECONDS": "0.4"}
 
 
@@ -38,6 +39,12 @@ async def running_application() -> AsyncIterator[httpx.AsyncClient]:
         transport = httpx.ASGITransport(main.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
             yield client
+
+
+async def in_lifespan(work: Awaitable[Result]) -> Result:
+    """The result of some work while the application is started: providers are called only then."""
+    async with main.lifespan(main.app):
+        return await work
 
 
 async def error_from(work: Awaitable[Any]) -> main.ServiceError:
