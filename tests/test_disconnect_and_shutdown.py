@@ -51,12 +51,16 @@ PARTIAL = {  # what was bought by then; a create that is on its way is waited fo
 class HoldingService:
     """A sandbox, and a service beside it, whose jobs can be held at a stage."""
 
-    def __init__(self, sandbox: Sandbox, folder: Path, graceful_s: int = 10) -> None:
+    def __init__(self, sandbox: Sandbox, folder: Path, graceful_s: int = 10, mux_rate: float = 0.1) -> None:
         self.sandbox, self.folder, self.slow_next = sandbox, folder / "tmp", folder / "slow-next"
         self.folder.mkdir(parents=True)
-        ffmpeg = folder / "ffmpeg"  # the real one; told to, it reads the video no faster than it plays
+        ffmpeg = (
+            folder / "ffmpeg"
+        )  # the real one; where `slow_next` exists, it reads the video no faster than it plays, times `mux_rate`
         real = imageio_ffmpeg.get_ffmpeg_exe()
-        ffmpeg.write_text(f'#!/bin/sh\n/bin/rm "{self.slow_next}" 2>&- && exec "{real}" -re "$@"\nexec "{real}" "$@"\n')
+        ffmpeg.write_text(
+            f'#!/bin/sh\n/bin/rm "{self.slow_next}" 2>&- && exec "{real}" -readrate {mux_rate} "$@"\nexec "{real}" "$@"\n'
+        )
         ffmpeg.chmod(0o755)
         changes = {"TMPDIR": str(self.folder), "IMAGEIO_FFMPEG_EXE": str(ffmpeg)}
         self.service = Service({**sandbox.environment(), **PACE, **changes}, graceful_s=graceful_s)
@@ -167,7 +171,7 @@ async def end_service(seen: EndedProcesses, folder: Path, patience: str, form: s
     graceful_s, hold_s = (30, VIDEO_S) if patience == "enough" else (1, 20.0)
     with Sandbox() as sandbox:
         sandbox.video(short_video(VIDEO_S))
-        held = HoldingService(sandbox, folder / f"{patience}-{form}", graceful_s)
+        held = HoldingService(sandbox, folder / f"{patience}-{form}", graceful_s, 1 if patience == "enough" else 0.1)
         await anyio.to_thread.run_sync(held.service.start)
         try:
             seen[patience, form] = await hold_and_end(held, hold_s, form)

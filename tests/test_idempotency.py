@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import anyio
@@ -225,6 +225,23 @@ HOLDS = {
 }  # fmt: skip
 
 
+HOLD_S = {"create": 4, "created": 2}
+
+
+def has_taken_effect(front: FrontEnd, stage: str, stored_before: int) -> bool:
+    """Whether the call that holds a job at this stage has been carried out by the provider."""
+    stored = len(front.sandbox.objects) - stored_before  # the job's record, its speech and its final video
+    if stage == "speech":
+        return front.sandbox.speeches[f"I am {stage}"] == 1
+    if stage in ("create", "video", "download"):
+        return bool(front.sandbox.created(prompt=stage))
+    if stage in ("begun", "audio_upload", "final_upload"):
+        return stored >= {"begun": 1, "audio_upload": 2, "final_upload": 3}[stage]
+    if stage == "done":
+        return "answer" in front.record
+    return {"spoken": "audio_url", "created": "prediction_id"}[stage] in front.record["partial"]
+
+
 class Resumed(NamedTuple):
     """Jobs that their process did not finish: what came of them, of the same requests again, and the files between."""
 
@@ -257,10 +274,13 @@ async def end_and_send_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], serv
 
     async with anyio.create_task_group() as tasks:
         for stage, (call, number) in HOLDS.items():
-            wanted = len(sandbox.calls(call)) + number
-            fronts[stage].fault(call, number, "slow", seconds=2 if stage.startswith("create") else 20)
+            wanted, stored_before = len(sandbox.calls(call)) + number, len(sandbox.objects)
+            fronts[stage].fault(call, number, "slow", seconds=HOLD_S.get(stage, 60))
             tasks.start_soon(send, stage, resumed.first)
-            assert await wait_until(lambda call=call, n=wanted: len(sandbox.calls(call)) >= n, 10), f"no job at {stage}"
+            assert await wait_until(lambda call=call, n=wanted: len(sandbox.calls(call)) >= n), f"no job at {stage}"
+            # The provider has heard of the call; its effect is there a moment later, and only its answer is held.
+            is_done = partial(has_taken_effect, fronts[stage], stage, stored_before)
+            assert await wait_until(is_done), f"the call at {stage} has no effect"
         assert await wait_until(lambda: sandbox.created(prompt="create"))
         await anyio.to_thread.run_sync(service.stop, by)
     resumed.records.update((stage, front.record) for stage, front in fronts.items())

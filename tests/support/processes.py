@@ -53,7 +53,7 @@ def status_number(pid: int, name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-async def wait_until(condition: Callable[[], Any], seconds: float = 5.0) -> bool:
+async def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> bool:
     """Whether something becomes true within so many seconds; looked at every few milliseconds."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -29,8 +29,8 @@ def speech_job(sandbox: Sandbox, **changes: Any) -> dict[str, Any]:
 
 
 def service_client(url: str, **options: Any) -> httpx.AsyncClient:
-    """A client of the service that waits for half a minute at most; it loads no certificates, which takes a moment."""
-    return httpx.AsyncClient(base_url=url, trust_env=False, verify=False, timeout=30, **options)
+    """A client of the service that waits for two minutes at most; it loads no certificates, which takes a moment."""
+    return httpx.AsyncClient(base_url=url, trust_env=False, verify=False, timeout=120, **options)
 
 
 @lru_cache
