@@ -69,7 +69,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def clean_environ(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting of the developer's reaches a test, except a live one; settings are read again in each test."""
+    """Keep the developer's settings out of all tests but live ones; each test reads the settings anew."""
     if not request.node.get_closest_marker("live"):
         for name in SETTINGS:
             monkeypatch.setenv(name, "")
@@ -79,7 +79,7 @@ def clean_environ(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 def forget_settings() -> None:
-    """Let `main`, if it is loaded, read its settings again."""
+    """Make `main`, if it is loaded, read its settings anew."""
     if "main" in sys.modules:
         sys.modules["main"].get_settings.cache_clear()
 
@@ -140,12 +140,12 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """The application running in this process; nothing that a test does stays in it."""
+    """A client of the application, which runs in this process for the tests of one module."""
     async with running_application() as client:
         yield client
 
 
-# Commands that take seconds, most of them spent waiting, run beside the other tests of their file
+# Commands that mostly wait for seconds run while other tests of their file do
 
 
 class BackgroundCommand(NamedTuple):
@@ -155,7 +155,7 @@ class BackgroundCommand(NamedTuple):
     folder: Path
 
     def outcome(self) -> tuple[int, str, str]:
-        """Its exit code, what it told and what it complained of; it has two minutes from now."""
+        """Its exit code, its output and its errors; it has two minutes from now."""
         output, errors = self.process.communicate(timeout=120)
         return self.process.returncode, output, errors
 
@@ -167,7 +167,7 @@ def background_commands(
     """The commands of the module's tests marked `beside`, by the test's id, started before its first test."""
     started: dict[str, BackgroundCommand] = {}
     environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
-    # Ctrl-C is to end them also where whoever runs the tests ignores it, as a shell's background jobs do.
+    # Ctrl-C must end them even if the tests run as a shell's background job, which ignores it.
     kept = signal.signal(signal.SIGINT, signal.default_int_handler)
     for item in request.session.items:
         if item.path == request.path and (mark := item.get_closest_marker("beside")):

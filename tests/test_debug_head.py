@@ -25,8 +25,8 @@ REFUSED = reply(405)
 HEAD, GET = f"HEAD {PATH}", f"GET {PATH}"
 
 
-async def test_three_fields_are_told(client: httpx.AsyncClient, pets: Server) -> None:
-    """The answer holds status, content type and size, and no other header or byte of the remote answer."""
+async def test_the_answer_has_three_fields(client: httpx.AsyncClient, pets: Server) -> None:
+    """Status, content type and size; no other header and no byte of the remote response."""
     pets.answers[PATH] = [reply(200, b"video", content_type="video/mp4", x_inside="s3cret", server="s3cret/1")]
     answer = await debug_head(client)
     assert answer.status_code == 200
@@ -51,10 +51,10 @@ async def test_three_fields_are_told(client: httpx.AsyncClient, pets: Server) ->
         pytest.param(reply(content_length="9" * 19), 200, None, None, id="more than a signed 64-bit number"),
     ],
 )
-async def test_what_the_remote_answer_says_is_told(
+async def test_remote_status_type_and_size_are_passed_on(
     remote: bytes, status: int, content_type: str | None, size: int | None, client: httpx.AsyncClient, pets: Server
 ) -> None:
-    """A remote error is what the caller wants to see; type and size are told if they can be some."""
+    """A remote error is a result too; a type or size that is not valid is null or cut."""
     pets.answers[PATH] = [remote]
     answer = await debug_head(client)
     assert answer.status_code == 200
@@ -66,7 +66,7 @@ async def test_what_the_remote_answer_says_is_told(
 
 @pytest.mark.parametrize("refused", [400, 403, 404, 405, 500, 501])
 async def test_a_refused_head_falls_back_to_a_ranged_get(refused: int, client: httpx.AsyncClient, pets: Server) -> None:
-    """A server that takes no HEAD is asked for the first byte, and the whole size is told."""
+    """A server that rejects HEAD is asked for the first byte, and the whole size is returned."""
     part = reply(206, b"f", content_type="video/mp4", content_range="bytes 0-0/12345")
     pets.answers |= {HEAD: [reply(refused)], GET: [part]}
     answer = await debug_head(client)
@@ -90,13 +90,13 @@ async def test_a_refused_head_falls_back_to_a_ranged_get(refused: int, client: h
 async def test_the_size_of_a_part_is_not_taken_for_the_whole(
     partial: bytes, size: int | None, client: httpx.AsyncClient, pets: Server
 ) -> None:
-    """Of a part, only what its Content-Range tells is the file's size."""
+    """The size of a partial response comes from its Content-Range header only."""
     pets.answers |= {HEAD: [REFUSED], GET: [partial]}
     assert (await debug_head(client)).json()["bytes"] == size
 
 
 async def test_the_ranged_get_follows_redirects_too(client: httpx.AsyncClient, pets: Server) -> None:
-    """The fallback starts at the URL that was asked for."""
+    """The fallback starts again at the URL of the request."""
     part = reply(206, b"f", content_range="bytes 0-0/9")
     pets.answers |= {PATH: [redirect("/other.mp4")], "HEAD /other.mp4": [REFUSED], "GET /other.mp4": [part]}
     assert (await debug_head(client)).json() == {"status": 206, "content_type": None, "bytes": 9}
@@ -105,7 +105,7 @@ async def test_the_ranged_get_follows_redirects_too(client: httpx.AsyncClient, p
 
 @pytest.mark.parametrize("request_line", [HEAD, GET])
 async def test_an_endless_body_is_never_read(request_line: str, client: httpx.AsyncClient, pets: Server) -> None:
-    """The head of an answer is enough: the connection is closed before its body is read."""
+    """The connection is closed after the headers, before the body is read."""
     sent: list[int] = []
     left = threading.Event()
 
@@ -126,16 +126,16 @@ async def test_an_endless_body_is_never_read(request_line: str, client: httpx.As
     assert sum(sent) < 20_000_000  # what the system's buffers hold
 
 
-# No answer, or none in time
+# Servers that do not respond in time
 
 
 def never(connection: socket.socket) -> None:
-    """Say nothing until the other side leaves."""
+    """Send nothing until the client disconnects."""
     connection.recv(1)
 
 
 def drip(connection: socket.socket) -> None:
-    """Begin an answer that never gets to its end, a byte at a time."""
+    """Send a response head a byte at a time, without end."""
     connection.sendall(b"HTTP/1.1 200 OK\r\nX-Drip: ")
     while True:
         connection.sendall(b"x")
@@ -143,7 +143,7 @@ def drip(connection: socket.socket) -> None:
 
 
 def slow_redirect(connection: socket.socket) -> None:
-    """A redirect to itself after a while: no single step is late, all together are."""
+    """Redirect to the same URL after a while: no single step is late, all together are."""
     time.sleep(0.08)
     connection.sendall(redirect(PATH))
 
@@ -151,14 +151,14 @@ def slow_redirect(connection: socket.socket) -> None:
 @pytest.mark.parametrize(
     ("request_line", "answer_late"), [(HEAD, never), (HEAD, drip), (HEAD, slow_redirect), (GET, never)]
 )
-async def test_the_limit_is_for_all_steps_together(
+async def test_the_time_limit_covers_all_steps_together(
     request_line: str,
     answer_late: Callable[[socket.socket], None],
     client: httpx.AsyncClient,
     pets: Server,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """However a server wastes time, the answer comes within the limit, which is ten seconds outside of tests."""
+    """However a server wastes time, the answer comes within HEAD_TIMEOUT_S, ten seconds outside of tests."""
     assert main.HEAD_TIMEOUT_S == 10.0
     monkeypatch.setattr(main, "HEAD_TIMEOUT_S", 0.15)
     pets.answers |= {HEAD: [REFUSED], request_line: [answer_late]}
@@ -167,10 +167,10 @@ async def test_the_limit_is_for_all_steps_together(
     assert answer.json()["detail"] == "The URL did not answer within 0.15 s."
 
 
-async def test_names_that_take_long_hold_up_no_video(
+async def test_slow_name_look_ups_do_not_delay_downloads(
     client: httpx.AsyncClient, pets: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whoever asks for many names that nobody answers for keeps others waiting here, but no download."""
+    """Forty names that no name server answers for delay other /debug/head requests only."""
     answered, known = threading.Event(), socket.getaddrinfo
 
     def look_up(host: Any, *arguments: Any, **options: Any) -> Any:
@@ -206,8 +206,10 @@ def endless_headers(connection: socket.socket) -> None:
         pytest.param(reply(content_length="１２".encode().decode("latin-1")), id="full-width digits"),
     ],
 )
-async def test_what_is_no_http_is_a_failed_answer(remote: Answer, client: httpx.AsyncClient, pets: Server) -> None:
-    """Whatever answers in place of an HTTP server, the caller is told so."""
+async def test_a_response_that_is_not_http_is_a_failed_resource(
+    remote: Answer, client: httpx.AsyncClient, pets: Server
+) -> None:
+    """Another protocol, endless headers and an invalid length are each a 500 with the reason."""
     pets.answers[PATH] = [remote]
     answer = await debug_head(client)
     assert (answer.status_code, answer.json()["category"]) == (500, "resource")

@@ -1,4 +1,4 @@
-"""The client leaves, or the host ends the process, at every stage of a job: nothing goes on, nothing is left, nothing is lost."""
+"""The client disconnects, or the process gets SIGTERM, at every stage of a job: what is cancelled, finished and left."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ HOLDS: dict[str, list[str]] = {
     "mux": [],
     "final_upload": ["upload", "upload"],
 }
-MADE = ("create", "video", "download", "mux", "final_upload")  # stages at which there is a prediction
-PARTIAL = {  # what was bought by then; a create that is on its way is waited for
+MADE = ("create", "video", "download", "mux", "final_upload")  # the stages with a prediction
+PARTIAL = {  # what was paid for by then; a create in flight is awaited
     **dict.fromkeys(("speech", "audio_upload"), set[str]()),
     **dict.fromkeys(("create", "video"), {"audio_url", "prediction_id"}),
     **dict.fromkeys(("download", "mux", "final_upload"), {"audio_url", "prediction_id", "video_url"}),
@@ -49,7 +49,7 @@ PARTIAL = {  # what was bought by then; a create that is on its way is waited fo
 
 
 class HoldingService:
-    """A sandbox, and a service beside it, whose jobs can be held at a stage."""
+    """A service and its sandbox, whose jobs can be held at a stage."""
 
     def __init__(self, sandbox: Sandbox, folder: Path, graceful_s: int = 10, mux_rate: float = 0.1) -> None:
         self.sandbox, self.folder, self.slow_next = sandbox, folder / "tmp", folder / "slow-next"
@@ -66,7 +66,7 @@ class HoldingService:
         self.service = Service({**sandbox.environment(), **PACE, **changes}, graceful_s=graceful_s)
 
     def is_listening(self) -> bool:
-        """Whether the service takes connections."""
+        """Whether the service accepts connections."""
         with socket.socket() as service_client:
             return service_client.connect_ex(("127.0.0.1", self.service.port)) == 0
 
@@ -75,7 +75,7 @@ class HoldingService:
         return speech_job(self.sandbox, fit="video")
 
     def prepare(self, stage: str, seconds: float) -> None:
-        """Let the next job stand still at a stage for so long (the mux: for the video's length)."""
+        """Let the next job be held at a stage for so many seconds."""
         for call in HOLDS[stage][:-1]:
             self.sandbox.fault(call, "slow", seconds=0)
         for call in HOLDS[stage][-1:]:
@@ -84,29 +84,29 @@ class HoldingService:
             self.slow_next.touch()
 
     def count(self, stage: str) -> int:
-        """How often a job has come so far; the mux: whether ffmpeg runs slowly now."""
+        """How many jobs have reached the stage so far; for the mux, whether ffmpeg runs slowly now."""
         if stage == "mux":
             return len(children(self.service.pid)) if not self.slow_next.exists() else 0
         return len(self.sandbox.calls(HOLDS[stage][-1]))
 
     def wanted(self, stage: str) -> int:
-        """The count at which the next job stands at the stage."""
+        """The count at which the next job is held at the stage."""
         return self.count(stage) + max(1, len(HOLDS[stage]))
 
 
-# The client leaves
+# The client disconnects
 
 
 @pytest.fixture(scope="module")
 def running(running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HoldingService]:
-    """One service for all that leave."""
+    """One service for all tests of disconnecting clients."""
     held = HoldingService(running_sandbox, tmp_path_factory.mktemp("leaving") / "service")
     with held.service:
         yield held
 
 
 def request_bytes(body: dict[str, Any], accept: str) -> bytes:
-    """A speech job as it goes over the wire."""
+    """A speech job as it is sent over the connection."""
     content = json.dumps(body).encode()
     head = f"Host: x\r\nAccept: {accept}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
     return f"POST /jobs_prompt_tts HTTP/1.1\r\n{head}\r\n\r\n".encode() + content
@@ -114,10 +114,10 @@ def request_bytes(body: dict[str, Any], accept: str) -> bytes:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
-async def test_a_client_that_leaves_ends_its_job(
+async def test_a_disconnect_cancels_a_job_without_a_key(
     running: HoldingService, sandbox: Sandbox, stage: str, form: str
 ) -> None:
-    """Within a second the video is cancelled, ffmpeg reaped and every file gone; nothing further is bought."""
+    """Within a second the prediction is cancelled, ffmpeg is reaped and every file removed; nothing more is paid for."""
     sandbox.video(short_video(VIDEO_S))
     running.prepare(stage, seconds=0.4 if stage == "create" else 3)
     if stage == "video":
@@ -141,19 +141,19 @@ async def test_a_client_that_leaves_ends_its_job(
     assert len(videos) == (stage in MADE)
 
 
-# The host ends the process
+# Graceful shutdown
 
 
 @dataclass
 class HeldJob:
-    """What came of one job when the process was ended: its answer, and what its prediction was; None: there is none."""
+    """A job when its process was ended: its outcome, and the status of its prediction; None if there is none."""
 
     outcome: JobOutcome | None = None
     video: str | None = None
 
 
 class EndedProcess(NamedTuple):
-    """What came of a process that was ended with a job at every stage; closed: it took no connections soon after."""
+    """A process that was ended with a job at every stage; `is_closed`: it soon accepted no connections."""
 
     jobs: dict[str, HeldJob]
     code: int | None
@@ -167,7 +167,7 @@ EndedProcesses = dict[tuple[str, str], EndedProcess]
 
 
 async def end_service(seen: EndedProcesses, folder: Path, patience: str, form: str) -> None:
-    """Start a service, hold a job at every stage, and end it: with enough time or too little, asked in either form."""
+    """Start a service, hold a job at every stage, and end it, with enough time or too little."""
     graceful_s, hold_s = (30, VIDEO_S) if patience == "enough" else (1, 20.0)
     with Sandbox() as sandbox:
         sandbox.video(short_video(VIDEO_S))
@@ -180,7 +180,7 @@ async def end_service(seen: EndedProcesses, folder: Path, patience: str, form: s
 
 
 async def hold_and_end(held: HoldingService, hold_s: float, form: str) -> EndedProcess:
-    """A job at every stage, then SIGTERM; what comes of each."""
+    """Hold a job at every stage, send SIGTERM, and return what came of each."""
     jobs: dict[str, HeldJob] = {}
 
     async def job(held_job: HeldJob) -> None:
@@ -188,7 +188,7 @@ async def hold_and_end(held: HoldingService, hold_s: float, form: str) -> EndedP
 
     async with anyio.create_task_group() as tasks:
         for stage in reversed(HOLDS):  # the ones that take longest to get there first
-            # A create on its way is waited for five seconds, to learn which video to cancel.
+            # A create in flight is awaited, to know which prediction to cancel.
             held.prepare(stage, hold_s if stage != "create" else min(hold_s, 4))
             wanted, known = held.wanted(stage), set(held.sandbox.predictions)
             jobs[stage] = HeldJob()
@@ -210,7 +210,7 @@ async def hold_and_end(held: HoldingService, hold_s: float, form: str) -> EndedP
 
 
 async def end_all_services(folder: Path) -> EndedProcesses:
-    """Each combination, all at once."""
+    """Every combination of time and response form, all at once."""
     seen: EndedProcesses = {}
     async with anyio.create_task_group() as tasks:
         for patience in ("enough", "too little"):
@@ -221,21 +221,21 @@ async def end_all_services(folder: Path) -> EndedProcesses:
 
 @pytest.fixture(scope="module", autouse=True)
 def all_ended_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[EndedProcesses]]:
-    """The four, beside the tests that come before those which judge them: most of it is waiting."""
+    """The four processes, ended while the tests before those that judge them run: most of it is waiting."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(anyio.run, end_all_services, tmp_path_factory.mktemp("endings"))
 
 
 @pytest.fixture(scope="module")
 def ended_processes(all_ended_processes: Future[EndedProcesses]) -> EndedProcesses:
-    """What came of each of the four."""
+    """What came of each of the four processes."""
     return all_ended_processes.result()
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
-def test_a_job_that_can_finish_in_time_does(ended_processes: EndedProcesses, stage: str, form: str) -> None:
-    """SIGTERM with enough time: the answer is the video, and its prediction was never cancelled."""
+def test_a_job_finishes_within_the_graceful_shutdown(ended_processes: EndedProcesses, stage: str, form: str) -> None:
+    """SIGTERM with enough time: the client gets the video, and the prediction was never cancelled."""
     job = ended_processes["enough", form].jobs[stage]
     assert job.outcome
     assert (job.outcome.status, set(job.outcome.data)) == (200, {"audio_url", "video_url", "final_url"}), (
@@ -246,8 +246,10 @@ def test_a_job_that_can_finish_in_time_does(ended_processes: EndedProcesses, sta
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
-def test_a_job_that_cannot_is_told_and_cancelled(ended_processes: EndedProcesses, stage: str, form: str) -> None:
-    """SIGTERM with too little time: an error with what was bought, and the video is cancelled before the process ends."""
+def test_a_job_that_cannot_finish_is_cancelled_with_an_error(
+    ended_processes: EndedProcesses, stage: str, form: str
+) -> None:
+    """SIGTERM with too little time: a 500 with `partial`, and the prediction is cancelled before the process ends."""
     job = ended_processes["too little", form].jobs[stage]
     assert job.outcome
     assert (job.outcome.kind[:2], job.outcome.data["provider"]) == ((500, "internal"), None), job.outcome.text
@@ -259,8 +261,8 @@ def test_a_job_that_cannot_is_told_and_cancelled(ended_processes: EndedProcesses
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("patience", ["enough", "too little"])
-def test_a_process_that_ends_leaves_nothing(ended_processes: EndedProcesses, patience: str, form: str) -> None:
-    """No file, no ffmpeg, no traceback; it takes no connection after the signal, and ends by it soon after its jobs."""
+def test_a_process_that_ends_leaves_nothing_behind(ended_processes: EndedProcesses, patience: str, form: str) -> None:
+    """No file, no ffmpeg and no traceback; it accepts no connection after the signal and ends soon after its jobs."""
     ended = ended_processes[patience, form]
     assert ended.is_closed, "the host sends new jobs to the next instance"
     assert ended.left == []
@@ -269,8 +271,8 @@ def test_a_process_that_ends_leaves_nothing(ended_processes: EndedProcesses, pat
     assert ended.seconds < 15
 
 
-async def test_a_client_that_leaves_an_ending_process_leaves_no_video(sandbox: Sandbox) -> None:
-    """A video is cancelled to the end, also if the process's own time is over while that is being done."""
+async def test_a_cancel_is_finished_after_the_graceful_shutdown(sandbox: Sandbox) -> None:
+    """The prediction of a client that disconnected is cancelled, even if that takes longer than the process had."""
     sandbox.outcome("never")
     sandbox.fault("cancel", "status", times=2, status=503)
     environment = {**sandbox.environment(), **PACE, "RETRY_FIRST_SECONDS": "0.3"}
@@ -286,8 +288,8 @@ async def test_a_client_that_leaves_an_ending_process_leaves_no_video(sandbox: S
 
 
 @pytest.mark.parametrize("is_native", [True, False], ids=["Ctrl-C twice", "unwatched"])
-async def test_the_end_of_the_process_ends_every_job(settings: None, is_native: bool) -> None:
-    """Also one whose request has ended without a word; whoever still waits is told."""
+async def test_the_end_of_the_lifespan_ends_every_job(settings: None, is_native: bool) -> None:
+    """A job whose request has already ended is stopped too, and clients that still wait get the error."""
     job = main.Job("-", "-")
     async with main.lifespan(main.app):
         assert main._running is not None

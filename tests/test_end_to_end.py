@@ -1,4 +1,4 @@
-"""The unchanged service and the sandbox over real sockets: what a front end gets is a video that can be watched."""
+"""The unchanged service and the sandbox over real sockets: the client gets a video that plays."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def ffmpeg(*arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stderr
 
 
-# Videos that can be watched
+# The videos
 
 
-async def test_a_speech_job_gives_a_video_that_talks(service: Service, sandbox: Sandbox, tmp_path: Path) -> None:
-    """The final video is as long as asked for, with our speech half a second in; the speech can be played by itself."""
+async def test_a_speech_job_makes_a_talking_video(service: Service, sandbox: Sandbox, tmp_path: Path) -> None:
+    """The final video has the requested length, with the speech half a second in; the speech plays by itself."""
     sandbox.speech_seconds = 3.0
     answer = await finished(service, "/jobs_prompt_tts", speech_job(sandbox, resolution="512p", fit="video"))
     video, silent, speech = [await kept(answer[f"{name}_url"], tmp_path) for name in ("final", "video", "audio")]
@@ -119,8 +119,8 @@ async def test_a_speech_job_gives_a_video_that_talks(service: Service, sandbox: 
     assert media.probe(speech).seconds == pytest.approx(3.0, abs=0.1)
 
 
-async def test_a_model_that_speaks_is_stored_as_it_is(service: Service, sandbox: Sandbox) -> None:
-    """It is given the speech, and its video becomes the final one byte for byte."""
+async def test_the_video_of_a_speaking_model_is_stored_unchanged(service: Service, sandbox: Sandbox) -> None:
+    """The model gets the speech, and its video becomes the final one byte for byte."""
     sandbox.video(short_video())
     answer = await finished(service, "/jobs_prompt_tts", speech_job(sandbox, model="wan-video/wan-2.5-i2v"))
     [prediction] = sandbox.predictions.values()
@@ -128,11 +128,11 @@ async def test_a_model_that_speaks_is_stored_as_it_is(service: Service, sandbox:
     assert await fetch(answer["final_url"]) == await fetch(answer["video_url"]) == prediction.video
 
 
-# Nothing is bought in vain
+# The picture check
 
 
 PET = reply(200, b"\xff\xd8\xff", content_type="image/jpeg")
-LOOKS = [  # what comes, the picture's address if it is another one, and how it is refused; "": it is animated
+LOOKS = [  # the response, the picture's URL if another one, and a part of the error; "": the job succeeds
     ("a picture", PET, "", ""),
     ("a picture whose HEAD is refused", [reply(405), PET], "", ""),
     ("404", reply(404), "", "there is no picture at this address, it answers 404"),
@@ -167,10 +167,10 @@ def pets(
 
 
 @pytest.mark.parametrize(("given", "url", "words"), [pytest.param(*row, id=name) for name, *row in LOOKS])
-async def test_the_picture_is_looked_at_first(
+async def test_the_picture_is_checked_before_anything_is_paid_for(
     client: httpx.AsyncClient, sandbox: Sandbox, pets: Callable[..., Any], given: Any, url: str, words: str
 ) -> None:
-    """Only what is certain refuses: Replicate, which fetches it itself, may see more of the net."""
+    """Only a certain error rejects the job: Replicate, which fetches the picture itself, may reach more."""
     pets(given)
     body = prompt_job(sandbox, image_url=url or "http://pets.example/pet.jpg")
     response = await client.post("/jobs_prompt_only", json=body)
@@ -184,10 +184,10 @@ async def test_the_picture_is_looked_at_first(
     assert sandbox.requests == []
 
 
-async def test_a_slow_look_holds_up_no_video(
+async def test_a_slow_picture_check_does_not_delay_the_video(
     client: httpx.AsyncClient, sandbox: Sandbox, pets: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After three seconds the picture is taken at its word."""
+    """After PICTURE_TIMEOUT_S the job goes on without the check."""
     assert main.PICTURE_TIMEOUT_S == 3.0
     monkeypatch.setattr(main, "PICTURE_TIMEOUT_S", 0.1)
     pets(lambda connection: time.sleep(2))
@@ -215,7 +215,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("variable", "name"), [("SSL_CERT_FILE", "ca.pem"), ("SSL_CERT_DIR", ""), ("", "")])
-async def test_certificates_of_the_environment_are_heeded(
+async def test_certificates_of_the_environment_are_trusted(
     sandbox_environ: Sandbox,
     certificate: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -223,7 +223,7 @@ async def test_certificates_of_the_environment_are_heeded(
     variable: str,
     name: str,
 ) -> None:
-    """As OpenSSL's users expect; a certificate that nobody vouches for is told at once where nothing is bought yet."""
+    """SSL_CERT_FILE and SSL_CERT_DIR work as with OpenSSL; an unknown certificate is an error at once."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -296,7 +296,7 @@ async def slowest_health_s(service: Service, work: Callable[[], Awaitable[object
 
 
 async def test_ten_speech_jobs_at_once(housed: Housed, sandbox: Sandbox) -> None:
-    """All are answered with a video each, /health answers within 100 ms all the while, and no file is left."""
+    """All are answered with a video each, /health answers within 100 ms meanwhile, and no file is left."""
     answers: list[dict[str, str]] = []
 
     async def ten_jobs() -> None:
@@ -316,11 +316,11 @@ async def test_ten_speech_jobs_at_once(housed: Housed, sandbox: Sandbox) -> None
     assert files_in(housed.folder) == []
 
 
-# The owner's bucket, and the service's own machine
+# The bucket, and the disk of the service
 
 
 async def test_a_bucket_that_is_not_public_costs_no_video(housed: Housed, sandbox: Sandbox) -> None:
-    """Its owner reads what to change."""
+    """The error says what the owner has to change."""
     sandbox.buckets["pets"].public = False
     error = await failed(housed, sandbox)
     assert (error["category"], error["provider"], error["retryable"]) == ("resource", "supabase", False)
@@ -330,8 +330,8 @@ async def test_a_bucket_that_is_not_public_costs_no_video(housed: Housed, sandbo
 
 
 @needs_proc
-async def test_a_disk_that_takes_no_video(housed: Housed, sandbox: Sandbox) -> None:
-    """It is told as such, with what was bought; here a file may have no more than half of the video."""
+async def test_a_disk_that_is_too_small_for_the_video(housed: Housed, sandbox: Sandbox) -> None:
+    """It is a resource error with `partial`; a file limit of half the video stands for the disk."""
     sandbox.speech_seconds = 0.5
     sandbox.video(short_video(6.0))
     limits = resource.prlimit(housed.service.pid, resource.RLIMIT_FSIZE)
@@ -343,8 +343,8 @@ async def test_a_disk_that_takes_no_video(housed: Housed, sandbox: Sandbox) -> N
     assert error["partial"].keys() == {"audio_url", "video_url", "prediction_id"}
 
 
-async def test_a_folder_that_takes_no_file_costs_nothing(housed: Housed, sandbox: Sandbox) -> None:
-    """It is opened before anything is bought."""
+async def test_a_missing_temporary_folder_costs_nothing(housed: Housed, sandbox: Sandbox) -> None:
+    """The folder is opened before anything is paid for."""
     sandbox.fault("speech", "status", status=401)
     await failed(housed, sandbox)  # now the service knows its folder
     moved = housed.folder.rename(housed.folder.with_name("moved"))
@@ -356,7 +356,7 @@ async def test_a_folder_that_takes_no_file_costs_nothing(housed: Housed, sandbox
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 async def test_a_disk_that_fills_while_ffmpeg_writes() -> None:
-    """It is not the media's fault, and can go well later."""
+    """It is a resource error of the service, not of the media, and is retryable."""
     silence = ("-v", "error", "-f", "lavfi", "-i", "anullsrc", "-t", "1", "-f", "wav", "-y", "file:/dev/full")
     with pytest.raises(OSError, match="No space left") as caught:
         await main.run_ffmpeg([*silence], 10)

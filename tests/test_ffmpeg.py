@@ -1,4 +1,4 @@
-"""ffmpeg: video and speech put together, measured on real media; and what a bad video or a cancelled job must not do."""
+"""ffmpeg: muxing measured on real media, unusable media, limits of time and memory, and cancelled processes."""
 
 import asyncio
 import os
@@ -163,7 +163,7 @@ seen = lru_cache(Clip)  # for what the studio keeps
 
 
 def complaints(path: Path) -> str:
-    """What ffmpeg has to say when it decodes a whole file."""
+    """What ffmpeg warns of when it decodes a whole file."""
     return ffmpeg("-v", "warning", "-i", path, "-f", "null", "-").stderr.decode()
 
 
@@ -190,7 +190,7 @@ EVERY_VIDEO = pytest.mark.parametrize("video", VIDEOS.values(), ids=VIDEOS)
 
 @EVERY_FIT
 def test_only_files_are_opened_and_no_format_is_guessed(fit):
-    """Both inputs have their demuxer forced and may open nothing but files; all paths are marked as files."""
+    """Both inputs have a fixed demuxer and may open files only; every path has the prefix file:."""
     arguments = main.mux_arguments(Path("/f/video"), Path("/f/speech"), "ogg", fit, Path("/f/final"))
     video, speech, outputs = " ".join(arguments).split(" -i ")
     assert video.endswith(" -f mov")
@@ -215,7 +215,7 @@ def test_only_files_are_opened_and_no_format_is_guessed(fit):
         pytest.param(Video(0.04), 3, "speech", 3.5, id="a video of one picture"),
     ],
 )
-async def test_fits(video, speech_s, fit, seconds, studio):
+async def test_fit_decides_what_ends_the_clip(video, speech_s, fit, seconds, studio):
     """The clip, its picture and its sound all end where `fit` says."""
     clip = seen(await studio.clip(video, speech_s, fit))
     assert clip.seconds == pytest.approx(seconds, abs=0.1)
@@ -223,8 +223,8 @@ async def test_fits(video, speech_s, fit, seconds, studio):
     assert clip.streams == ["Video: h264", "Audio: aac"]
 
 
-async def test_a_fit_holds_every_time(studio, tmp_path):
-    """ffmpeg's threads may run in any order: the clip's length does not depend on it."""
+async def test_the_length_of_a_clip_is_the_same_every_time(studio, tmp_path):
+    """It does not depend on the order in which ffmpeg's threads run."""
     video, speech, finals = studio.video(VIDEOS["16 fps"]), studio.speech(9), [tmp_path / f"{n}.mp4" for n in range(6)]
     async with main.lifespan(main.app):
         await asyncio.gather(*(main.mux_video_audio(video, speech, final, "speech") for final in finals))
@@ -233,7 +233,7 @@ async def test_a_fit_holds_every_time(studio, tmp_path):
 
 @EVERY_VIDEO
 async def test_the_picture_is_copied_bit_by_bit(video, studio):
-    """Every packet of the video is in the clip, in its order, at its time."""
+    """Every packet of the video is in the clip, in its order and at its time."""
     source, clip = seen(studio.video(video)), seen(await studio.clip(video, 9, "shortest"))
     assert clip.checksums == source.checksums
     assert [packet.pts for packet in clip.packets[0]] == pytest.approx([packet.pts for packet in source.packets[0]])
@@ -241,7 +241,7 @@ async def test_the_picture_is_copied_bit_by_bit(video, studio):
 
 @EVERY_VIDEO
 async def test_a_repeated_video_runs_steadily(video, studio):
-    """Where the video begins again, no picture is dropped, doubled or late, and nothing complains."""
+    """Where the video starts again, no frame is dropped, doubled or late, and ffmpeg prints no warning."""
     path = await studio.clip(video, 9, "speech")
     source, clip = seen(studio.video(video)), seen(path)
     shown = sorted(packet.pts for packet in clip.packets[0])
@@ -255,7 +255,7 @@ async def test_a_repeated_video_runs_steadily(video, studio):
 
 @EVERY_FIT
 async def test_the_speech_starts_half_a_second_in(fit, studio):
-    """Silence first, then the whole speech, then silence; players complain of nothing, and find the index at once."""
+    """Silence, the whole speech, silence; the file decodes without a warning and its index comes first."""
     path = await studio.clip(USUAL, 3, fit)
     sound, data = Sound(path), path.read_bytes()
     assert (sound.starts_s, sound.ends_s) == pytest.approx((0.5, 3.5), abs=0.06)
@@ -273,8 +273,8 @@ async def test_a_videos_own_sound_is_not_heard(studio):
     "output_format",
     ["mp3_22050_32", "mp3_44100_192", "opus_48000_32", "pcm_8000", "pcm_44100", "wav_48000", "ulaw_8000", "alaw_8000"],
 )
-async def test_every_kind_of_speech_is_understood(output_format, studio, final, monkeypatch):
-    """Speech in any format that ElevenLabs sends is heard in the clip at its time."""
+async def test_every_format_of_speech_is_muxed(output_format, studio, final, monkeypatch):
+    """Speech in each codec that ElevenLabs sends is heard in the clip at its time."""
     monkeypatch.setenv("TTS_OUTPUT_FORMAT", output_format)
     main.get_settings.cache_clear()
     await mux(studio.video(), studio.speech(1, output_format), final)
@@ -292,7 +292,7 @@ async def test_every_kind_of_speech_is_understood(output_format, studio, final, 
         pytest.param(lambda speech: speech + speech, 6.0, id="two pieces"),
     ],
 )
-async def test_speech_with_something_beside_it_is_heard(around, ends_s, studio, final, tmp_path):
+async def test_slightly_damaged_speech_is_muxed(around, ends_s, studio, final, tmp_path):
     """Speech that every player plays does not cost the video that was paid for."""
     speech = tmp_path / "speech"
     speech.write_bytes(around(studio.speech(3).read_bytes()))
@@ -301,8 +301,8 @@ async def test_speech_with_something_beside_it_is_heard(around, ends_s, studio, 
 
 
 @pytest.mark.parametrize("name", ["-y", "concat:a|b 'c' \"d\" $(e) %03d späße\n"], ids=["option", "all else"])
-async def test_the_names_of_files_do_not_matter(name, studio, tmp_path):
-    """No path is read as an option, an address, a pattern or a command."""
+async def test_file_names_are_not_interpreted(name, studio, tmp_path):
+    """No path is read as an option, a URL, a pattern or a command."""
     folder = tmp_path / name
     folder.mkdir()
     video = folder / name
@@ -348,8 +348,8 @@ async def refusal(video: Path, speech: Path, final: Path, fit: main.Fit = "short
         pytest.param((*TONE, *SOUND_FILE, "-f", "matroska"), NO_VIDEO, id="another container"),
     ],
 )
-async def test_what_is_no_media_is_refused(content, reason, studio, final, tmp_path):
-    """Whatever came in place of video or speech, sound for a video or an MP4 for speech: none of it becomes a clip."""
+async def test_files_that_are_not_media_are_rejected(content, reason, studio, final, tmp_path):
+    """Neither as the video nor as the speech do they become a clip."""
     media = tmp_path / "media"
     if isinstance(content, bytes):
         media.write_bytes(content)
@@ -361,7 +361,7 @@ async def test_what_is_no_media_is_refused(content, reason, studio, final, tmp_p
 
 @pytest.mark.parametrize("playlist", [HLS, CONCAT], ids=["HLS", "ffconcat"])
 async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path):
-    """In place of video or speech it would open other files, or connect to others, had ffmpeg a choice."""
+    """A playlist in place of video or speech makes ffmpeg open no other file and no connection."""
     video, speech, media = studio.video(), studio.speech(3), tmp_path / "media.mp4"
     server = serve({"/a.mp4": reply(200, video.read_bytes())})
     (tmp_path / "secret.mp4").write_bytes(video.read_bytes())
@@ -386,10 +386,10 @@ async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path
         pytest.param(Video(options=("-brand", "qt  ")), 1, b"", True, id="QuickTime"),
     ],
 )
-async def test_a_whole_video_is_taken_and_one_that_breaks_off_is_not(
+async def test_a_truncated_video_is_rejected_and_a_complete_one_is_not(
     video, share, more, is_whole, studio, final, tmp_path
 ):
-    """However an MP4 file is laid out; half a video is not passed on as a short one."""
+    """However the MP4 file is laid out, half a video does not become a short one."""
     whole, given = studio.video(video).read_bytes(), tmp_path / "video.mp4"
     given.write_bytes(whole[: int(len(whole) * share)] + more)
     if is_whole:
@@ -400,7 +400,7 @@ async def test_a_whole_video_is_taken_and_one_that_breaks_off_is_not(
 
 
 async def test_a_video_of_many_boxes_is_not_read_to_its_end(studio, final, tmp_path):
-    """A file made to be slow to look through costs a moment."""
+    """A file of millions of boxes, made to be slow to check, is rejected within a second."""
     video = tmp_path / "video.mp4"
     video.write_bytes(struct.pack(">I4s", 8, b"ftyp") + struct.pack(">I4s", 8, b"free") * 4_000_000)
     began = time.process_time()
@@ -409,7 +409,7 @@ async def test_a_video_of_many_boxes_is_not_read_to_its_end(studio, final, tmp_p
 
 
 async def test_a_heavy_video_does_not_fill_the_disk(studio, final, tmp_path):
-    """A fifth of a second of 10 MB repeats until the clip has 100 MB, not until the speech has ended."""
+    """A short video of many bytes repeats until the clip has 100 MB, not until the speech ends."""
     video = tmp_path / "video.mp4"
     noise = "nullsrc=s=1280x720:r=25:d=0.2,noise=alls=100:allf=t"
     ffmpeg(
@@ -421,7 +421,7 @@ async def test_a_heavy_video_does_not_fill_the_disk(studio, final, tmp_path):
 
 
 def test_a_huge_frame_does_not_fill_the_memory(studio, final, tmp_path):
-    """A video of 8192 x 8200 pixels costs ffmpeg hardly more memory than a usual one, whether it can be used or not."""
+    """A video of 8192 x 8200 pixels needs hardly more memory than a usual one."""
     video = tmp_path / "video.mp4"
     encoder = ("-c:v", "libx264", "-preset", "ultrafast", "-tune", "zerolatency", "-pix_fmt", "gray")
     ffmpeg("-f", "lavfi", "-i", "color=s=8192x8200:r=1", "-frames:v", 1, *encoder, video)
@@ -457,8 +457,8 @@ def silent_speech(tmp_path: Path) -> Path:
 
 
 @needs_proc
-async def test_the_time_limit_kills(studio, final, silent_speech, monkeypatch):
-    """What is not put together in a minute never will be: it is ended, reaped, and told as a failed resource."""
+async def test_the_time_limit_kills_ffmpeg(studio, final, silent_speech, monkeypatch):
+    """After FFMPEG_TIMEOUT_S the process is killed and reaped, and the job gets a resource error."""
     assert main.FFMPEG_TIMEOUT_S == 60
     monkeypatch.setattr(main, "FFMPEG_TIMEOUT_S", 0.2)
     began = time.monotonic()
@@ -469,7 +469,7 @@ async def test_the_time_limit_kills(studio, final, silent_speech, monkeypatch):
 
 @needs_proc
 async def test_a_call_can_be_cancelled_at_any_moment():
-    """Whether it runs or is just being started: no ffmpeg is left behind, and the job stays cancelled."""
+    """While it runs or is being started: no ffmpeg is left, and the task ends cancelled."""
     for moment in range(25):
         task = asyncio.create_task(main.run_ffmpeg(ENDLESS, 60))
         for _ in range(moment):
@@ -497,8 +497,8 @@ def _open_stdin() -> Iterator[None]:
 
 @needs_proc
 @pytest.mark.usefixtures("_open_stdin")
-async def test_the_process_shares_nothing_with_the_service(monkeypatch):
-    """No key reaches ffmpeg, it reads no input, and Ctrl-C in a terminal, which lets jobs finish, does not end it."""
+async def test_ffmpeg_shares_nothing_with_the_service(monkeypatch):
+    """It gets no key and no input, and Ctrl-C in a terminal does not reach it."""
     monkeypatch.setenv("ELEVEN_API_KEY", "eleven-key")
     task = asyncio.create_task(main.run_ffmpeg(ENDLESS, 60))
     [pid] = await started()
@@ -512,16 +512,16 @@ async def test_the_process_shares_nothing_with_the_service(monkeypatch):
     assert (session, stdin) == (pid, "/dev/null")
 
 
-async def test_what_went_wrong_stands_in_the_log(caplog):
-    """The caller is told that it failed, whoever runs the service why."""
+async def test_ffmpegs_error_is_logged(caplog):
+    """The client gets a general message, the log ffmpeg's own."""
     with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
         await main.run_ffmpeg(["-v", "error", "-i", "file:/nowhere.mp4", "-f", "null", "-"], 10)
     assert re.search(r"ffmpeg ended with \d+: .*No such file or directory.*/nowhere\.mp4", caplog.text)
 
 
 @needs_proc
-async def test_a_flood_of_words_is_not_kept(caplog):
-    """Of what an ffmpeg writes before the system kills it, only the end stays in memory and goes to the log."""
+async def test_only_the_end_of_ffmpegs_output_is_kept(caplog):
+    """Of 25 MB on stderr a few kB stay in memory and in the log."""
     flood = ["-v", "error", "-f", "lavfi", "-i", "color=s=1024x1024:r=1000", "-f", "rawvideo", "pipe:2"]
     tracemalloc.start()
     try:
@@ -540,8 +540,8 @@ async def test_a_flood_of_words_is_not_kept(caplog):
 
 
 @needs_proc
-async def test_no_more_run_at_once_than_there_are_cores(studio, final, silent_speech, monkeypatch):
-    """Of five muxes on two cores two run; one that ends gives its place to the next, one that is cancelled too."""
+async def test_no_more_muxes_run_than_there_are_cores(studio, final, silent_speech, monkeypatch):
+    """Of five muxes two run on two cores; one that ends or is cancelled gives its slot to the next."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     async with main.lifespan(main.app):
         muxes = [asyncio.create_task(main.mux_video_audio(studio.video(), silent_speech, final)) for _ in range(5)]
@@ -572,7 +572,7 @@ def _fresh_path() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_fresh_path")
 async def test_a_missing_ffmpeg_stops_the_start(monkeypatch):
-    """Not the first video that was paid for; where no start has checked it, the call itself names what is missing."""
+    """The start fails with the path of the missing file, and so does a call."""
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
     with pytest.raises(RuntimeError, match="/nowhere/ffmpeg"):
         async with main.lifespan(main.app):
@@ -583,7 +583,7 @@ async def test_a_missing_ffmpeg_stops_the_start(monkeypatch):
 
 @pytest.mark.usefixtures("_fresh_path")
 async def test_another_ffmpeg_can_be_named(monkeypatch, tmp_path):
-    """By its path; or by a bare name, looked for in PATH once, which runs although ffmpeg gets no environment."""
+    """IMAGEIO_FFMPEG_EXE holds a path, or a name that is looked for in PATH once."""
     (tmp_path / "our-ffmpeg").symlink_to(FFMPEG)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     for name, path in ((FFMPEG, FFMPEG), ("our-ffmpeg", str(tmp_path / "our-ffmpeg"))):
@@ -598,7 +598,7 @@ async def test_another_ffmpeg_can_be_named(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("box", "styp mdat wide free skip moov junk".split())
 async def test_a_video_may_begin_without_ftyp(box, studio, final, tmp_path):
-    """As QuickTime's do; what begins with a box that nobody knows is no video, the rest is ffmpeg's to judge."""
+    """QuickTime files do; an unknown first box is not a video, the rest is for ffmpeg to judge."""
     video = tmp_path / "video.mp4"
     video.write_bytes(studio.video().read_bytes().replace(b"ftyp", box.encode(), 1))
     if box in ("moov", "junk"):
@@ -609,8 +609,8 @@ async def test_a_video_may_begin_without_ftyp(box, studio, final, tmp_path):
 
 
 @pytest.mark.parametrize(("cores", "slots"), [(None, 1), (3, 3), (64, 4)])
-async def test_a_host_with_many_cores_is_not_filled(cores, slots, monkeypatch):
-    """A container sees all of its host's, and has the memory of a few."""
+async def test_ffmpeg_slots_follow_the_cores_up_to_four(cores, slots, monkeypatch):
+    """A container sees all cores of its host, but has the memory of a few."""
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     async with main.lifespan(main.app):
         places = main._running.ffmpeg_slots

@@ -1,4 +1,4 @@
-"""The same request again, over real sockets: whatever happened in between, one video is bought, and it is delivered."""
+"""Idempotency keys over real sockets: replay, join, resume and claim; one video is paid for, and it is delivered."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.anyio
 FORMS: dict[str, dict[str, str]] = {"json": {}, "events": EVENT_STREAM}
 SILENT, TALKING = "/jobs_prompt_only", "/jobs_prompt_tts"
 BODIES = {SILENT: prompt_job, TALKING: speech_job}
-BEGUN, SPEECH, SPOKEN, CREATED, VIDEO, DONE = range(1, 7)  # the uploads of a talking job, most of them its file
-MEETING_S = 0.3  # time in which two requests surely meet
+BEGUN, SPEECH, SPOKEN, CREATED, VIDEO, DONE = range(1, 7)  # the uploads of a speech job, most of them its record
+MEETING_S = 0.3  # how long a call is held so that two requests overlap
 
 both_routes = pytest.mark.parametrize("path", BODIES)
 both_forms = pytest.mark.parametrize("form", FORMS)
@@ -47,7 +47,7 @@ both_forms = pytest.mark.parametrize("form", FORMS)
 
 @dataclass
 class FrontEnd:
-    """Whoever sends one job again and again, to one instance of the service, with one key."""
+    """A front end that sends one job several times, to one instance of the service, with one key."""
 
     sandbox: Sandbox
     service: Service
@@ -56,13 +56,13 @@ class FrontEnd:
     changes: dict[str, Any] = field(default_factory=dict)
 
     async def send(self, path: str = TALKING, form: str = "", **changes: Any) -> JobOutcome:
-        """Send the job and hear what comes of it."""
+        """Send the job and return its outcome."""
         body, headers = BODIES[path](self.sandbox, **self.changes, **changes), list(FORMS[form or self.form].items())
         headers += [] if self.key is None else [("Idempotency-Key", self.key), ("X-Request-ID", str(self.key)[:36])]
         return await send_job(self.service.url, path, body, headers)
 
     async def leave(self, path: str, form: str, when: Callable[[], Any]) -> None:
-        """Send the job, and leave it then."""
+        """Send the job, and disconnect when a condition holds."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.send, path, form)
             assert await wait_until(when)
@@ -70,23 +70,23 @@ class FrontEnd:
 
     @property
     def record_path(self) -> str:
-        """Where the job's file lies: only who has the service role key can tell."""
+        """The path of the job record, which depends on the service role key."""
         digest = hmac.new(KEYS["service"].encode(), str(self.key).encode(), "sha256").hexdigest()
         return f"pets/jobs/{digest}.json"
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the job's file holds."""
+        """The content of the job record."""
         record: dict[str, Any] = json.loads(self.sandbox.objects[self.record_path].read())
         return record
 
     @property
     def paid_for(self) -> tuple[int, int]:
-        """Speeches and videos."""
+        """How many speeches and how many videos were paid for."""
         return self.sandbox.speeches.total(), len(self.sandbox.predictions)
 
     def fault(self, call: str, number: int = 1, kind: str = "status", **details: Any) -> None:
-        """Let one such call go wrong, counted from the next."""
+        """Let one such call fail, counted from the next."""
         for _ in range(number - 1):
             self.sandbox.fault(call, "slow", seconds=0)
         self.sandbox.fault(call, kind, **details)
@@ -94,14 +94,14 @@ class FrontEnd:
 
 @pytest.fixture(scope="module")
 def running_sandbox() -> Iterator[Sandbox]:
-    """A sandbox of these tests alone: jobs with a key outlive their requests, and could buy in other tests."""
+    """A sandbox of these tests alone: jobs with a key outlive their requests and could disturb other tests."""
     with Sandbox() as sandbox:
         yield sandbox
 
 
 @pytest.fixture(scope="module")
 def start_once(running_sandbox: Sandbox) -> Iterator[StartService]:
-    """An instance of the service on that sandbox; tests that want the same settings share it."""
+    """Start an instance of the service on that sandbox; tests with the same settings share it."""
     with ExitStack() as services:
 
         @lru_cache
@@ -113,7 +113,7 @@ def start_once(running_sandbox: Sandbox) -> Iterator[StartService]:
 
 @pytest.fixture
 def front(sandbox: Sandbox, start_once: StartService) -> FrontEnd:
-    """A front end with a key that no other test has; videos cost little."""
+    """A front end with a key of its own, and a small video."""
     sandbox.video(short_video())
     return FrontEnd(sandbox, start_once(), str(uuid.uuid4()))
 
@@ -125,7 +125,7 @@ def second(start_once: StartService) -> Service:
 
 
 async def send_together(*fronts: FrontEnd, when: Callable[[], Any] = lambda: True) -> list[JobOutcome]:
-    """What comes of requests that run at the same time, each sent once it is time for the next one."""
+    """What comes of requests that run at the same time, each sent when `when` holds."""
     outcomes: list[JobOutcome] = []
 
     async def one(front: FrontEnd) -> None:
@@ -138,13 +138,13 @@ async def send_together(*fronts: FrontEnd, when: Callable[[], Any] = lambda: Tru
     return outcomes
 
 
-# Leaving, asking again, joining
+# Disconnecting, replaying, joining
 
 
 @both_forms
 @both_routes
-async def test_a_job_goes_on_when_its_client_leaves(front: FrontEnd, path: str, form: str) -> None:
-    """Nothing is cancelled; whoever asks again after its end gets the answer, told as one from before."""
+async def test_a_job_with_a_key_continues_after_a_disconnect(front: FrontEnd, path: str, form: str) -> None:
+    """Nothing is cancelled; a request after its end gets the result as a replay."""
     front.sandbox.video_seconds = 0.3
     await front.leave(path, form, lambda: front.sandbox.predictions)
     assert await wait_until(lambda: f"request_id={front.key} job outcome=ok" in front.service.log)
@@ -159,8 +159,8 @@ async def test_a_job_goes_on_when_its_client_leaves(front: FrontEnd, path: str, 
 
 
 @both_routes
-async def test_any_number_may_wait_for_one_job(front: FrontEnd, path: str) -> None:
-    """Whoever comes while it runs hears the stages so far and gets the same bytes; who leaves ends nothing."""
+async def test_any_number_of_requests_join_a_running_job(front: FrontEnd, path: str) -> None:
+    """Each gets all stages and the same bytes; one that disconnects does not stop the job."""
     front.sandbox.video_seconds = 0.8
     waiters: list[JobOutcome] = []
 
@@ -182,9 +182,9 @@ async def test_any_number_may_wait_for_one_job(front: FrontEnd, path: str) -> No
     assert front.paid_for == (path == TALKING, 1)
 
 
-# Going on after a failure
+# Resuming after a failure
 
-# What makes a job fail with a 500 at each step: the call, which one of them it is, and its answer.
+# What makes a job fail with a 500 at each step: the call, its number among such calls, and its status.
 FAILURES = {
     "speech": ("speech", 1, 401), "audio_upload": ("upload", SPEECH, 403), "fetch": ("public", 1, 403),
     "create": ("create", 1, 402), "video": ("read", 1, 410), "download": ("output", 1, 403),
@@ -194,8 +194,8 @@ FAILURES = {
 
 @both_forms
 @pytest.mark.parametrize("step", FAILURES)
-async def test_a_failed_job_is_gone_on_with(front: FrontEnd, step: str, form: str) -> None:
-    """After a 500 nothing is bought, or looked at, again; only a speech that was not stored is spoken again."""
+async def test_a_failed_job_is_resumed(front: FrontEnd, step: str, form: str) -> None:
+    """After a 500 nothing is paid for again, except a speech that was not stored."""
     if failure := FAILURES[step]:
         call, number, status = failure
         front.fault(call, number, status=status)
@@ -203,10 +203,10 @@ async def test_a_failed_job_is_gone_on_with(front: FrontEnd, step: str, form: st
         front.sandbox.video(b"\0\0\0\x08ftyp")
     failed = await front.send(form=form)
     assert failed.status == 500
-    for prediction in front.sandbox.predictions.values():  # ffmpeg could not use the video, and now can
+    for prediction in front.sandbox.predictions.values():  # the video was not usable, and now is
         prediction.video = short_video()
     known = failed.data.get("partial", {})
-    if "prediction_id" in known:  # the picture was needed for that only
+    if "prediction_id" in known:  # the picture was needed for the create only
         front.sandbox.fault("picture", "status", times=None, status=404)
     outcome = await front.send(form=form)
     assert (outcome.status, outcome.is_replayed) == (200, False), outcome.text
@@ -215,8 +215,8 @@ async def test_a_failed_job_is_gone_on_with(front: FrontEnd, step: str, form: st
     assert form == "json" or (("speech", "started") in outcome.stages) == ("audio_url" not in known)
 
 
-# Where jobs stand when their process ends: the call, and which one of them it is. What comes of the last two is awaited
-# whatever happens, so they are held for a while only.
+# Where jobs are held when their process ends: the call, and its number among such calls. The last two are awaited
+# whatever happens, so they are held for a shorter time.
 HOLDS = {
     "begun": ("upload", BEGUN), "speech": ("speech", 1), "audio_upload": ("upload", SPEECH),
     "spoken": ("upload", SPOKEN), "video": ("read", 1), "download": ("output", 1),
@@ -243,7 +243,7 @@ def has_taken_effect(front: FrontEnd, stage: str, stored_before: int) -> bool:
 
 
 class Resumed(NamedTuple):
-    """Jobs that their process did not finish: what came of them, of the same requests again, and the files between."""
+    """Jobs that their process did not finish: their first outcomes, those after a restart, and the records between."""
 
     sandbox: Sandbox
     first: dict[str, JobOutcome]
@@ -253,8 +253,8 @@ class Resumed(NamedTuple):
 
 @pytest.fixture(scope="module", params=[signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
 def resumed(request: pytest.FixtureRequest) -> Resumed:
-    """A process that holds a job at every stage is ended without time, and the same requests go to the next one."""
-    pace = {**PACE, "PATIENCE_SECONDS": "8"}  # else a job on a busy machine writes further notes meanwhile
+    """End a process that holds a job at every stage, and send the same requests to the next one."""
+    pace = {**PACE, "PATIENCE_SECONDS": "8"}  # else a job on a busy machine writes its record once more meanwhile
     with Sandbox() as sandbox, Service({**sandbox.environment(), **pace}, graceful_s=0) as service:
         sandbox.video(short_video())
         forms, fronts = itertools.cycle(FORMS), {}
@@ -265,11 +265,11 @@ def resumed(request: pytest.FixtureRequest) -> Resumed:
 
 
 async def end_and_send_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], service: Service, by: int) -> Resumed:
-    """Hold a job at every stage, end the process, start it again, and send the same requests."""
+    """Hold a job at every stage, end the process, start the next one, and send the same requests."""
     resumed = Resumed(sandbox, {}, {}, {})
 
     async def send(stage: str, outcomes: dict[str, JobOutcome]) -> None:
-        with suppress(httpx.HTTPError):  # a process that is killed says nothing
+        with suppress(httpx.HTTPError):  # a killed process sends no response
             outcomes[stage] = await fronts[stage].send()
 
     async with anyio.create_task_group() as tasks:
@@ -293,15 +293,15 @@ async def end_and_send_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], serv
 
 @pytest.mark.parametrize("stage", HOLDS)
 def test_a_job_outlives_its_process(resumed: Resumed, stage: str) -> None:
-    """The next process goes on from what exists: one video is bought, never cancelled, and delivered."""
+    """The next process resumes from what exists: one video is paid for, never cancelled, and delivered."""
     outcome = resumed.again[stage]
     assert (outcome.status, outcome.is_replayed) == (200, stage == "done"), outcome.text
     assert [prediction.status for prediction in resumed.sandbox.created(prompt=stage)] == ["succeeded"]
     assert resumed.sandbox.speeches[f"I am {stage}"] == (2 if stage in ("speech", "audio_upload") else 1)
 
 
-def test_a_process_that_is_told_to_end_says_so(resumed: Resumed, request: pytest.FixtureRequest) -> None:
-    """SIGTERM leaves nobody without a word, and no prediction without a note; SIGKILL leaves all."""
+def test_a_graceful_shutdown_answers_every_job(resumed: Resumed, request: pytest.FixtureRequest) -> None:
+    """After SIGTERM every client gets an error and every prediction is in its job record; after SIGKILL no client gets anything."""
     if "SIGKILL" in request.node.name:
         assert resumed.first == {}
         return
@@ -314,29 +314,27 @@ def test_a_process_that_is_told_to_end_says_so(resumed: Resumed, request: pytest
     assert {stage for stage, record in resumed.records.items() if "prediction_id" in record["partial"]} == paid_for
 
 
-async def test_a_job_that_nobody_waits_for_may_end_with_its_process(
-    start_service: StartService, front: FrontEnd
-) -> None:
-    """SIGTERM leaves it a while: it is done when the process ends."""
+async def test_a_shutdown_lets_a_job_without_a_client_finish(start_service: StartService, front: FrontEnd) -> None:
+    """After SIGTERM it has a while, and is done when the process ends."""
     front.service, front.sandbox.video_seconds = start_service(graceful_s=0), 0.3
     await front.leave(SILENT, "json", lambda: front.sandbox.predictions)
     await anyio.to_thread.run_sync(front.service.stop)
     assert "answer" in front.record
 
 
-# On another instance
+# Several instances
 
 
-async def test_a_fresh_job_of_another_instance_is_waited_for(front: FrontEnd, second: Service) -> None:
-    """It has no prediction yet, but will have: the second instance goes on with that one."""
+async def test_a_fresh_claim_of_another_instance_is_waited_for(front: FrontEnd, second: Service) -> None:
+    """The second instance waits until the first has a prediction, and continues with that one."""
     front.fault("speech", kind="slow", seconds=MEETING_S)
     one, two = await send_together(front, replace(front, service=second), when=lambda: front.sandbox.calls("speech"))
     assert (one.status, two.status, one.data["video_url"]) == (200, 200, two.data["video_url"])
     assert front.paid_for == (1, 1)
 
 
-async def test_a_job_that_was_given_up_is_taken_over_at_once(front: FrontEnd, second: Service) -> None:
-    """An instance that has failed is not waited for, however fresh its file is."""
+async def test_a_released_claim_is_taken_over_at_once(front: FrontEnd, second: Service) -> None:
+    """An instance whose job failed is not waited for, however fresh its record is."""
     front.fault("speech", status=401)
     assert (await front.send()).status == 500
     requests_before = len(front.sandbox.requests)
@@ -344,21 +342,21 @@ async def test_a_job_that_was_given_up_is_taken_over_at_once(front: FrontEnd, se
     assert [call.call for call in front.sandbox.requests[requests_before:]][:2] == ["storage", "upload"]
 
 
-async def test_two_instances_that_begin_at_once_buy_one_video(front: FrontEnd, second: Service) -> None:
-    """Neither has seen the other's file: the one that wrote last buys, the other finds its prediction."""
-    front.sandbox.fault("storage", "slow", times=2, seconds=MEETING_S)  # both will hear that there is no file
+async def test_two_instances_that_start_at_once_pay_for_one_video(front: FrontEnd, second: Service) -> None:
+    """Neither sees the other's record: the last to write creates the prediction, the other finds it."""
+    front.sandbox.fault("storage", "slow", times=2, seconds=MEETING_S)  # both find no record
     front.fault("public", kind="slow", seconds=2 * MEETING_S)  # one looks again after the other's last note
     assert [outcome.status for outcome in await send_together(front, replace(front, service=second))] == [200, 200]
     assert front.paid_for == (2, 1)
 
 
-# What stays refused
+# What stays rejected
 
 
 @both_forms
 @pytest.mark.parametrize("outcome", ["failed", "canceled", "aborted", "expired"])
-async def test_a_video_that_cannot_be_had_stays_refused(front: FrontEnd, outcome: str, form: str) -> None:
-    """The same 400 again, and nothing is bought: a new try needs a new key."""
+async def test_a_job_without_a_video_stays_rejected(front: FrontEnd, outcome: str, form: str) -> None:
+    """The same 400 again, and nothing is paid for: a new attempt needs a new key."""
     if outcome == "expired":
         front.fault("output", status=403)
         assert (await front.send()).status == 500
@@ -375,10 +373,10 @@ async def test_a_video_that_cannot_be_had_stays_refused(front: FrontEnd, outcome
 
 @pytest.mark.parametrize("is_recorded", [True, False], ids=["while the video is made", "before its id is recorded"])
 async def test_the_deadline_is_final(start_once: StartService, front: FrontEnd, is_recorded: bool) -> None:
-    """The video is cancelled and the file knows it, whatever was going on; the next request gets that refusal."""
+    """The prediction is cancelled and the record has it, so the next request gets a 400."""
     front.service = start_once(JOB_TIMEOUT_SECONDS="1", RETRY_FIRST_SECONDS="1.2")
     front.sandbox.outcome("never")
-    if not is_recorded:  # its write fails, and is not given up
+    if not is_recorded:  # its write fails, and is retried
         front.fault("upload", 2, status=503)
     late = await front.send(SILENT, "events" if is_recorded else "json")
     [prediction] = front.sandbox.predictions.values()
@@ -391,7 +389,7 @@ async def test_the_deadline_is_final(start_once: StartService, front: FrontEnd, 
 
 @both_forms
 async def test_a_key_belongs_to_one_body_and_one_route(front: FrontEnd, form: str) -> None:
-    """Another one is refused by the header's name, while the job runs and after it."""
+    """Another body or route is rejected by the header's name, while the job runs and after it."""
     front.sandbox.video_seconds = 0.5
     others: list[dict[str, Any]] = [{"text": "Feed him!"}, {"path": SILENT}, {"seconds": 6}]
 
@@ -410,8 +408,8 @@ async def test_a_key_belongs_to_one_body_and_one_route(front: FrontEnd, form: st
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "ключ".encode()], ids=["empty", "blank", "long", "not ASCII"])
-async def test_a_malformed_key_is_refused(front: FrontEnd, key: str | bytes) -> None:
-    """It is named, in words, and nobody is called; 255 characters are none too many."""
+async def test_a_malformed_key_is_rejected(front: FrontEnd, key: str | bytes) -> None:
+    """The error names the header, and no provider is called; 255 characters are allowed."""
     for path in BODIES:
         outcome = await replace(front, key=key).send(path)
         message = "should be 1 to 255 visible ASCII characters, such as a UUID"
@@ -421,7 +419,7 @@ async def test_a_malformed_key_is_refused(front: FrontEnd, key: str | bytes) -> 
     assert (await replace(front, key="!~" + "x" * 253).send(SILENT)).status == 200
 
 
-# The file
+# The job record
 
 
 @pytest.mark.parametrize(
@@ -432,10 +430,10 @@ async def test_a_malformed_key_is_refused(front: FrontEnd, key: str | bytes) -> 
     ],
 )
 @both_routes
-async def test_a_file_that_does_not_go_costs_nothing(
+async def test_an_unusable_job_record_costs_nothing(
     front: FrontEnd, path: str, content: str | None, words: str
 ) -> None:
-    """One that cannot be written, or that is not ours, is told before anything is bought."""
+    """One that cannot be written, or is not the service's own, is an error before anything is paid for."""
     if content is None:
         front.sandbox.buckets["pets"].allowed_mime_types = ["audio/mpeg", "video/mp4"]
     else:
@@ -448,16 +446,16 @@ async def test_a_file_that_does_not_go_costs_nothing(
     assert words in outcome.data["detail"]
 
 
-async def test_a_read_of_the_file_that_fails_is_repeated(front: FrontEnd) -> None:
-    """Four times; then the job ends without having bought anything."""
+async def test_a_failed_read_of_the_job_record_is_retried(front: FrontEnd) -> None:
+    """Four attempts are made; then the job ends without having paid for anything."""
     front.sandbox.fault("storage", "status", times=7, status=503)
     assert (await front.send()).kind == (500, "resource", True)
     assert (len(front.sandbox.calls("storage")), front.paid_for) == (4, (0, 0))
     assert ((await front.send()).status, front.paid_for) == (200, (1, 1))
 
 
-async def test_what_the_file_holds(front: FrontEnd) -> None:
-    """What is needed to go on, under a name that cannot be guessed; nothing of what was asked for, and no key."""
+async def test_the_content_of_the_job_record(front: FrontEnd) -> None:
+    """Enough to resume, under a name that cannot be guessed; no input of the user and no key."""
     private = {"text": "A private text", "prompt": "A private prompt"}
     outcome, stored = await front.send(**private), front.sandbox.objects[front.record_path]
     assert (stored.content_type, stored.cache_control) == ("application/json", "max-age=0")
@@ -470,13 +468,15 @@ async def test_what_the_file_holds(front: FrontEnd) -> None:
     assert [secret for secret in secrets if secret in stored.read().decode()] == []
 
 
-# A create whose answer was lost
+# A create whose response is lost
 
 
 @pytest.mark.parametrize("is_keyed", [True, False], ids=["with a key", "without"])
 @pytest.mark.parametrize("fault", ["lost", "behind"])
-async def test_equal_jobs_that_lose_their_answers_get_a_video_each(front: FrontEnd, fault: str, is_keyed: bool) -> None:
-    """Each finds one that was made and that the other does not hold; none is bought twice."""
+async def test_equal_jobs_whose_create_responses_are_lost_get_a_video_each(
+    front: FrontEnd, fault: str, is_keyed: bool
+) -> None:
+    """Each finds a prediction that the other has not claimed; none is paid for twice."""
     front.sandbox.fault("create", fault, times=2)
     one, two = await send_together(*(replace(front, key=str(uuid.uuid4()) if is_keyed else None) for _ in range(2)))
     assert (one.status, two.status) == (200, 200)
@@ -484,7 +484,7 @@ async def test_equal_jobs_that_lose_their_answers_get_a_video_each(front: FrontE
 
 
 async def test_a_create_that_was_never_carried_out_is_made_by_the_next_request(front: FrontEnd) -> None:
-    """It is looked for and not found: 500; with the key it is looked for once more, and then bought."""
+    """It is searched for and not found: a 500; with the key the next request searches again, then creates it."""
     front.fault("create", kind="cut")
     assert (await front.send()).kind == (500, "provider", True)
     looks = len(front.sandbox.calls("list"))
@@ -496,8 +496,8 @@ async def test_a_create_that_was_never_carried_out_is_made_by_the_next_request(f
 # Without a key
 
 
-async def test_without_a_key_nothing_is_different(front: FrontEnd) -> None:
-    """The same bytes go to the providers, and no list, no read and no file comes between them; twice pays twice."""
+async def test_without_a_key_only_the_record_is_missing(front: FrontEnd) -> None:
+    """The providers get the same bytes, with no list, read or record between; two requests pay twice."""
 
     async def sent(key: str | None) -> list[tuple[str, bytes]]:
         front.sandbox.wire.clear()
@@ -511,8 +511,8 @@ async def test_without_a_key_nothing_is_different(front: FrontEnd) -> None:
     assert [(call.replace(second, first), body) for call, body in keyed if "storage" not in call] == plain
 
 
-async def test_a_video_whose_notes_were_all_lost_is_not_bought_again(front: FrontEnd, start_once: StartService) -> None:
-    """The storage was away from the create on: the next request finds its own prediction in Replicate's list."""
+async def test_a_prediction_missing_from_the_record_is_found(front: FrontEnd, start_once: StartService) -> None:
+    """The storage failed from the create on: the next request finds its prediction in Replicate's list."""
     front.service = start_once(PATIENCE_SECONDS="0.8")
     front.fault("upload", 2, status=503, times=None)
     assert (await front.send(SILENT)).status == 200
@@ -522,10 +522,10 @@ async def test_a_video_whose_notes_were_all_lost_is_not_bought_again(front: Fron
     assert (outcome.status, outcome.is_replayed, front.paid_for) == (200, False, (0, 1))
 
 
-async def test_a_speech_that_takes_long_is_not_waited_for_by_two_who_buy(
+async def test_a_job_taken_over_during_a_slow_speech_pays_for_one_video(
     front: FrontEnd, start_once: StartService
 ) -> None:
-    """Another instance takes the job over meanwhile: the first one sees that before it buys a video, and delivers that one."""
+    """The first instance reads the record before it creates a prediction, and uses the other's."""
     fronts = [replace(front, service=start_once(number, PATIENCE_SECONDS="0.8")) for number in (1, 2)]
     front.sandbox.fault("speech", "slow", seconds=1)
     front.sandbox.video_seconds = 1.0

@@ -94,7 +94,7 @@ def held_by(pid: int) -> dict[str, int]:
 
 @processes.needs_proc
 async def test_hundreds_of_jobs_leave_nothing_behind(instant: Sandbox, tmp_path: Path) -> None:
-    """Memory, open files, connections and threads of the process are where they were; no child and no file is left."""
+    """Memory, open files, connections and threads are as before; no child process and no file is left."""
     outcomes = Counter[str]()
     with Service({**instant.environment(), **QUICK, "TMPDIR": str(tmp_path)}) as service:
         async with requests.service_client(service.url) as client:
@@ -117,7 +117,7 @@ async def test_hundreds_of_jobs_leave_nothing_behind(instant: Sandbox, tmp_path:
 
 
 async def test_jobs_leave_no_task_behind(instant: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this very process: once all of a round's jobs have ended, the event loop has the tasks that it had before."""
+    """After a round of jobs the event loop has the tasks that it had before."""
     for name, value in {**instant.environment(), **QUICK}.items():
         monkeypatch.setenv(name, value)
     main.get_settings.cache_clear()

@@ -1,4 +1,4 @@
-"""A job told as it happens: the event stream over real sockets, beside the plain JSON answer of the same route."""
+"""Progress events: the event stream over real sockets, beside the JSON answer of the same route."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def client(service: Service, sandbox: Sandbox) -> AsyncIterator[httpx.Asyn
 
 
 class Paced(NamedTuple):
-    """A speech job whose video took VIDEO_S; times are those of one clock."""
+    """A speech job whose video took VIDEO_S; all times are of one clock."""
 
     events: list[Event]
     seconds: float
@@ -47,7 +47,7 @@ class Paced(NamedTuple):
     fetched_at: float
 
     def share_missing(self) -> float:
-        """The part of the job's time that no stage accounts for."""
+        """The share of the job's time that no stage accounts for."""
         return abs(
             1 - sum(stage["seconds"] for stage in stages(self.events) if stage["state"] == "done") / self.seconds
         )
@@ -84,13 +84,13 @@ def stages(events: list[Event]) -> list[dict[str, Any]]:
 
 
 def names(events: list[Event]) -> list[str]:
-    """The events' names; after the one that ends the stream nothing comes, and nothing like it before."""
+    """The events' names; the result or error comes last, and only stages come before it."""
     event_names = [event.name for event in events if event.name != "comment"]
     assert set(event_names[:-1]) <= {"stage"}
     return event_names
 
 
-# Which events come
+# The events
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def names(events: list[Event]) -> list[str]:
         pytest.param("/jobs_prompt_tts", SPEAKING, (*STAGES[:4], STAGES[5]), id="a model that speaks"),
     ],
 )
-async def test_stages_are_told_in_order_and_then_the_result(
+async def test_stage_events_come_in_order_before_the_result(
     client: httpx.AsyncClient, sandbox: Sandbox, path: str, changes: dict[str, Any], expected_stages: tuple[str, ...]
 ) -> None:
-    """Each starts, goes on if it is the video, and is done before the next one; known fields only; the result is last."""
+    """Each stage starts and is done before the next; the video has progress; the fields are known ones."""
     events = await stream_events(client, path, speech_job(sandbox, **changes))
     changed = list(dict.fromkeys((one["stage"], one["state"]) for one in stages(events)))
     states = {"video": ("started", "progress", "done")}
@@ -117,7 +117,7 @@ async def test_stages_are_told_in_order_and_then_the_result(
 
 
 def test_the_videos_status_and_percent_are_passed_on(paced: Paced) -> None:
-    """Between start and end the video stage tells what Replicate tells."""
+    """The progress events have Replicate's status and percentage."""
     progress = [one for one in stages(paced.events) if one["state"] == "progress"]
     assert list(dict.fromkeys(one["status"] for one in progress)) == ["starting", "processing", "succeeded"]
     percents = [one["percent"] for one in progress if "percent" in one]
@@ -126,15 +126,15 @@ def test_the_videos_status_and_percent_are_passed_on(paced: Paced) -> None:
 
 @pytest.mark.parametrize("path", ["/jobs_prompt_only", "/jobs_prompt_tts"])
 async def test_the_result_is_the_json_answer(client: httpx.AsyncClient, sandbox: Sandbox, path: str) -> None:
-    """Both forms write the same model, byte for byte, but for the addresses of the two jobs' own files."""
+    """Both forms are equal byte for byte, except for the addresses of the two jobs' own files."""
     answer = await client.post(path, json=speech_job(sandbox))
     result = (await stream_events(client, path, speech_job(sandbox)))[-1].text
     own = re.compile(r"[0-9a-f-]{36}|/delivery/\w+")
     assert own.sub("*", result) == own.sub("*", answer.text)
 
 
-async def test_the_stream_has_the_headers_of_a_stream(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
-    """It is neither kept nor held back on its way, and a page of another origin can read it."""
+async def test_the_headers_of_an_event_stream(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
+    """No cache and no proxy buffers it, and a page of another origin can read it."""
     headers = {**EVENT_STREAM, "Origin": "https://app.example.com", "X-Request-ID": "a-stream"}
     stream_headers = (await client.post("/jobs_prompt_only", json=prompt_job(sandbox), headers=headers)).headers
     assert stream_headers["content-type"].startswith("text/event-stream")
@@ -158,18 +158,20 @@ async def test_the_stream_has_the_headers_of_a_stream(client: httpx.AsyncClient,
         pytest.param("", False, id="nothing"),
     ],
 )
-async def test_the_client_chooses(client: httpx.AsyncClient, sandbox: Sandbox, accept: str, is_stream: bool) -> None:
-    """Events for those who would rather have them, JSON for all others."""
+async def test_accept_decides_between_events_and_json(
+    client: httpx.AsyncClient, sandbox: Sandbox, accept: str, is_stream: bool
+) -> None:
+    """Events if the Accept header prefers them, JSON otherwise."""
     sandbox.reads_to_finish = 1
     response = await client.post("/jobs_prompt_only", json=prompt_job(sandbox), headers={"accept": accept})
     assert response.headers["content-type"].startswith("text/event-stream") == is_stream
 
 
-# When they come
+# The times of the events
 
 
 def test_events_come_as_they_happen(paced: Paced) -> None:
-    """Each stage's start is there before the provider has done the work, its end soon after."""
+    """A stage's start is sent before the provider has done the work, its end soon after."""
     events = [event for event in paced.events if event.name == "stage"]
     came = {(event.data["stage"], event.data["state"]): event.at for event in reversed(events)}
     assert came["speech", "started"] < paced.created_at
@@ -180,8 +182,8 @@ def test_events_come_as_they_happen(paced: Paced) -> None:
     assert max(later - sooner for sooner, later in zip(videos, videos[1:], strict=False)) < VIDEO_S / 2
 
 
-def test_stages_tell_their_seconds(paced: Paced) -> None:
-    """They count from the stage's start and are those between its events; all of them sum up to the job's time."""
+def test_the_seconds_of_the_stages(paced: Paced) -> None:
+    """They are the time between a stage's events, and all of them add up to the job's time."""
     started: dict[str, float] = {}
     for event in paced.events:
         if event.name == "stage":
@@ -192,7 +194,7 @@ def test_stages_tell_their_seconds(paced: Paced) -> None:
 
 
 async def test_comments_come_while_nothing_happens(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
-    """A silent stage is filled with comments, one for each pause of KEEPALIVE_SECONDS (a fifth of a second here)."""
+    """A silent stage has a comment for each pause of KEEPALIVE_SECONDS, here 0.2 s."""
     sandbox.fault("speech", "slow", seconds=0.6)
     events = await stream_events(client, "/jobs_prompt_tts", speech_job(sandbox))
     assert [event.name for event in events][:3] == ["stage", "comment", "comment"]
@@ -200,7 +202,7 @@ async def test_comments_come_while_nothing_happens(client: httpx.AsyncClient, sa
     assert all(pause == pytest.approx(0.2, abs=0.15) for pause in pauses)
 
 
-# How it ends
+# The end of the stream
 
 
 @pytest.mark.parametrize(
@@ -211,10 +213,10 @@ async def test_comments_come_while_nothing_happens(client: httpx.AsyncClient, sa
         pytest.param(methodcaller("video", "noise"), 500, 3, id="the video is no video"),
     ],
 )
-async def test_a_failure_is_told_once_and_last(
+async def test_an_error_event_ends_the_stream(
     client: httpx.AsyncClient, sandbox: Sandbox, spoil: methodcaller, status: int, done: int
 ) -> None:
-    """One `error` with the JSON form's body and its status ends the stream; the failed stage is not done."""
+    """It has the JSON form's body and status; the failed stage is not done."""
     spoil(sandbox)
     events = await stream_events(client, "/jobs_prompt_tts", speech_job(sandbox))
     plain = await client.post("/jobs_prompt_tts", json=speech_job(sandbox))
@@ -228,8 +230,8 @@ async def test_a_failure_is_told_once_and_last(
     assert error == body
 
 
-async def test_what_cannot_begin_is_refused_in_json(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
-    """An input error is a plain answer with its status, also for those who asked for events."""
+async def test_an_invalid_request_is_answered_in_json(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
+    """An input error has its own status, even if events were requested."""
     for path, changes in (("/jobs_prompt_tts", {"text": ""}), ("/jobs_prompt_only", {"model": "nobody/nothing"})):
         response = await client.post(path, json=speech_job(sandbox, **changes), headers=EVENT_STREAM)
         assert (response.status_code, response.headers["content-type"]) == (400, "application/json")

@@ -1,6 +1,6 @@
-"""The service in this process: settings put into the environment, the application called without a socket.
+"""The application in this process: settings in the environment, and calls without a socket.
 
-Only what lies outside main.py is replaced: the environment here, HTTP by respx in the tests.
+Only what is outside main.py is replaced: the environment here, HTTP by respx in the tests.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ FAST = {"POLL_MIN_SECONDS": "0.0001", "RETRY_FIRST_SECONDS": "0.0001", "PATIENCE
 
 
 def use_settings(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
-    """A complete, impatient configuration with these changes; an empty text unsets a variable."""
+    """Set a complete configuration with short waits and these changes; an empty string unsets a variable."""
     for name, value in {**SECRETS, "SUPABASE_URL": SUPABASE_URL, **FAST, **variables}.items():
         monkeypatch.setenv(name, value)
     main.get_settings.cache_clear()
@@ -60,7 +60,7 @@ def error_kind(error: main.ServiceError) -> tuple[int, str, str | None]:
 
 
 def provider_response(status: int, body: bytes | str = b"", **headers: str) -> main.Answer:
-    """A provider's answer, as the HTTP plumbing holds it."""
+    """A provider's response, as the HTTP code holds it."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return main.Answer(status, httpx.Headers(named), body.encode() if isinstance(body, str) else body)
 
@@ -71,7 +71,7 @@ def cases(table: list[tuple[Any, ...]]) -> list[Any]:
 
 
 def log_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the service has logged, each line without the request id that it begins with."""
+    """The service's log lines, each without the request id at its start."""
     lines = [record.getMessage() for record in caplog.records if record.name == "talking_pet"]
     assert all(line.startswith("request_id=") for line in lines)
     return [line.partition(" ")[2] for line in lines]

@@ -64,7 +64,7 @@ class Server:
         return [debug_head.split(" HTTP/")[0] for debug_head in self.request_heads]
 
     def was_never_contacted(self) -> bool:
-        """True if nobody has connected, as a connection of our own shows, which is accepted after all earlier ones."""
+        """True if nobody has connected, checked by a connection of our own that is accepted after all earlier ones."""
         with socket.create_connection(("127.0.0.1", self.port)) as ours:
             caller, deadline = ours.getsockname(), time.monotonic() + PATIENCE_S
             while caller not in self.callers:
@@ -171,7 +171,7 @@ def serve() -> Iterator[Callable[[Answers], Server]]:
 
 @pytest.fixture
 def internal_server(serve: Callable[[Answers], Server]) -> Server:
-    """A server inside: whatever a test fetches, it must hear nothing."""
+    """A server at a private address: no test may reach it."""
     return serve({"/": reply(200, b"secret")})
 
 
@@ -193,12 +193,12 @@ async def client(anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture
 def pets(serve: Callable[[Answers], Server], internet: Internet, client: httpx.AsyncClient) -> Server:
-    """A server with a video that is reached under a public name and address; the service runs."""
+    """A server with a video, reached under a public name and address; the application runs."""
     server = serve({PATH: reply(200, b"video", content_type="video/mp4")})
     internet.add("pets.example", server)
     return server
 
 
 async def debug_head(client: httpx.AsyncClient, url: str = URL) -> httpx.Response:
-    """Ask the service to look at a URL."""
+    """Send a URL to /debug/head."""
     return await client.post("/debug/head", json={"url": url})

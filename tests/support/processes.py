@@ -1,4 +1,4 @@
-"""What a process of the service holds, read from Linux's /proc, and waiting until something holds."""
+"""What a process holds, read from Linux's /proc, and waiting for a condition."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="look
 
 
 def files_in(folder: Path) -> list[str]:
-    """The names of what lies in a folder."""
+    """The names of the files in a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def children(pid: int, name: str = "") -> list[int]:
-    """The processes whose parent this is, and whose name begins so; dead ones that nobody has waited for included."""
+    """The child processes whose name begins so, including ended ones that were not reaped."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -32,7 +32,7 @@ def children(pid: int, name: str = "") -> list[int]:
 
 
 def open_files(pid: int) -> list[str]:
-    """What every descriptor of a process leads to; sockets are `socket:[...]`."""
+    """The target of every file descriptor of a process; sockets are `socket:[...]`."""
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
         try:
@@ -54,7 +54,7 @@ def status_number(pid: int, name: str) -> int:
 
 
 async def wait_until(condition: Callable[[], Any], seconds: float = 30.0) -> bool:
-    """Whether something becomes true within so many seconds; looked at every few milliseconds."""
+    """Whether a condition becomes true within so many seconds; it is checked every few milliseconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

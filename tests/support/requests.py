@@ -1,4 +1,4 @@
-"""Jobs over real sockets: what is asked, what comes back in either form, and what the service's process holds meanwhile."""
+"""Jobs sent to a service over real sockets: request bodies, the event stream, and the outcome in either form."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def service_client(url: str, **options: Any) -> httpx.AsyncClient:
 
 @lru_cache
 def short_video(seconds: float = 2.0) -> bytes:
-    """A small video that costs little, in place of one made anew for each sandbox."""
+    """A small video, made once for all sandboxes."""
     return media.video(PET_FILE.read_bytes(), media.VideoPlan(seconds, 160))
 
 
@@ -44,7 +44,7 @@ def short_video(seconds: float = 2.0) -> bytes:
 
 @dataclass
 class Event:
-    """One event as it came in: `comment` where it has no name; `text` is its data as written."""
+    """One event of a stream, named `comment` if it has no name; `text` is its data as written."""
 
     name: str
     text: str
@@ -83,7 +83,7 @@ async def stream_events(client: httpx.AsyncClient, path: str, body: dict[str, An
 
 
 class JobOutcome(NamedTuple):
-    """What came of a request, in either form: the result or error as it is written, and the stages before it."""
+    """The outcome of a request in either form: the result or error as it is written, and the stages before it."""
 
     status: int
     text: str
@@ -102,7 +102,7 @@ class JobOutcome(NamedTuple):
 
 
 async def send_job(url: str, path: str, body: dict[str, Any], headers: Any) -> JobOutcome:
-    """Send a job to a service and hear what comes of it."""
+    """Send a job to a service and return its outcome, in either form."""
     async with service_client(url) as client, client.stream("POST", path, json=body, headers=headers) as response:
         is_replayed = response.headers.get("idempotency-replayed") == "true"
         if response.headers["content-type"] == "application/json":
