@@ -155,8 +155,8 @@ class BackgroundCommand(NamedTuple):
     folder: Path
 
     def outcome(self) -> tuple[int, str, str]:
-        """Its exit code, its output and its errors; it has two minutes from now."""
-        output, errors = self.process.communicate(timeout=120)
+        """Its exit code, its output and its errors; it has ten minutes from now."""
+        output, errors = self.process.communicate(timeout=600)
         return self.process.returncode, output, errors
 
 

@@ -230,19 +230,42 @@ def test_nested_schema_parts_are_followed_within_bounds():
 @pytest.mark.parametrize(
     "names",
     [
-        *("*image", "*face subject_image", "*avatar", "*portrait driving_video", "*input_image control_image"),
+        "*image",
+        "*face subject_image",
+        "*avatar",
+        "*portrait driving_video",
+        "*input_image control_image",
         # not where the video ends
-        *("end_image *start_image", "last_frame *first_frame", "tail_image_url *image_url", "image_end *image"),
-        *("lastFrameImage *firstFrameImage", "ending_image *image"),
+        "end_image *start_image",
+        "last_frame *first_frame",
+        "tail_image_url *image_url",
+        "image_end *image",
+        "lastFrameImage *firstFrameImage",
+        "ending_image *image",
         # the better name
-        *("image *first_frame_image", "image2 *image", "*image1 image2"),
+        "image *first_frame_image",
+        "image2 *image",
+        "*image1 image2",
         # not what only helps
-        *("reference_image *image", "mask_image style_image *photo", "image_mask *input_image"),
+        "reference_image *image",
+        "mask_image style_image *photo",
+        "image_mask *input_image",
         # no picture
-        *("end_image", "reference_image mask", "video", "ending_image", "character_image"),
+        "end_image",
+        "reference_image mask",
+        "video",
+        "ending_image",
+        "character_image",
         # speech, or what is none
-        *("+audio", "+audio_file", "+driven_audio", "+inputAudio *image", "+speech_url", "background_audio +audio"),
-        *("reference_audio", "audio_reference", "background_music"),
+        "+audio",
+        "+audio_file",
+        "+driven_audio",
+        "+inputAudio *image",
+        "+speech_url",
+        "background_audio +audio",
+        "reference_audio",
+        "audio_reference",
+        "background_music",
     ],
 )
 def test_picture_and_speech_fields_are_found_by_name(names):

@@ -175,7 +175,11 @@ async def test_the_polls_of_a_process_are_counted(client, replicate):
 async def test_an_unusable_poll_does_not_end_the_job(replicate):
     """The video is paid for: after an invalid response, an unknown status or a long log it is polled again."""
     odd = [
-        *({}, {"id": "p1"}, {"status": "succeeded"}, {"id": "../x", "status": "succeeded"}, {"id": 1}),
+        {},
+        {"id": "p1"},
+        {"status": "succeeded"},
+        {"id": "../x", "status": "succeeded"},
+        {"id": 1},
         *map(prediction, ("starting", "processing", "queued", "PROCESSING", "")),
         prediction("processing", logs="x" * 3_000_000),
     ]
@@ -288,7 +292,11 @@ LOST = cases(
 @pytest.mark.parametrize(
     "payload",
     [
-        *(None, [], {"status": "starting"}, {"id": "p1"}, {"id": 5, "status": "starting"}),
+        None,
+        [],
+        {"status": "starting"},
+        {"id": "p1"},
+        {"id": 5, "status": "starting"},
         *({"id": name, "status": "starting"} for name in ("", "../x", "p1?a=b", "%2e%2e%2fx", "p1\n", "a" * 101)),
     ],
 )
@@ -300,7 +308,7 @@ def test_a_prediction_needs_a_status_and_a_valid_id(payload):
 @pytest.mark.parametrize(("outcome", "message"), LOST)
 async def test_a_lost_create_is_searched_for_and_not_retried(monkeypatch, client, replicate, outcome, message):
     """Several searches are made; the error names the call in doubt."""
-    use_settings(monkeypatch, PATIENCE_SECONDS="2")
+    use_settings(monkeypatch, PATIENCE_SECONDS="8")
     replicate.create.mock(side_effect=[outcome])
     assert await failed(client) == (500, message, {})
     assert (replicate.create.call_count, replicate.read.called, replicate.cancel.called) == (1, False, False)
@@ -310,7 +318,7 @@ async def test_a_lost_create_is_searched_for_and_not_retried(monkeypatch, client
 @pytest.mark.parametrize(("outcome", "message"), LOST)
 async def test_a_prediction_whose_create_response_is_lost_is_found(monkeypatch, client, replicate, outcome, message):
     """The job continues with it as soon as Replicate lists it."""
-    use_settings(monkeypatch, PATIENCE_SECONDS="4")
+    use_settings(monkeypatch, PATIENCE_SECONDS="40")
     replicate.create.mock(side_effect=[outcome])
     replicate.lists([], [prediction("starting")])
     before = datetime.now(timezone.utc)

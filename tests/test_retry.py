@@ -131,8 +131,12 @@ def test_backoff_doubles_up_to_eight_seconds(monkeypatch, attempt, longest_s):
 Work = Callable[[], Awaitable[Any]]
 UNSENT = [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow"), httpx.PoolTimeout("full")]
 DOUBTFUL = [  # it may have been done
-    *(httpx.ReadTimeout("slow"), httpx.ReadError("reset"), httpx.WriteError("reset"), httpx.WriteTimeout("slow")),
-    *(httpx.RemoteProtocolError("Server disconnected without sending a response."), httpx.DecodingError("not gzip")),
+    httpx.ReadTimeout("slow"),
+    httpx.ReadError("reset"),
+    httpx.WriteError("reset"),
+    httpx.WriteTimeout("slow"),
+    httpx.RemoteProtocolError("Server disconnected without sending a response."),
+    httpx.DecodingError("not gzip"),
 ]
 UNREADABLE = [b"", b"<html>502</html>", b'{"id": "p1", "sta', b"\xff\xfe\x00", b"[]", b"null", b"[" * 100_000]
 STATUSES = (*range(301, 305), *range(400, 432), 451, *range(500, 512), 520, 524, 529, 544, 599)

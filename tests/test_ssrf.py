@@ -117,8 +117,12 @@ async def test_a_url_to_a_private_address_is_rejected(
         *r"http://pets.example\@127.0.0.1/ http://127.0.0.1\@pets.example/ http:\\127.0.0.1\ http:/\127.0.0.1/".split(),
         *"//127.0.0.1/ 127.0.0.1 file:///etc/passwd file://localhost/etc/passwd ftp://pets.example/ data:,a".split(),
         *"gopher://127.0.0.1:6379/_SET unix:///run/docker.sock http+unix://%2Frun%2Fdocker.sock/ ws://pets.example/".split(),
-        *(" http://127.0.0.1/", "http://127.0.0.1 /", "http://pets.example/\t", "jar:http://127.0.0.1!/"),
-        *("http://127.0.0.1\r\nHost: pets.example/", "http://pets.example\x00/"),
+        " http://127.0.0.1/",
+        "http://127.0.0.1 /",
+        "http://pets.example/\t",
+        "jar:http://127.0.0.1!/",
+        "http://127.0.0.1\r\nHost: pets.example/",
+        "http://pets.example\x00/",
     ],
 )
 async def test_an_invalid_url_is_rejected(url: str, refused: Refused, pets: Server, internet: Internet) -> None:
@@ -156,8 +160,17 @@ async def test_an_unreachable_url_is_a_failed_resource(
 @pytest.mark.parametrize(
     "host",
     [
-        *("pets.example", "PETS.example", "pets.example:80", "pets.example:443", PUBLIC, "[2606:4700:4700::1111]"),
-        *("my_pets.example", "xn--bcher-kva.example", "bücher.example", "4pets.example", "1.2.3.4.example"),
+        "pets.example",
+        "PETS.example",
+        "pets.example:80",
+        "pets.example:443",
+        PUBLIC,
+        "[2606:4700:4700::1111]",
+        "my_pets.example",
+        "xn--bcher-kva.example",
+        "bücher.example",
+        "4pets.example",
+        "1.2.3.4.example",
     ],
 )
 async def test_public_urls_are_fetched(host: str, client: httpx.AsyncClient, pets: Server, internet: Internet) -> None:
