@@ -20,6 +20,6 @@ def test_kills_lose_no_job_and_pay_for_no_video_twice(beside: BackgroundCommand,
     assert code == 0, f"{output}\n{errors}"
     counts = {name.strip(): int(number) for name, number in re.findall(r"^([a-z ]+?)  +(\d+)", output, re.MULTILINE)}
     assert counts["kills"] == kills
-    assert counts["jobs"] == counts["videos bought"] == counts["videos delivered"] > 0
-    assert counts["jobs"] <= counts["speeches bought"] <= counts["jobs"] + kills
+    assert counts["jobs"] == counts["videos paid for"] == counts["videos delivered"] > 0
+    assert counts["jobs"] <= counts["speeches paid for"] <= counts["jobs"] + kills
     assert counts["jobs"] < counts["requests"]

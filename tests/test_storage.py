@@ -88,7 +88,7 @@ async def test_a_failed_upload_is_retried_from_the_first_byte(client, content):
 REFUSALS: list[tuple[Any, ...]] = [
     ("no such bucket", 400, "404"),
     ("exists", 400, "409"),
-    ("nothing more is told", 400, None),
+    ("no status in the body", 400, None),
     ("a gateway's 401", 401, None),
     ("no route", 404, 404),
     ("a redirect, which is not followed", 301, None),
