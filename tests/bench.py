@@ -5,7 +5,7 @@
     python -m tests.bench --json           for machines
     python -m tests.bench --smoke          tiny counts: does it run at all?
 
-The sandbox's providers run in a process of their own and speak TLS, with ready-made media and delays as told; the
+The sandbox's providers run in a process of their own and speak TLS, with ready-made media and configured delays; the
 service is the real one under uvicorn and trusts their certificate, which is made for the run (SSL_CERT_FILE); the load
 comes from this process, over loopback. All three share this machine's cores, so the figures are worse than those of
 the service alone. The speech is espeak-ng's voice where it is installed: ffmpeg codes a tone at another speed.
@@ -163,7 +163,7 @@ class Row:
 
 
 class Studio(Replicate):
-    """Replicate with a time of its own for each video: `times_s` in their order, then from the first again."""
+    """Replicate with a time for each video: `times_s` in their order, in a cycle."""
 
     times_s: Iterator[float]
 
@@ -302,7 +302,7 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
             "The benchmark's providers speak TLS, and only openssl can make their certificate: install it."
         )
     kind = ("-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    usage = ("-addext", "keyUsage=critical,digitalSignature,keyCertSign")  # Python 3.13 wants it told
+    usage = ("-addext", "keyUsage=critical,digitalSignature,keyCertSign")  # Python 3.13 requires it
     whose = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", *usage)
     files = ("-keyout", str(key), "-out", str(certificate))
     done = subprocess.run([openssl, "req", *kind, *whose, *files], capture_output=True, text=True)
@@ -403,7 +403,7 @@ class Client:
             writer.close()
 
     async def memory(self, samples: list[tuple[float, float]]) -> None:
-        """Note the service's memory for ever, and that of its children, in MB."""
+        """Sample the memory of the service and of its children, in MB, without end."""
         while True:
             samples.append((memory_mb(self.service.pid), ffmpeg_mb(self.service.pid)))
             await asyncio.sleep(SAMPLE_S)
@@ -430,7 +430,7 @@ class Bench:
         return Client(service, self.providers)
 
     def prepare(self, *times_s: float, video: bytes | None = None, limits: bool = False) -> None:
-        """Have the videos made in these times, one after the other and then from the first again."""
+        """Let the videos take these times, one after the other, in a cycle."""
         self.providers.become(video or self.video, times_s, self.sizes, limits)
 
     def start(self) -> Iterator[Row]:
@@ -589,7 +589,7 @@ def video_times_s(median_s: float, count: int) -> list[float]:
 
 
 def spoken(note: str) -> str:
-    """A note on a figure in which ffmpeg's time counts: it says so if the speech is not a voice."""
+    """A remark on a figure that includes ffmpeg's time, if the speech is not a voice."""
     return note if shutil.which("espeak-ng") else f"{note}; a tone speaks, install espeak-ng"
 
 

@@ -1,8 +1,8 @@
-"""When a video is read: simulated, with videos that take as long as videos do, and no clock.
+"""Polling: simulated with videos that take as long as real ones, and in the service with short ones.
 
-A process that has seen videos of a kind reads the next one some thirty times, and sees it 0.3 s after it is ready.
+A process that knows durations of a kind polls the next video some thirty times, and sees it 0.3 s after it is ready.
 No choice of moments does that for every kind: with f(t) the durations' density and S(t) the share of videos that take
-longer, reads times lateness is at least the square of the integral of sqrt(f * S), halved. That is 3 for 60 s and 4.5
+longer, polls times lateness is at least the square of the integral of sqrt(f * S), halved. That is 3 for 60 s and 4.5
 for 90 s with a spread of 5 %, twice that with 10 %, 20 where anything from 30 to 120 s is as likely; 30 times 0.3 is 9.
 """
 
@@ -19,7 +19,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import REPLICATE_URL, use_settings
+from tests.support.application import REPLICATE_URL, use_settings
 
 pytestmark = pytest.mark.anyio
 
@@ -27,7 +27,7 @@ VIDEOS = 300
 Durations = Callable[[random.Random, int], float]  # of video number so and so, in seconds
 
 
-class Waited(NamedTuple):
+class Polled(NamedTuple):
     """What it took to see one video."""
 
     reads: int
@@ -42,25 +42,25 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wait_for(
     video_s: float, known: "deque[float] | tuple[float, ...]", chance: random.Random, polls: int = 1
-) -> Waited:
-    """One video that is ready after `video_s`, read as the service would."""
+) -> Polled:
+    """One video that is ready after `video_s`, polled as the service would."""
     waited_s, reads = 0.0, 0
     while waited_s < video_s:
         waited_s += main.poll_delay_s(waited_s, polls, known) * chance.uniform(0.9, 1.1)
         reads += 1
-    return Waited(reads, waited_s - video_s)
+    return Polled(reads, waited_s - video_s)
 
 
 def simulate(
     durations: Durations, kept: int = main.KEPT_DURATIONS, videos: int = VIDEOS, seed: int = 1
-) -> list[Waited]:
-    """One video after the other, each known afterwards as long as it was waited for."""
-    chance, known, seen = random.Random(seed), deque[float](maxlen=kept), list[Waited]()
+) -> list[Polled]:
+    """Many videos one after the other; the duration of each is known afterwards."""
+    chance, known, polled = random.Random(seed), deque[float](maxlen=kept), list[Polled]()
     for number in range(videos):
         video_s = durations(chance, number)
-        seen.append(wait_for(video_s, known, chance))
-        known.append(video_s + seen[-1].late_s)
-    return seen
+        polled.append(wait_for(video_s, known, chance))
+        known.append(video_s + polled[-1].late_s)
+    return polled
 
 
 def around(middle_s: float, spread: float) -> Durations:
@@ -95,9 +95,9 @@ def changing(first: Durations, then: Durations) -> Durations:
     return lambda chance, number: (first if number < VIDEOS / 2 else then)(chance, number)
 
 
-def averages(seen: list[Waited]) -> Waited:
-    """Reads a video, and mean lateness, once ten videos are known."""
-    return Waited(mean(video.reads for video in seen[10:]), mean(video.late_s for video in seen[10:]))
+def averages(polled: list[Polled]) -> Polled:
+    """Mean polls and mean lateness of a video, once ten durations are known."""
+    return Polled(mean(video.reads for video in polled[10:]), mean(video.late_s for video in polled[10:]))
 
 
 @pytest.mark.parametrize(
@@ -125,16 +125,16 @@ def averages(seen: list[Waited]) -> Waited:
         pytest.param(between(30, 120), 50, 0.75, id="30 to 120 s"),
     ],
 )
-def test_few_reads_see_a_video_soon(durations, reads, late_s):
-    """On average thirty within 0.3 s where most of a kind take about as long; well under those of a new process."""
+def test_known_durations_save_polls_and_lateness(durations, reads, late_s):
+    """Some thirty polls see a video within 0.3 s; a process that knows no durations needs twice as many."""
     reached, unknowing = averages(simulate(durations)), averages(simulate(durations, kept=0))
     assert reached.reads <= min(reads, 0.45 * unknowing.reads)
     assert reached.late_s <= min(late_s, 0.9 * unknowing.late_s)
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
-def test_one_known_video_is_enough(kept):
-    """With one to three durations known the reads are as few, and half a second late."""
+def test_one_known_duration_is_enough(kept):
+    """With one to three known durations the polls are as few, and half a second late."""
     reads, late_s = averages(simulate(around(60, 0.1), kept=kept))
     assert reads <= 30
     assert late_s <= 0.7
@@ -145,7 +145,7 @@ NINETY = tuple(90 * math.exp(0.07 * step / 7) for step in range(-15, 15))  # 77 
 
 @pytest.mark.parametrize("video_s", [0.1, 1, 2, 5, 10, 20, 30, 45, 60, 75])
 def test_a_video_faster_than_any_before_is_seen_within_a_tenth_of_theirs(video_s):
-    """So is a failure, and one in the first seconds sooner."""
+    """A failure is seen as soon, and one in the first seconds sooner."""
     chance = random.Random(1)
     late_s = max(wait_for(video_s, NINETY, chance).late_s for _ in range(100))
     assert late_s <= 1.1 * min(2 + video_s, 0.1 * min(NINETY))
@@ -162,35 +162,35 @@ def test_one_faster_video_is_learned_from():
 
 
 @pytest.mark.parametrize("video_s", [120, 180, 270, 900])
-def test_a_video_slower_than_any_before_is_read_ever_more_seldom(video_s):
-    """No more reads than by a process that knows nothing; after 15 minutes it is seen within six seconds."""
+def test_a_video_slower_than_any_before_is_polled_less_and_less(video_s):
+    """There are no more polls than without known durations; after 15 minutes the lateness is six seconds at most."""
     chance = random.Random(1)
-    seen = [wait_for(video_s, NINETY, chance) for _ in range(20)]
-    assert mean(video.reads for video in seen) <= 1.05 * mean(wait_for(video_s, (), chance).reads for _ in range(20))
-    assert max(video.late_s for video in seen) <= 1.1 * math.sqrt(video_s - min(NINETY)) / 5
+    polled = [wait_for(video_s, NINETY, chance) for _ in range(20)]
+    assert mean(video.reads for video in polled) <= 1.05 * mean(wait_for(video_s, (), chance).reads for _ in range(20))
+    assert max(video.late_s for video in polled) <= 1.1 * math.sqrt(video_s - min(NINETY)) / 5
 
 
 @pytest.mark.parametrize("polls", [1, 80, 300, 1000])
-def test_jobs_that_know_their_model_stay_under_the_rate_too(polls):
-    """However many videos are due in the same second, one process reads at most 2,400 times a minute."""
+def test_known_durations_keep_the_poll_rate(polls):
+    """However many videos are due at once, one process makes at most 2,400 polls a minute."""
     delays = [main.poll_delay_s(float(waited_s), polls, NINETY) for waited_s in range(300)]
     assert polls * 60 / min(delays) <= 2400 * 1.0001
     assert min(delays) >= 0.25
 
 
-def test_the_rate_is_kept_without_reads_beyond_it():
-    """With 300 jobs a video is read every 7.5 s, and no more seldom where it is due."""
+def test_the_poll_rate_is_used_to_the_full():
+    """With 300 jobs a video that is due is polled every 7.5 s, and not less often."""
     assert main.poll_delay_s(90, 300, NINETY) == 7.5
 
 
-# The service, with videos that are ready after a time
+# The service
 
 
 VIDEO_S = 0.4
 BODY = {"image_url": "https://example.com/pet.jpg", "prompt": "The cat talks"}
 
 
-class Studio:
+class Replicate:
     """Replicate at the edge of the process: every prediction is ready `video_s` after it was made."""
 
     def __init__(self, router: respx.MockRouter) -> None:
@@ -201,27 +201,27 @@ class Studio:
     def create(self, request: httpx.Request) -> httpx.Response:
         """A new prediction."""
         self.made, self.reads = time.monotonic(), 0
-        return httpx.Response(201, json=self.told("starting"))
+        return httpx.Response(201, json=self.prediction("starting"))
 
     def read(self, request: httpx.Request) -> httpx.Response:
         """How it is now."""
         self.reads, age_s = self.reads + 1, time.monotonic() - self.made
         self.first_read_s = age_s if self.reads == 1 else self.first_read_s
-        return httpx.Response(200, json=self.told(self.outcome if age_s >= self.video_s else "processing"))
+        return httpx.Response(200, json=self.prediction(self.outcome if age_s >= self.video_s else "processing"))
 
-    def told(self, status: str) -> dict[str, Any]:
+    def prediction(self, status: str) -> dict[str, Any]:
         """The prediction in this status."""
         video = "https://replicate.delivery/xezq/video.mp4" if status == "succeeded" else None
         return {"id": "p1", "status": status, "output": video, "error": None}
 
 
 @pytest.fixture
-async def studio(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Studio]:
+async def replicate(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Replicate]:
     """Replicate, with reads that may follow each other at once, and the application, which knows of no video yet."""
     use_settings(monkeypatch, POLL_MIN_SECONDS="0.001")
     with respx.mock(assert_all_called=False) as router:
         async with main.lifespan(main.app):
-            yield Studio(router)
+            yield Replicate(router)
 
 
 async def video(**changes: Any) -> str:
@@ -229,30 +229,30 @@ async def video(**changes: Any) -> str:
     return await main.hailuo_video_from_prompt(main.JobPromptOnly(**{**BODY, **changes}))
 
 
-async def test_the_second_video_of_a_kind_is_left_alone_at_first(studio):
-    """The first tells how long they take; one of another length is another kind."""
+async def test_the_second_video_of_a_kind_is_polled_later(replicate):
+    """The first one's duration is known then; a video of another length is another kind."""
     await video()
     await video()
-    assert studio.first_read_s >= 0.9 * 0.1 * VIDEO_S
+    assert replicate.first_read_s >= 0.9 * 0.1 * VIDEO_S
     await video(seconds=10)
     assert [len(durations) for durations in main._running.durations.values()] == [2, 1]
     assert all(0.9 * VIDEO_S <= took_s < 10 for durations in main._running.durations.values() for took_s in durations)
 
 
 @pytest.mark.parametrize("outcome", ["failed", "canceled"])
-async def test_what_makes_no_video_tells_nothing_of_how_long_videos_take(studio, outcome):
-    """After a refusal of the picture, the next video is read like the first."""
-    studio.outcome, studio.video_s = outcome, 0.05
+async def test_failed_predictions_have_no_duration(replicate, outcome):
+    """After a failure the next video is polled like the first."""
+    replicate.outcome, replicate.video_s = outcome, 0.05
     with pytest.raises(main.ProviderRefused):
         await video()
     assert not main._running.durations
 
 
-async def test_a_prediction_that_another_request_made_is_read_at_once(studio):
-    """Nobody knows how long it has been waited for, so it is read like a first video and tells the next one nothing."""
-    studio.made = time.monotonic()
+async def test_a_resumed_prediction_is_polled_at_once(replicate):
+    """Its age is unknown, so it is polled like a first video, and its duration is not kept."""
+    replicate.made = time.monotonic()
     job = main.Job("-")
     job.partial.prediction_id = "p1"
     assert await main.hailuo_video_from_prompt(main.JobPromptOnly(**BODY), job)
-    assert studio.first_read_s < 0.1 * VIDEO_S
+    assert replicate.first_read_s < 0.1 * VIDEO_S
     assert not main._running.durations

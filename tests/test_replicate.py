@@ -1,4 +1,4 @@
-"""Videos: the request that buys one, the waiting for it, its outcomes, its end when nobody waits any more."""
+"""Replicate: creating a prediction, polling it, its outcomes, finding a lost one, cancelling it."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import FAST, REPLICATE_URL, SECRETS, log_lines, rows, use_settings
+from tests.support.application import FAST, REPLICATE_URL, SECRETS, cases, log_lines, use_settings
 
 PICTURE_URL = "https://example.com/pet.jpg"
 VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
@@ -44,11 +44,11 @@ def prediction(status: str, **fields: Any) -> dict[str, Any]:
 DONE = prediction("succeeded", output=VIDEO_URL)
 
 
-def answered(told: Any) -> httpx.Response:
-    """What comes back: an error is raised, a response comes as it is, anything else as JSON."""
-    if isinstance(told, Exception):
-        raise told
-    return told if isinstance(told, httpx.Response) else httpx.Response(200, json=told)
+def respond_with(outcome: Any) -> httpx.Response:
+    """The response of a route: an exception is raised, a response returned, anything else sent as JSON."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome if isinstance(outcome, httpx.Response) else httpx.Response(200, json=outcome)
 
 
 class Replicate:
@@ -62,15 +62,15 @@ class Replicate:
         self.read = router.get(READ_URL).respond(200, json=DONE)
         self.cancel = router.post(CANCEL_URL).respond(200, json=prediction("canceled"))
 
-    def reads(self, *told: Any) -> None:
-        """What the reads tell in turn; the last one stays."""
-        turns = itertools.chain(told, itertools.repeat(told[-1]))
-        self.read.mock(side_effect=lambda request: answered(next(turns)))
+    def reads(self, *outcomes: Any) -> None:
+        """What the polls return one after the other; the last one stays."""
+        turns = itertools.chain(outcomes, itertools.repeat(outcomes[-1]))
+        self.read.mock(side_effect=lambda request: respond_with(next(turns)))
 
     def lists(self, *pages: list[Any]) -> None:
-        """What the list holds, one look after the other; the last one stays."""
+        """The lists of predictions one after the other; the last one stays."""
         turns = itertools.chain(pages, itertools.repeat(pages[-1]))
-        self.list.mock(side_effect=lambda request: answered({"results": next(turns), "next": None}))
+        self.list.mock(side_effect=lambda request: respond_with({"results": next(turns), "next": None}))
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ async def post(client: httpx.AsyncClient, **changes: Any) -> tuple[int, dict[str
 
 
 async def failed(client: httpx.AsyncClient, **changes: Any) -> tuple[int, str, dict[str, Any]]:
-    """Status, detail and `partial` of a picture job that fails at Replicate."""
+    """Status, detail and `partial` of a job that fails at Replicate."""
     status, body = await post(client, **changes)
     assert (body["category"], body["provider"]) == ("provider", "replicate")
     return status, body["detail"], body.get("partial", {})
@@ -98,8 +98,8 @@ async def failed(client: httpx.AsyncClient, **changes: Any) -> tuple[int, str, d
 # The request
 
 
-async def test_the_requests(monkeypatch, client, replicate):
-    """The default model's own fields, by its own route, with a limit to what it may cost; a silent video needs one key only."""
+async def test_the_create_and_the_poll(monkeypatch, client, replicate):
+    """The default model's fields and route, with Cancel-After; a silent video needs one key only."""
     use_settings(monkeypatch, ELEVEN_API_KEY="", SUPABASE_URL="", SUPABASE_SERVICE_ROLE="")
     assert await post(client) == (200, {"video_url": VIDEO_URL})
     create, read = replicate.create.calls.last.request, replicate.read.calls.last.request
@@ -113,26 +113,25 @@ async def test_the_requests(monkeypatch, client, replicate):
 @pytest.mark.parametrize(
     ("timeout_s", "cancel_after"), [("1", "5s"), ("90.4", "90s"), ("90.6", "91s"), ("86400", "86400s")]
 )
-async def test_replicate_ends_it_at_the_jobs_own_limit(monkeypatch, replicate, timeout_s, cancel_after):
-    """Within what Cancel-After takes: 5 s to a day."""
+async def test_cancel_after_is_the_jobs_deadline(monkeypatch, replicate, timeout_s, cancel_after):
+    """It is kept within the 5 s to one day that Replicate accepts."""
     use_settings(monkeypatch, JOB_TIMEOUT_SECONDS=timeout_s)
     await main.hailuo_video_from_prompt(JOB)
     assert replicate.create.calls.last.request.headers["cancel-after"] == cancel_after
 
 
 @pytest.mark.parametrize("helper", [main.hailuo_video_from_prompt, main.replicate_video_from_prompt])
-async def test_without_a_running_service(helper):
-    """The helpers stand on their own."""
-    with respx.mock(assert_all_called=False) as router:
-        Replicate(router).reads(httpx.ReadError("reset"), prediction("processing"), DONE)
-        assert await helper(JOB) == VIDEO_URL
+async def test_both_helpers_return_the_video_of_a_job(replicate, helper):
+    """Each takes nothing but the request body, and polls on after a broken connection."""
+    replicate.reads(httpx.ReadError("reset"), prediction("processing"), DONE)
+    assert await helper(JOB) == VIDEO_URL
 
 
 # Other models
 
 
-async def test_a_look_up_holds_up_no_other_model(replicate):
-    """Jobs that ask for one model share its look-up; those of other models do not wait for it."""
+async def test_a_slow_look_up_does_not_delay_other_models(replicate):
+    """Jobs share the look-up of their model only."""
     is_asked, schema = asyncio.Event(), {"Input": {"properties": {"image": {"type": "string", "format": "uri"}}}}
     model = {"is_official": True, "latest_version": {"openapi_schema": {"components": {"schemas": schema}}}}
 
@@ -155,15 +154,15 @@ async def test_a_look_up_holds_up_no_other_model(replicate):
 
 @pytest.mark.parametrize("polls", [1, 10, 100, 5000])
 @pytest.mark.parametrize(("waited_s", "delay_s"), [(0, 0.25), (12, 0.3), (80, 2), (86_400, 2)])
-def test_a_video_is_asked_for_the_less_often_the_longer_it_takes(monkeypatch, waited_s, delay_s, polls):
-    """A finished video waits about one per cent of its own time; all jobs together read at most 2,400 times a minute."""
+def test_polls_get_rarer_the_longer_a_video_takes(monkeypatch, waited_s, delay_s, polls):
+    """The wait is a share of the time so far, and all jobs together make at most 2,400 polls a minute."""
     assert main.poll_delay_s(0, 0) == float(FAST["POLL_MIN_SECONDS"])
     use_settings(monkeypatch, POLL_MIN_SECONDS="0.25")
     assert main.poll_delay_s(waited_s, polls) == pytest.approx(max(delay_s, polls / 40))
 
 
 async def test_the_polls_of_a_process_are_counted(client, replicate):
-    """Twenty jobs that wait share the pace: each reads less often than one alone would."""
+    """Twenty waiting jobs share the rate: each polls less often than one alone would."""
     states = itertools.chain([prediction("processing")] * 20, itertools.repeat(DONE))
     replicate.read.mock(side_effect=lambda request: httpx.Response(200, json=next(states)))
     started = time.monotonic()
@@ -173,10 +172,14 @@ async def test_the_polls_of_a_process_are_counted(client, replicate):
     assert time.monotonic() - started >= 40 / 2400 * 60 * 0.8
 
 
-async def test_an_odd_prediction_does_not_end_the_job(replicate):
-    """The video is paid for: whatever a read tells, a status that nobody knows or a long log included, it is read again."""
+async def test_an_unusable_poll_does_not_end_the_job(replicate):
+    """The video is paid for: after an invalid response, an unknown status or a long log it is polled again."""
     odd = [
-        *({}, {"id": "p1"}, {"status": "succeeded"}, {"id": "../x", "status": "succeeded"}, {"id": 1}),
+        {},
+        {"id": "p1"},
+        {"status": "succeeded"},
+        {"id": "../x", "status": "succeeded"},
+        {"id": 1},
         *map(prediction, ("starting", "processing", "queued", "PROCESSING", "")),
         prediction("processing", logs="x" * 3_000_000),
     ]
@@ -185,8 +188,8 @@ async def test_an_odd_prediction_does_not_end_the_job(replicate):
     assert (replicate.read.call_count, replicate.create.call_count) == (len(odd) + 1, 1)
 
 
-async def test_a_prediction_beyond_all_bounds_ends_the_job(client, replicate):
-    """At once, since it would be the same next time; it is not the client's fault, and the id says what was paid for."""
+async def test_a_prediction_over_8_mb_ends_the_job(client, replicate):
+    """At once, since the next poll would return the same; it is a 500 with the id in `partial`."""
     replicate.reads({**DONE, "logs": "x" * 8_000_000})
     message = "Replicate's answer is larger than the service takes in."
     assert await failed(client) == (500, message, {"prediction_id": "p1"})
@@ -206,9 +209,9 @@ LOGS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("logs", "percent"), rows(LOGS))
+@pytest.mark.parametrize(("logs", "percent"), cases(LOGS))
 def test_the_percentage_is_read_from_the_log(logs, percent):
-    """Where a model writes a progress bar, its last figure tells."""
+    """The last figure of a model's progress bar counts."""
     assert main.Prediction(id="p1", status="processing", logs=logs).percent == percent
 
 
@@ -233,9 +236,9 @@ OUTPUTS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("output", "video"), rows(OUTPUTS))
+@pytest.mark.parametrize(("output", "video"), cases(OUTPUTS))
 def test_the_video_is_found_in_the_output(output, video):
-    """A text, a list or an object; where there is none, it is the provider's failure."""
+    """The output is a string, a list or an object; without a video it is a provider error."""
     made = main.Prediction(id="p1", status="succeeded", output=output)
     assert made.video_url == video
     if video is None:
@@ -256,9 +259,9 @@ REASONS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("status", "error", "words"), rows(REASONS))
+@pytest.mark.parametrize(("status", "error", "words"), cases(REASONS))
 async def test_a_prediction_that_ends_without_a_video(client, replicate, status, error, words):
-    """It is the request's own content: a 400 with Replicate's reason, and the id."""
+    """The job gets a 400 with Replicate's reason and the prediction's id."""
     replicate.reads(prediction(status, error=error))
     message = f"No video was made, the prediction ended as {status}: {words}"
     assert await failed(client) == (400, message, {"prediction_id": "p1"})
@@ -266,16 +269,16 @@ async def test_a_prediction_that_ends_without_a_video(client, replicate, status,
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])
-async def test_a_video_that_is_done_at_once_is_not_read(replicate, status):
-    """The answer to the create, whichever success it is, says it all then."""
+async def test_a_prediction_that_succeeds_at_once_is_not_polled(replicate, status):
+    """The response to the create has everything, whatever its 2xx status."""
     replicate.create.respond(status, json=DONE)
     assert await main.hailuo_video_from_prompt(JOB) == VIDEO_URL
     assert not replicate.read.called
 
 
-# A create whose answer is lost
+# A create whose response is lost
 
-LOST = rows(
+LOST = cases(
     [
         ("cut after sending", httpx.ReadError("reset"), "Replicate did not answer: ReadError reset."),
         ("no answer in time", httpx.ReadTimeout("slow"), "Replicate did not answer: ReadTimeout slow."),
@@ -287,21 +290,25 @@ LOST = rows(
 
 
 @pytest.mark.parametrize(
-    "told",
+    "payload",
     [
-        *(None, [], {"status": "starting"}, {"id": "p1"}, {"id": 5, "status": "starting"}),
+        None,
+        [],
+        {"status": "starting"},
+        {"id": "p1"},
+        {"id": 5, "status": "starting"},
         *({"id": name, "status": "starting"} for name in ("", "../x", "p1?a=b", "%2e%2e%2fx", "p1\n", "a" * 101)),
     ],
 )
-def test_what_is_no_prediction(told):
-    """Without an id that can stand in a path nothing can be read or cancelled."""
-    assert main.prediction_in(told) is None
+def test_a_prediction_needs_a_status_and_a_valid_id(payload):
+    """Without an id that can stand in a path it can neither be polled nor cancelled."""
+    assert main.prediction_in(payload) is None
 
 
 @pytest.mark.parametrize(("outcome", "message"), LOST)
-async def test_a_create_that_was_not_made_is_not_repeated(monkeypatch, client, replicate, outcome, message):
-    """It is looked for several times; the client is told which call was in doubt."""
-    use_settings(monkeypatch, PATIENCE_SECONDS="2")
+async def test_a_lost_create_is_searched_for_and_not_retried(monkeypatch, client, replicate, outcome, message):
+    """Several searches are made; the error names the call in doubt."""
+    use_settings(monkeypatch, PATIENCE_SECONDS="8")
     replicate.create.mock(side_effect=[outcome])
     assert await failed(client) == (500, message, {})
     assert (replicate.create.call_count, replicate.read.called, replicate.cancel.called) == (1, False, False)
@@ -309,9 +316,9 @@ async def test_a_create_that_was_not_made_is_not_repeated(monkeypatch, client, r
 
 
 @pytest.mark.parametrize(("outcome", "message"), LOST)
-async def test_a_create_whose_answer_is_lost_is_found(monkeypatch, client, replicate, outcome, message):
-    """Its prediction, as soon as Replicate lists it, is gone on with."""
-    use_settings(monkeypatch, PATIENCE_SECONDS="4")
+async def test_a_prediction_whose_create_response_is_lost_is_found(monkeypatch, client, replicate, outcome, message):
+    """The job continues with it as soon as Replicate lists it."""
+    use_settings(monkeypatch, PATIENCE_SECONDS="40")
     replicate.create.mock(side_effect=[outcome])
     replicate.lists([], [prediction("starting")])
     before = datetime.now(timezone.utc)
@@ -330,9 +337,9 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize("others", rows(OTHERS))
-async def test_only_its_own_prediction_is_gone_on_with(client, replicate, others):
-    """Exactly the same model and input, and of no other job."""
+@pytest.mark.parametrize("others", cases(OTHERS))
+async def test_only_an_equal_unclaimed_prediction_is_used(client, replicate, others):
+    """Model and input must be equal, and no other job may have claimed it."""
     replicate.create.respond(201, json={**DONE, "id": "held"})
     await post(client)
     replicate.create.mock(side_effect=httpx.ReadError("reset"))
@@ -341,22 +348,22 @@ async def test_only_its_own_prediction_is_gone_on_with(client, replicate, others
 
 
 async def test_the_list_is_read_page_by_page(client, replicate):
-    """As far as it leads on at Replicate itself: the token goes nowhere else."""
+    """Only pages at Replicate itself are followed: the token is sent nowhere else."""
     replicate.create.mock(side_effect=httpx.ReadError("reset"))
-    told = {"results": [prediction("starting", input={})] * 100, "next": f"{LIST_URL}?cursor=abc"}
+    first = {"results": [prediction("starting", input={})] * 100, "next": f"{LIST_URL}?cursor=abc"}
     last = {"results": [prediction("starting")], "next": "https://elsewhere.example/v1/predictions"}
-    replicate.list.mock(side_effect=[httpx.Response(200, json=told), httpx.Response(200, json=last)])
+    replicate.list.mock(side_effect=[httpx.Response(200, json=first), httpx.Response(200, json=last)])
     assert await post(client) == (200, {"video_url": VIDEO_URL})
     assert dict(replicate.list.calls.last.request.url.params) == {"cursor": "abc"}
     replicate.list.mock(side_effect=lambda request: httpx.Response(200, json={**last, "results": []}))
     assert (await failed(client))[::2] == (500, {})
 
 
-# Nobody waits any more
+# Cancelling
 
 
 def cancellable(work: Awaitable[Any]) -> tuple[anyio.CancelScope, "asyncio.Task[bool]"]:
-    """Work in a task, as a job's is, the scope that cancels it, and whether it heard of that."""
+    """Work in a task as a job is, the scope that cancels it, and whether it was cancelled."""
     scope = anyio.CancelScope()
 
     async def run() -> bool:
@@ -368,7 +375,7 @@ def cancellable(work: Awaitable[Any]) -> tuple[anyio.CancelScope, "asyncio.Task[
 
 
 async def ended_while_waiting(replicate: Replicate) -> None:
-    """A video is asked for, and the asking ended while it is being made."""
+    """Start a job and cancel it while its video is being made."""
     replicate.reads(prediction("processing"))
     job = main.Job("-")
     heard, (scope, task) = job.listen(), cancellable(main.hailuo_video_from_prompt(JOB, job))
@@ -380,8 +387,8 @@ async def ended_while_waiting(replicate: Replicate) -> None:
     assert main._running.polls == 0
 
 
-async def test_a_cancelled_caller_cancels_the_prediction(replicate, caplog):
-    """Once, by its id; and nothing is read after."""
+async def test_a_cancelled_job_cancels_its_prediction(replicate, caplog):
+    """Once, by its id; nothing is polled afterwards."""
     caplog.set_level("INFO", logger="talking_pet")
     await ended_while_waiting(replicate)
     reads = replicate.read.call_count
@@ -393,8 +400,8 @@ async def test_a_cancelled_caller_cancels_the_prediction(replicate, caplog):
     assert (replicate.read.call_count, replicate.cancel.call_count) == (reads, 1)
 
 
-async def test_the_end_of_the_process_is_told_and_logged(client, replicate, caplog):
-    """The job whose request uvicorn cancels still has an answer, and its line in the log says why it ended."""
+async def test_a_shutdown_is_answered_and_logged(client, replicate, caplog):
+    """A job whose request uvicorn cancels is still answered, and its log line has the outcome."""
     replicate.reads(prediction("processing"))
     asking = asyncio.create_task(client.post("/jobs_prompt_only", json=BODY))
     while not replicate.read.called:
@@ -414,9 +421,9 @@ CANCELS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("failures", "words"), rows(CANCELS))
-async def test_a_cancel_is_repeated(monkeypatch, replicate, caplog, failures, words):
-    """As often as its time allows, since it can do no harm twice; if it fails, an operator finds the id in the log."""
+@pytest.mark.parametrize(("failures", "words"), cases(CANCELS))
+async def test_a_cancel_is_retried(monkeypatch, replicate, caplog, failures, words):
+    """For as long as it may take, since it does no harm twice; if it fails, the id is in the log."""
     caplog.set_level("INFO", logger="talking_pet")
     use_settings(monkeypatch, PATIENCE_SECONDS="1")
     last = [] if "not" in words else [httpx.Response(200, json=prediction("canceled"))]
@@ -433,16 +440,16 @@ ON_ITS_WAY: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("outcome", "cancels"), rows(ON_ITS_WAY))
-async def test_a_create_that_is_on_its_way_is_waited_for_and_cancelled(replicate, outcome, cancels):
-    """Only its answer tells which prediction to cancel, or else the list; the caller's end is all that is heard of it."""
+@pytest.mark.parametrize(("outcome", "cancels"), cases(ON_ITS_WAY))
+async def test_a_create_in_flight_is_awaited_and_its_prediction_cancelled(replicate, outcome, cancels):
+    """Only its response, or else the list, has the id to cancel."""
     replicate.lists([prediction("starting")])
     is_sent, may_answer = asyncio.Event(), asyncio.Event()
 
     async def slowly(request: httpx.Request) -> httpx.Response:
         is_sent.set()
         await may_answer.wait()
-        return answered(outcome)
+        return respond_with(outcome)
 
     replicate.create.mock(side_effect=slowly)
     scope, task = cancellable(main.hailuo_video_from_prompt(JOB))
@@ -456,8 +463,8 @@ async def test_a_create_that_is_on_its_way_is_waited_for_and_cancelled(replicate
 
 
 @pytest.mark.parametrize("ticks", range(6))
-async def test_a_process_that_ends_while_an_event_comes_stops_the_job(ticks):
-    """The job hears of it, whichever tick the end of its request comes in, and no event is lost."""
+async def test_a_cancelled_stream_stops_the_job_and_loses_no_event(ticks):
+    """In whichever tick of the event loop the request is cancelled."""
     job = main.Job("-")
     task = asyncio.create_task(main.next_part(job, events := job.listen()))
     for _ in range(4):
@@ -471,12 +478,12 @@ async def test_a_process_that_ends_while_an_event_comes_stops_the_job(ticks):
 
 
 async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatch, client, tmp_path: Path):
-    """Nor is it lost where connections are kept: whoever is cancelled while a file comes in ends cancelled."""
+    """A download that is cancelled ends cancelled, and its connection is idle or closed."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):  # whoever was cancelled has gone
             while await reader.readuntil(b"\r\n\r\n"):
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n")
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
                 await asyncio.sleep(0)
                 writer.write(b"video")
         writer.close()

@@ -1,4 +1,4 @@
-"""What is sent again, after which wait, and what never; and the words that are taken from a refusal."""
+"""Retry policy: what is retried, with which backoff and for how long; and the messages of error responses."""
 
 import asyncio
 import json
@@ -17,8 +17,17 @@ import pytest
 import respx
 
 import main
-from tests import network
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SECRETS, SUPABASE_URL, answer, error_of, rows, use_settings
+from tests.support import network
+from tests.support.application import (
+    ELEVEN_URL,
+    REPLICATE_URL,
+    SECRETS,
+    SUPABASE_URL,
+    cases,
+    error_from,
+    provider_response,
+    use_settings,
+)
 
 serve = network.serve
 NOW = 1_790_000_000.0  # a clock time
@@ -38,7 +47,7 @@ def providers(client: httpx.AsyncClient) -> Iterator[respx.MockRouter]:
         yield router
 
 
-# How long to wait
+# Retry-After, backoff, budgets
 
 ASKED = [  # what it is, Retry-After, the body, seconds
     ("nothing said", "", "", None),
@@ -65,10 +74,10 @@ ASKED = [  # what it is, Retry-After, the body, seconds
 ]
 
 
-@pytest.mark.parametrize(("header", "body", "asked_s"), rows(ASKED))
-def test_the_wait_that_a_provider_asks_for(header, body, asked_s):
-    """Read from the body's figure, the header or the words, whatever they hold."""
-    assert main.asked_wait_s(answer(429, body, retry_after=header), NOW) == asked_s
+@pytest.mark.parametrize(("header", "body", "asked_s"), cases(ASKED))
+def test_retry_after_is_read_from_body_header_or_words(header, body, asked_s):
+    """The body's number comes first, then the header, then the provider's words."""
+    assert main.asked_wait_s(provider_response(429, body, retry_after=header), NOW) == asked_s
 
 
 CAPS = [
@@ -80,9 +89,9 @@ CAPS = [
 ]
 
 
-@pytest.mark.parametrize(("asked_s", "unpaid_s", "paid_s"), rows(CAPS))
-def test_a_providers_own_figure_is_kept_up_to_the_cap(monkeypatch, asked_s, unpaid_s, paid_s):
-    """Half a minute: who asks for more is given up, or asked again after that if it is about what is paid for."""
+@pytest.mark.parametrize(("asked_s", "unpaid_s", "paid_s"), cases(CAPS))
+def test_retry_after_is_obeyed_up_to_the_cap(monkeypatch, asked_s, unpaid_s, paid_s):
+    """Beyond 30 s a call gives up, or waits 30 s if it is about something paid for."""
     use_settings(monkeypatch, RETRY_FIRST_SECONDS="0.5", PATIENCE_SECONDS="")
     tries = main.Tries()
     waits = [main.Retry({}, tries, is_paid=is_paid).delay_s(tries, 3, 9.0, asked_s) for is_paid in (False, True)]
@@ -100,30 +109,34 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(("tries", "attempts", "failing_s", "goes_on"), rows(ENDS))
-def test_trying_again_comes_to_an_end(monkeypatch, tries, attempts, failing_s, goes_on):
-    """By the number of attempts, or by the time since the first failure, whatever the provider asks."""
+@pytest.mark.parametrize(("tries", "attempts", "failing_s", "goes_on"), cases(ENDS))
+def test_retries_end_with_their_budget(monkeypatch, tries, attempts, failing_s, goes_on):
+    """By the number of attempts or by the time since the first failure, whatever Retry-After says."""
     use_settings(monkeypatch, PATIENCE_SECONDS="")
     for asked_s in (None, 0.0, 1.0):
         assert (main.Retry({}, tries).delay_s(tries, attempts, failing_s, asked_s) is not None) == goes_on
 
 
 @pytest.mark.parametrize(("attempt", "longest_s"), [(1, 0.5), (2, 1), (3, 2), (5, 8), (6, 8), (100_000, 8)])
-def test_waits_double_up_to_eight_seconds(monkeypatch, attempt, longest_s):
-    """From RETRY_FIRST_SECONDS on; each is shortened by up to a quarter, so that jobs do not come back together."""
+def test_backoff_doubles_up_to_eight_seconds(monkeypatch, attempt, longest_s):
+    """It starts at RETRY_FIRST_SECONDS; jitter shortens each wait by up to a quarter."""
     use_settings(monkeypatch, RETRY_FIRST_SECONDS="0.5")
     waits = [main.Retry({}, main.Tries()).delay_s(main.Tries(), attempt, 0.0, None) or 0 for _ in range(400)]
     assert 0.75 * longest_s <= min(waits) < 0.78 * longest_s
     assert 0.97 * longest_s < max(waits) <= longest_s
 
 
-# What is repeated
+# What is retried
 
 Work = Callable[[], Awaitable[Any]]
 UNSENT = [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow"), httpx.PoolTimeout("full")]
 DOUBTFUL = [  # it may have been done
-    *(httpx.ReadTimeout("slow"), httpx.ReadError("reset"), httpx.WriteError("reset"), httpx.WriteTimeout("slow")),
-    *(httpx.RemoteProtocolError("Server disconnected without sending a response."), httpx.DecodingError("not gzip")),
+    httpx.ReadTimeout("slow"),
+    httpx.ReadError("reset"),
+    httpx.WriteError("reset"),
+    httpx.WriteTimeout("slow"),
+    httpx.RemoteProtocolError("Server disconnected without sending a response."),
+    httpx.DecodingError("not gzip"),
 ]
 UNREADABLE = [b"", b"<html>502</html>", b'{"id": "p1", "sta', b"\xff\xfe\x00", b"[]", b"null", b"[" * 100_000]
 STATUSES = (*range(301, 305), *range(400, 432), 451, *range(500, 512), 520, 524, 529, 544, 599)
@@ -210,8 +223,8 @@ async def count_requests(router: respx.MockRouter, url: str, work: Work, outcome
 
 
 @EVERY_CALL
-async def test_which_outcomes_are_repeated(monkeypatch, providers, calls, call):
-    """Every status there is, every way to have no answer, every unreadable one; what may be bought is not bought again."""
+async def test_which_outcomes_are_retried(monkeypatch, providers, calls, call):
+    """Every status, every transport error and every invalid response; what may be paid for is not sent twice."""
     use_settings(monkeypatch, PATIENCE_SECONDS="0.02" if call == "create" else "4")  # a create is looked for
     url, work, success = calls[call]
     is_safe = call not in ("speech", "create")
@@ -225,8 +238,8 @@ async def test_which_outcomes_are_repeated(monkeypatch, providers, calls, call):
 
 
 @pytest.mark.parametrize(("call", "kind", "attempts"), list(read_table()))
-async def test_how_often_a_call_is_made(monkeypatch, providers, calls, call, kind, attempts):
-    """What is not paid for yet gives up after a few attempts, what is paid for is waited for."""
+async def test_how_many_attempts_a_call_makes(monkeypatch, providers, calls, call, kind, attempts):
+    """A call gives up after a few attempts, unless something is paid for already."""
     if attempts == "on":
         use_settings(monkeypatch, PATIENCE_SECONDS="40")
     url, work, success = calls[call]
@@ -244,15 +257,15 @@ SHARES = [
 ]
 
 
-@pytest.mark.parametrize(("call", "status", "patience_s"), rows(SHARES))
-async def test_how_long_patience_lasts(providers, calls, call, status, patience_s):
-    """Each outcome has its share of PATIENCE_SECONDS, here 0.4."""
+@pytest.mark.parametrize(("call", "status", "patience_s"), cases(SHARES))
+async def test_how_long_a_call_is_retried(providers, calls, call, status, patience_s):
+    """Each outcome has its share of PATIENCE_SECONDS, here 0.4 s."""
     url, work, _ = calls[call]
     providers.route(url=url).respond(status, headers={"Retry-After": "0.005"}, json={"detail": "No."})
     took_s = math.inf
     for _ in range(3):  # a busy machine makes it longer, never shorter
         started = time.monotonic()
-        error = await error_of(work())
+        error = await error_from(work())
         assert f"{status}: No." in error.detail
         took_s = min(took_s, time.monotonic() - started)
         if took_s < 1.9 * patience_s:
@@ -261,8 +274,8 @@ async def test_how_long_patience_lasts(providers, calls, call, status, patience_
 
 
 @EVERY_CALL
-async def test_a_wait_that_is_too_long_ends_what_costs_nothing_to_end(providers, calls, call):
-    """Without a wait, and saying so; what is paid for is asked again after the longest wait there is, here 0.1 s."""
+async def test_a_retry_after_over_the_cap_ends_an_unpaid_call(providers, calls, call):
+    """At once, with an error that has the number; a paid call waits for the cap, here 0.1 s."""
     url, work, success = calls[call]
     throttled = httpx.Response(429, headers={"Retry-After": "31"}, json={"detail": "Too many."})
     started, route = time.monotonic(), providers.route(url=url).mock(side_effect=[throttled, success])
@@ -270,13 +283,13 @@ async def test_a_wait_that_is_too_long_ends_what_costs_nothing_to_end(providers,
         await work()
         assert (route.call_count, time.monotonic() - started >= 0.1) == (2, True)
         return
-    error = await error_of(work())
+    error = await error_from(work())
     assert route.call_count == 1
     assert error.detail.rstrip(".").endswith("429: Too many. (it asks to wait 31 s, longer than a job can)")
 
 
 @pytest.mark.parametrize("call", ["upload", "fetch"])
-async def test_the_truth_in_a_400_of_the_storage_decides(providers, calls, call):
+async def test_the_status_code_in_a_storage_400_decides(providers, calls, call):
     """Supabase answers 400 to nearly everything; `statusCode` in the body is what it means."""
     url, work, success = calls[call]
     for status in ("404", "429", "500", "544", "400", "403", "413", "4290", "", "9" * 5000):
@@ -297,8 +310,8 @@ def closing(first: bytes) -> Callable[[socket.socket], None]:
     return talk
 
 
-async def test_what_must_not_be_sent_twice_has_a_connection_of_its_own(monkeypatch, client, serve):
-    """A connection that was kept may be closed by the server just as a create or speech is sent on it."""
+async def test_creates_and_speech_use_new_connections(monkeypatch, client, serve):
+    """The server may close a kept connection just as a request is sent that must not be sent twice."""
     look_up, created = json.dumps(MODEL).encode(), json.dumps(STARTING).encode()
     server = serve(
         {
@@ -314,8 +327,8 @@ async def test_what_must_not_be_sent_twice_has_a_connection_of_its_own(monkeypat
         assert (await main.create_prediction(main.HAILUO, PROMPT, main.Job("-"))).id == "p1"
 
 
-async def test_every_repeat_is_logged(providers, calls, caplog):
-    """One line says what happened and when it goes on."""
+async def test_every_retry_is_logged(providers, calls, caplog):
+    """One line has what happened and the wait until the next attempt."""
     url, work, success = calls["speech"]
     failure = httpx.Response(503, json={"detail": {"message": "Maintenance"}})
     await count_requests(providers, url, work, [failure, httpx.ConnectError("refused"), success])
@@ -325,7 +338,7 @@ async def test_every_repeat_is_logged(providers, calls, caplog):
     ]
 
 
-# The words of a refusal
+# The message of an error response
 
 LIST_SHAPE = {"detail": [{"loc": ["body", "text"], "msg": "field required"}, {"loc": ["seed"], "msg": "no integer"}]}
 PAGE = """<!DOCTYPE html><html><head><title>502 Bad Gateway</title><style>p { color: red }</style>
@@ -357,37 +370,40 @@ WORDS: list[tuple[str, int, str | bytes, str]] = [  # what it is, the status, th
 ]
 
 
-@pytest.mark.parametrize(("status", "body", "message"), rows(WORDS))
-def test_a_providers_own_words_are_found(status, body, message):
-    """Whatever shape its body has, a page without its tags; the status' own phrase if there is none."""
-    assert main.provider_message(answer(status, body)) == message
+@pytest.mark.parametrize(("status", "body", "message"), cases(WORDS))
+def test_the_message_of_an_error_response_is_found(status, body, message):
+    """In whatever shape of JSON, or in a page without its tags; else the phrase of the status."""
+    assert main.provider_message(provider_response(status, body)) == message
 
 
 def test_plain_text_is_a_message_too():
     """Proxies answer so."""
-    assert main.provider_message(answer(502, "error code: 1015\n", content_type="text/plain")) == "error code: 1015"
+    assert (
+        main.provider_message(provider_response(502, "error code: 1015\n", content_type="text/plain"))
+        == "error code: 1015"
+    )
 
 
 @pytest.mark.parametrize("shape", ['{{"detail": "{text}"}}', "<html><p>{text}</p></html>"], ids=["JSON", "HTML"])
 @pytest.mark.parametrize("text", ["{key} is not valid", "x" * 280 + " {key}", "key={key}, Authorization: Bearer {key}"])
 async def test_a_key_that_a_provider_echoes_is_not_passed_on(providers, calls, caplog, text, shape):
-    """Neither whole nor its beginning where the message is cut, neither to the client nor to the log."""
+    """Neither whole nor in part, neither to the client nor to the log."""
     caplog.set_level(logging.DEBUG, logger="talking_pet")
     url, work, _ = calls["upload"]
     key = SECRETS["SUPABASE_SERVICE_ROLE"]
     body = shape.format(text=text.format(key=key))
     providers.route(url=url).mock(side_effect=[httpx.Response(status, html=body) for status in (429, 401)])
-    error = await error_of(work())
+    error = await error_from(work())
     assert "***" in error.detail or "x" * 200 in error.detail
     assert not [line for line in (error.detail, str(error), *caplog.messages) if key[:8] in line]
 
 
-async def test_no_error_tells_a_key(providers, calls, caplog):
-    """Not one of the HTTP library, nor a traceback, nor anything else, wherever its text comes from."""
+async def test_no_error_contains_a_key(providers, calls, caplog):
+    """Neither an error of the HTTP library nor a traceback, wherever its text comes from."""
     key = SECRETS["ELEVEN_API_KEY"]
     url, work, _ = calls["speech"]
     providers.route(url=url).mock(side_effect=httpx.WriteError(f"cannot send {key}"))
-    assert (await error_of(work())).detail == "ElevenLabs did not answer: WriteError cannot send ***."
+    assert (await error_from(work())).detail == "ElevenLabs did not answer: WriteError cannot send ***."
     assert main.ServiceError(" and ".join(SECRETS.values())).detail == "*** and *** and ***"
     assert key not in main.as_service_error(RuntimeError(f"no place for {key}")).detail
     assert "RuntimeError: no place for ***" in caplog.text
@@ -411,12 +427,12 @@ class Noise(httpx.AsyncByteStream):
 
 
 @EVERY_CALL
-async def test_a_refusal_without_end_is_not_read_to_its_end(providers, calls, call):
-    """No more than the limit is held, whatever a server sends, and its connection given back; who refuses is told."""
+async def test_an_endless_error_body_is_not_read_to_its_end(providers, calls, call):
+    """No more than the limit is held, the connection is closed, and the error names the status."""
     url, work, _ = calls[call]
     body = Noise()
     providers.route(url=url).mock(side_effect=[httpx.Response(402, stream=body)])
-    error = await error_of(work())
+    error = await error_from(work())
     assert "402: Payment Required" in error.detail
     assert error.http_status == 500
     assert (body.sent <= 12_000_000, body.is_closed) == (True, True)

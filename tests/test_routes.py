@@ -1,4 +1,4 @@
-"""Every route from outside: what it answers, every kind of error in its one shape, and the headers on all of it."""
+"""Every route over real sockets: success, every error in its one shape, headers, and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 import respx
 
 from tests.conftest import PACE
-from tests.inprocess import log_lines, rows, running_application
-from tests.jobs import STAGES, short_video, speech_job
 from tests.sandbox import Sandbox, Service
+from tests.support.application import cases, log_lines, running_application
+from tests.support.requests import STAGES, short_video, speech_job
 
 ORIGIN = {"Origin": "https://app.example.com"}
 JOB_ROUTES = ("/jobs_prompt_only", "/jobs_prompt_tts")
@@ -50,7 +50,7 @@ def connect(service: Service) -> httpx.Client:
     return httpx.Client(base_url=service.url, trust_env=False, verify=False, timeout=30, headers=ORIGIN)
 
 
-def error_of(response: httpx.Response) -> dict[str, Any]:
+def error_body(response: httpx.Response) -> dict[str, Any]:
     """The body of an error, which must have the one shape and be readable from the page that asked."""
     error: dict[str, Any] = response.json()
     always = {"detail", "category", "provider", "request_id", "retryable"}
@@ -63,9 +63,9 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def kind_of(response: httpx.Response) -> str:
+def error_kind(response: httpx.Response) -> str:
     """Status, category and provider of an error, and whether it is worth asking again."""
-    error = error_of(response)
+    error = error_body(response)
     return f"{response.status_code} {error['category']} {error['provider']} {'again' if error['retryable'] else 'no'}"
 
 
@@ -73,15 +73,15 @@ def kind_of(response: httpx.Response) -> str:
 
 
 def test_health(client: httpx.Client, sandbox: Sandbox) -> None:
-    """The process is up; nobody is asked. Monitors may ask for the head alone."""
+    """The process is up; no provider is called, and HEAD works too."""
     response, head = client.get("/health"), client.head("/health")
     assert (response.status_code, response.json()) == (200, {"ok": True})
     assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", "11")
     assert sandbox.requests == []
 
 
-def test_a_talking_video(client: httpx.Client, service: Service, sandbox: Sandbox) -> None:
-    """Three URLs, two of them in the bucket; and each stage's milliseconds, in the header and in the log."""
+def test_a_speech_job_has_urls_timings_and_log_lines(client: httpx.Client, service: Service, sandbox: Sandbox) -> None:
+    """Three URLs, two of them in the bucket, and each stage's milliseconds in header and log."""
     response = client.post("/jobs_prompt_tts", json=speech_job(sandbox), headers={"X-Request-ID": "log-lines"})
     answer, [prediction] = response.json(), sandbox.predictions
     assert list(answer) == ["audio_url", "video_url", "final_url"]
@@ -91,9 +91,9 @@ def test_a_talking_video(client: httpx.Client, service: Service, sandbox: Sandbo
     timings = re.findall(r"(\w+);dur=([\d.]+)", response.headers["server-timing"])
     assert (tuple(name for name, _ in timings), all(0 < float(dur) < 9_000 for _, dur in timings)) == (STAGES, True)
     lines = [line.partition(" request_id=log-lines ")[2] for line in service.log.splitlines()]
-    told = [match[1] for line in lines if (match := re.fullmatch(r"stage=(\w+) outcome=done ms=\d+", line))]
+    stages = [match[1] for line in lines if (match := re.fullmatch(r"stage=(\w+) outcome=done ms=\d+", line))]
     [job] = [line for line in lines if line.startswith("job ")]
-    assert tuple(told) == STAGES
+    assert tuple(stages) == STAGES
     assert re.fullmatch(rf"job outcome=ok ms=\d+ prediction_id={prediction}", job)
 
 
@@ -101,13 +101,13 @@ def test_a_talking_video(client: httpx.Client, service: Service, sandbox: Sandbo
 
 
 def refuse(call: str, status: int, body: Any = None) -> Arrange:
-    """A provider that answers every such call so."""
+    """A provider that answers every such call with this status."""
     details = {"status": status} | ({} if body is None else {"body": body})
     return lambda sandbox: sandbox.fault(call, "status", times=None, **details)
 
 
 def spoil(call: str, kind: str) -> Arrange:
-    """A call that goes wrong to the end."""
+    """A call that fails in this way every time."""
     return lambda sandbox: sandbox.fault(call, kind, times=None)
 
 
@@ -149,8 +149,8 @@ ERRORS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("arrange", "changes", "kind", "words", "partial", "field"), rows(ERRORS))
-def test_every_failure_is_told_as_data(
+@pytest.mark.parametrize(("arrange", "changes", "kind", "words", "partial", "field"), cases(ERRORS))
+def test_every_error_has_its_category_partial_and_field(
     client: httpx.Client,
     service: Service,
     sandbox: Sandbox,
@@ -161,11 +161,11 @@ def test_every_failure_is_told_as_data(
     partial: set[str],
     field: str | None,
 ) -> None:
-    """Whose failure it is, in whose words, whether it can pass, what was bought already, the field to mark; and the log."""
+    """Category, provider, retryable, detail, `partial`, the invalid field, and the job's line in the log."""
     arrange(sandbox)
     response = client.post("/jobs_prompt_tts", json=speech_job(sandbox, **changes))
-    error = error_of(response)
-    assert kind_of(response) == kind, error
+    error = error_body(response)
+    assert error_kind(response) == kind, error
     assert words in error["detail"]
     assert set(error.get("partial", {})) == partial
     assert [fault["loc"] for fault in error.get("errors", [])] == ([["body", field]] if field else [])
@@ -177,8 +177,8 @@ def test_every_failure_is_told_as_data(
     assert ends == [(error["category"], made)] * (words not in NO_JOB)
 
 
-def test_a_body_that_is_announced_too_large_is_refused_unread(service: Service) -> None:
-    """Ten gigabytes are refused by their announcement, before any of them arrives."""
+def test_a_content_length_over_the_limit_is_rejected_unread(service: Service) -> None:
+    """Ten gigabytes are rejected before any byte of them arrives."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
         head = "POST /jobs_prompt_tts HTTP/1.1\r\nHost: x\r\nOrigin: https://app.example.com\r\n"
         connection.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 10000000000\r\n\r\n".encode())
@@ -194,21 +194,21 @@ def test_a_body_that_is_announced_too_large_is_refused_unread(service: Service) 
 @pytest.mark.parametrize(
     "asked", ["GET / 404", "GET /jobs_prompt_tts/extra 404", "GET /jobs_prompt_tts 405", "POST /health 405"]
 )
-def test_unknown_routes_and_methods_have_the_same_shape(client: httpx.Client, asked: str) -> None:
-    """The framework's own 404 and 405 read like every other error; who is lost is shown the way."""
+def test_unknown_routes_and_methods_have_the_error_shape(client: httpx.Client, asked: str) -> None:
+    """The framework's own 404 and 405 look like every other error; a 404 points to /docs."""
     method, path, status = asked.split()
     response = client.request(method, path)
-    assert kind_of(response) == f"{status} validation None no"
+    assert error_kind(response) == f"{status} validation None no"
     assert ("allow" in response.headers, "/docs" in response.json()["detail"]) == (status == "405", status == "404")
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("accept", ["*/*", "text/event-stream"])
 @pytest.mark.parametrize("path", POST_ROUTES)
-async def test_the_unforeseen_has_no_inside_detail(
+async def test_an_unexpected_exception_reveals_nothing(
     settings: None, caplog: pytest.LogCaptureFixture, path: str, accept: str
 ) -> None:
-    """Whatever breaks, the client gets the one shape and may try again; the traceback stands in the log only."""
+    """The client gets a retryable 500 in the one shape; the traceback is in the log only."""
     url = "https://example.com/"
     body = {"image_url": url, "url": url, "prompt": "Talk", "text": "Talk", "voice_id": "rex"}
     with respx.mock() as edge:
@@ -234,10 +234,10 @@ async def test_the_unforeseen_has_no_inside_detail(
     "asked",
     ["GET /health", "GET /docs", "GET /openapi.json", "GET /nothing", "GET /jobs_prompt_tts", "POST /debug/head"],
 )
-def test_pages_of_allowed_origins_only_can_read_an_answer(
+def test_cors_allows_the_configured_origins_only(
     client: httpx.Client, guarded_client: httpx.Client, asked: str
 ) -> None:
-    """Each of several origins is answered by name, a stranger is not; `*` stands alone; never credentials."""
+    """Each of several origins gets its own name, others get no header; `*` stands alone; never credentials."""
     method, path = asked.split()
     for origin in ("https://app.example.com", "http://localhost:5173"):
         headers = guarded_client.request(method, path, headers={"Origin": origin, "Cookie": "a=b"}).headers
@@ -253,8 +253,8 @@ def test_pages_of_allowed_origins_only_can_read_an_answer(
     assert exposed == {"x-request-id", "server-timing", "idempotency-replayed"}
 
 
-def test_a_preflight_allows_a_job_to_known_pages(guarded_client: httpx.Client) -> None:
-    """A browser may send JSON with a key and ask for the event stream; a page of another origin may not."""
+def test_a_preflight_allows_jobs_from_allowed_origins(guarded_client: httpx.Client) -> None:
+    """A page may send JSON with a key and ask for events; a page of another origin may not."""
     wanted = "content-type, x-request-id, idempotency-key"
     asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": wanted}
     response = guarded_client.options("/jobs_prompt_tts", headers=asked)
@@ -272,9 +272,9 @@ KEPT, REPLACED = (b"abc", b"0f8fad5b-d9cb-469f-a165", b"a.B_9-x0" * 16), (b"", b
 
 
 @pytest.mark.parametrize("sent", [*KEPT, *REPLACED, "é".encode()])
-def test_a_sane_request_id_is_kept_and_any_other_replaced(client: httpx.Client, sent: bytes) -> None:
-    """The caller's own id comes back, in header and errors; what could spoil a log line or a page is not passed on."""
-    one, two = (error_of(client.post("/nothing", headers={b"X-Request-ID": sent}))["request_id"] for _ in range(2))
+def test_a_valid_request_id_is_kept_and_any_other_replaced(client: httpx.Client, sent: bytes) -> None:
+    """It is returned in header and errors; what could spoil a log line or a page is not."""
+    one, two = (error_body(client.post("/nothing", headers={b"X-Request-ID": sent}))["request_id"] for _ in range(2))
     if sent in KEPT:
         assert one == two == sent.decode()
     else:
@@ -294,9 +294,11 @@ def contract(running_service: Service) -> dict[str, Any]:
     return document
 
 
-def test_the_contract_has_every_route(contract: dict[str, Any]) -> None:
-    """Four routes, each under one method, with a summary and a description; events are among the schemas."""
-    operations = {(path, method): told for path, item in contract["paths"].items() for method, told in item.items()}
+def test_openapi_has_every_route(contract: dict[str, Any]) -> None:
+    """Four routes, each with a summary and a description; the events are among the schemas."""
+    operations = {
+        (path, method): operation for path, item in contract["paths"].items() for method, operation in item.items()
+    }
     assert set(operations) == {("/health", "get"), *((path, "post") for path in POST_ROUTES)}
     assert all(operation["summary"] and operation["description"] for operation in operations.values())
     schemas = contract["components"]["schemas"]
@@ -308,8 +310,8 @@ def test_the_contract_has_every_route(contract: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("path", POST_ROUTES)
-def test_the_contract_states_every_answer(contract: dict[str, Any], path: str) -> None:
-    """200, 400 and 500 are stated, the rest has the same shape, and FastAPI's own 422 is nowhere."""
+def test_openapi_has_every_response(contract: dict[str, Any], path: str) -> None:
+    """200, 400, 500 and default are listed with the error schema, and FastAPI's own 422 is not."""
     answers = contract["paths"][path]["post"]["responses"]
     assert set(answers) == {"200", "400", "500", "default"}
     for status in ("400", "500", "default"):
@@ -319,8 +321,8 @@ def test_the_contract_states_every_answer(contract: dict[str, Any], path: str) -
 
 
 @pytest.mark.parametrize("path", JOB_ROUTES)
-def test_the_contract_has_both_forms_of_a_job_and_its_key(contract: dict[str, Any], path: str) -> None:
-    """One route answers JSON or an event stream, whose example ends with the JSON one; the header is a parameter."""
+def test_openapi_has_json_events_and_the_key_of_a_job(contract: dict[str, Any], path: str) -> None:
+    """The example of the event stream ends with the JSON one; Idempotency-Key is a parameter."""
     operation = contract["paths"][path]["post"]
     content = operation["responses"]["200"]["content"]
     assert set(content) == {"application/json", "text/event-stream"}
@@ -333,8 +335,8 @@ def test_the_contract_has_both_forms_of_a_job_and_its_key(contract: dict[str, An
     assert any(re.fullmatch(r"[0-9a-f-]{36}", example) for example in re.findall(r'"([^"]+)"', json.dumps(key)))
 
 
-def test_the_limits_of_every_field_are_in_the_contract(contract: dict[str, Any]) -> None:
-    """A front end can check its input by the document alone."""
+def test_openapi_has_the_limits_of_every_field(contract: dict[str, Any]) -> None:
+    """A front end can validate its input by the document alone."""
     fields = contract["components"]["schemas"]["JobPromptTTS"]["properties"]
     assert all(field.get("description") for field in fields.values())
     assert fields["image_url"]["format"] == "uri"
@@ -346,7 +348,7 @@ def test_the_limits_of_every_field_are_in_the_contract(contract: dict[str, Any])
 
 @pytest.mark.parametrize("path", POST_ROUTES)
 def test_examples_of_the_docs_work_in_the_sandbox(client: httpx.Client, contract: dict[str, Any], path: str) -> None:
-    """What /docs puts into a request body, by each field's example or default, is a request that succeeds."""
+    """The request body that /docs shows, from examples and defaults, succeeds."""
     schema = contract["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     fields = contract["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["properties"]
     body = {name: field["examples"][0] if "examples" in field else field["default"] for name, field in fields.items()}

@@ -1,4 +1,4 @@
-"""How a job is fitted to a video model: every published schema, shapes nobody has seen, and how a model is looked up."""
+"""Model schemas: mapping a job to a model's input for published and invented schemas, and looking a model up."""
 
 import asyncio
 import json
@@ -11,8 +11,8 @@ import pytest
 import respx
 
 import main
-from tests import network
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, told
+from tests.support import network
+from tests.support.application import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, error_kind, in_lifespan
 
 PICTURE_URL = "https://example.com/pet.jpg"
 SPEECH_URL = "https://example.com/speech.mp3"
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.usefixtures("settings"), pytest.mark.anyio, pytest.mar
 
 client = network.client  # of an application that has looked up nothing yet
 
-# Fitting a request to a model: every published schema
+# Published schemas
 
 
 class Takes(NamedTuple):
@@ -108,7 +108,7 @@ def fit(model: main.VideoModel, audio_url: str | None = None, **sent: Any) -> di
 
 
 def refusal(model: main.VideoModel, **sent: Any) -> str:
-    """The sentence that refuses a job, which names the field at fault as data as well."""
+    """The error text of a rejected job, which names the invalid field in `errors` as well."""
     with pytest.raises(main.InvalidInput) as caught:
         fit(model, **sent)
     field, _, message = caught.value.detail.partition(": ")
@@ -122,7 +122,7 @@ def published(name: str) -> main.VideoModel:
 
 
 def fitted(name: str, **sent: Any) -> dict[str, Any]:
-    """The input for a job with speech, checked as Replicate would: known fields as their schema says, none missing."""
+    """The input for a job with speech, checked as Replicate checks it: known fields, right types, none missing."""
     values, properties = fit(published(name), SPEECH_URL, **sent), PUBLISHED[name]["properties"]
     assert set(PUBLISHED[name]["required"]) <= set(values) <= set(properties)
     for field, value in values.items():
@@ -135,7 +135,7 @@ def fitted(name: str, **sent: Any) -> dict[str, Any]:
 
 @EVERY_MODEL
 def test_a_job_without_settings_fits_every_model(name):
-    """Picture, prompt and speech go where they belong, length and size are filled; an enum counts where it is written."""
+    """Picture, prompt and speech go into the right fields; length and size are filled in where the model has them."""
     assert list(MODELS) == list(PUBLISHED)
     values, takes = fitted(name), MODELS[name]
     expected = {takes.picture: PICTURE_URL, "prompt": "Talk"} | ({takes.speech: SPEECH_URL} if takes.speech else {})
@@ -145,8 +145,8 @@ def test_a_job_without_settings_fits_every_model(name):
 
 
 @EVERY_MODEL
-def test_a_length_is_sent_as_the_model_counts_or_refused(name):
-    """In seconds or in frames; the refusal lists the lengths there are, in seconds; none: no matter."""
+def test_a_length_is_sent_in_the_models_unit_or_rejected(name):
+    """In seconds or in frames; the error lists the lengths in seconds; a model without lengths takes any."""
     takes = MODELS[name]
     made = {length: length * 16 for length in (1, 7, 600)} if takes.lengths is None else takes.lengths
     for length, sent in made.items():
@@ -158,8 +158,8 @@ def test_a_length_is_sent_as_the_model_counts_or_refused(name):
 
 
 @EVERY_MODEL
-def test_a_size_is_sent_as_the_model_writes_it_or_refused(name):
-    """The case in which a client writes it does not matter; the refusal lists the sizes there are; none: no matter."""
+def test_a_size_is_sent_in_the_models_spelling_or_rejected(name):
+    """Upper and lower case are equal; the error lists the sizes; a model without sizes takes any."""
     takes = MODELS[name]
     for size in takes.sizes:
         for written in (size.upper(), size.lower()):
@@ -173,8 +173,8 @@ def test_a_size_is_sent_as_the_model_writes_it_or_refused(name):
 
 
 @EVERY_MODEL
-def test_a_job_without_speech(name):
-    """A field for speech stays empty; a model that cannot do without is refused."""
+def test_a_job_without_speech_leaves_the_speech_field_empty(name):
+    """A model that requires speech is rejected."""
     if "audio" in PUBLISHED[name]["required"]:
         assert refusal(published(name)) == f"model: {name} needs audio, which only /jobs_prompt_tts has."
     else:
@@ -182,12 +182,12 @@ def test_a_job_without_speech(name):
 
 
 def test_ten_seconds_of_the_default_model_cannot_be_1080p():
-    """The one rule that the default model's schema does not tell."""
+    """This rule is not in the default model's schema."""
     detail = refusal(main.HAILUO, seconds=10, resolution="1080p")
     assert detail == "resolution: with 10 seconds it can be 512p or 768p."
 
 
-# Fitting a request to a model: what others may publish
+# Invented schemas
 
 FILE = {"type": "string", "format": "uri"}
 TEXT = {"type": "string"}
@@ -218,8 +218,8 @@ def whole(**bounds: Any) -> dict[str, Any]:
     return {"type": "integer", **bounds}
 
 
-def test_parts_of_parts_are_not_followed_without_end():
-    """A schema of a few kB whose properties multiply is read in a moment: everyone may publish one."""
+def test_nested_schema_parts_are_followed_within_bounds():
+    """A schema of a few kB whose parts multiply is read within a second: anybody may publish one."""
     properties = {f"field{number}": {"$ref": "#/B"} for number in range(300)}
     wide = [{"$ref": "#/C"}] * 400
     started = time.monotonic()
@@ -230,31 +230,54 @@ def test_parts_of_parts_are_not_followed_without_end():
 @pytest.mark.parametrize(
     "names",
     [
-        *("*image", "*face subject_image", "*avatar", "*portrait driving_video", "*input_image control_image"),
+        "*image",
+        "*face subject_image",
+        "*avatar",
+        "*portrait driving_video",
+        "*input_image control_image",
         # not where the video ends
-        *("end_image *start_image", "last_frame *first_frame", "tail_image_url *image_url", "image_end *image"),
-        *("lastFrameImage *firstFrameImage", "ending_image *image"),
+        "end_image *start_image",
+        "last_frame *first_frame",
+        "tail_image_url *image_url",
+        "image_end *image",
+        "lastFrameImage *firstFrameImage",
+        "ending_image *image",
         # the better name
-        *("image *first_frame_image", "image2 *image", "*image1 image2"),
+        "image *first_frame_image",
+        "image2 *image",
+        "*image1 image2",
         # not what only helps
-        *("reference_image *image", "mask_image style_image *photo", "image_mask *input_image"),
+        "reference_image *image",
+        "mask_image style_image *photo",
+        "image_mask *input_image",
         # no picture
-        *("end_image", "reference_image mask", "video", "ending_image", "character_image"),
+        "end_image",
+        "reference_image mask",
+        "video",
+        "ending_image",
+        "character_image",
         # speech, or what is none
-        *("+audio", "+audio_file", "+driven_audio", "+inputAudio *image", "+speech_url", "background_audio +audio"),
-        *("reference_audio", "audio_reference", "background_music"),
+        "+audio",
+        "+audio_file",
+        "+driven_audio",
+        "+inputAudio *image",
+        "+speech_url",
+        "background_audio +audio",
+        "reference_audio",
+        "audio_reference",
+        "background_music",
     ],
 )
-def test_picture_and_speech_are_known_by_their_names(names):
-    """Of several files the first picture is the one with a star here, speech the one with a plus."""
+def test_picture_and_speech_fields_are_found_by_name(names):
+    """In each case the picture field is marked with a star, the speech field with a plus."""
     listed = names.split()
     model = unseen({name.lstrip("*+"): FILE for name in listed})
     marked = [next((name[1:] for name in listed if name[0] == mark), None) for mark in "*+"]
     assert [model.picture_field, model.speech_field] == marked
 
 
-def test_a_model_without_a_first_picture_is_refused():
-    """A video of something else is no use to the client."""
+def test_a_model_without_a_picture_field_is_rejected():
+    """A video of something else is of no use to the client."""
     detail = refusal(unseen({"prompt": TEXT, "end_image": FILE}))
     assert detail == "model: some/model takes no picture; choose an image-to-video model."
 
@@ -287,8 +310,8 @@ def test_a_model_without_a_first_picture_is_refused():
         pytest.param({"image_url": TEXT}, None, None, id="a plain text"),
     ],
 )
-def test_picture_and_speech_are_known_by_their_schema(properties, picture, speech):
-    """Each is one file, of the right kind, by its name or else by its description."""
+def test_picture_and_speech_fields_are_found_by_schema(properties, picture, speech):
+    """Each is a single file of the right kind, by its name or else by its description."""
     model = unseen(properties, Path=FILE)
     assert (model.picture_field, model.speech_field) == (picture, speech)
 
@@ -359,8 +382,8 @@ def test_length_and_size_are_sent_as_the_model_writes_them(properties, asked, se
         pytest.param(SIZE, {"resolution": "4k"}, "at least 256 and at most 1280", id="too large"),
     ],
 )
-def test_what_the_model_lacks_is_refused(prop, setting, allowed):
-    """The refusal lists what there is, lengths in seconds."""
+def test_a_length_or_size_the_model_lacks_is_rejected(prop, setting, allowed):
+    """The error lists what the model takes, lengths in seconds."""
     [(field, _)] = setting.items()
     model = unseen({"image": FILE, "length" if field == "seconds" else field: prop, "fps": whole(default=16)})
     assert refusal(model, **setting) == f"{field}: some/model takes {allowed}."
@@ -401,8 +424,8 @@ def test_what_the_model_lacks_is_refused(prop, setting, allowed):
         pytest.param({"seed": {"allOf": 5}}, "", {}, id="parts in a number"),
     ],
 )
-def test_nothing_is_filled_but_what_we_have_or_the_model_says(properties, required, expected):
-    """The prompt, and the model's own default of what it requires; what we have nothing for is named before all else."""
+def test_only_the_prompt_and_required_defaults_are_filled_in(properties, required, expected):
+    """A required field without a default that the service has no value for is an error before all others."""
     schemas = {"Loop": {"allOf": [{"$ref": "#/components/schemas/Loop"}]}}
     model = unseen({"image": FILE, **properties}, "image", *required.split(), **schemas)
     if expected is None:
@@ -415,32 +438,32 @@ def test_nothing_is_filled_but_what_we_have_or_the_model_says(properties, requir
 @pytest.mark.parametrize(
     "schemas", [None, [], {}, {"Input": {"type": "object"}}, {"Input": {"properties": []}}], ids=str
 )
-def test_a_schema_that_makes_no_sense_is_the_providers_failure(schemas):
-    """Told as such, naming the model."""
+def test_an_invalid_schema_is_a_provider_error(schemas):
+    """The error names the model."""
     with pytest.raises(main.ProviderFailed) as caught:
         main.video_model("some/model", None, schemas)
-    assert told(caught.value) == (500, "provider", "replicate")
+    assert error_kind(caught.value) == (500, "provider", "replicate")
     assert (
         caught.value.detail == "Replicate answered without an input schema of some/model that a person could fill in."
     )
 
 
-def test_a_schema_of_hundreds_of_fields_is_refused():
-    """Nobody fills in such a form."""
+def test_a_schema_of_more_than_300_fields_is_rejected():
+    """Well-known models have up to fifteen."""
     with pytest.raises(main.ProviderFailed, match="a person could fill in"):
         unseen({f"field{number}": TEXT for number in range(301)})
 
 
 @pytest.mark.parametrize("odd", [None, True, 5, "1", {}, [["image"]], [None]], ids=repr)
-def test_odd_bounds_and_lists_do_no_harm(odd):
-    """A bound that is no number bounds nothing, and what is no list of names requires nothing."""
+def test_invalid_bounds_and_lists_are_ignored(odd):
+    """A bound that is not a number sets no limit, and `required` that is not a list of names requires nothing."""
     bound = None if odd in (5, True) else odd
     properties = {"image": FILE, "duration": whole(minimum=bound, maximum=bound)}
     model = main.video_model("some/model", None, {"Input": {"properties": properties, "required": odd}})
     assert fit(model, seconds=6) == {"image": PICTURE_URL, "duration": 6}
 
 
-# Looking a model up
+# Model look-up
 
 KLING = "kwaivgi/kling-v2.1"
 KLING_URL = f"{REPLICATE_URL}/v1/models/{KLING}"
@@ -458,13 +481,13 @@ def publishes(latest: Any, is_official: bool = True) -> httpx.Response:
 
 
 def will_succeed(router: respx.MockRouter, path: str = f"models/{KLING}/predictions") -> respx.Route:
-    """Predictions created here are done at once."""
+    """Predictions that are created here have succeeded already."""
     done = {"id": "p1", "status": "succeeded", "output": VIDEO_URL}
     return router.post(f"{REPLICATE_URL}/v1/{path}").respond(201, json=done)
 
 
-async def test_the_default_model_is_not_looked_up(respx_mock):
-    """It is built in: respx would refuse the request."""
+async def test_the_default_model_is_not_looked_up(client, respx_mock):
+    """Its schema is built in: respx would reject the request."""
     assert await main.find_model(None) is await main.find_model("minimax/hailuo-02") is main.HAILUO
 
 
@@ -475,8 +498,8 @@ async def test_the_default_model_is_not_looked_up(respx_mock):
         pytest.param(False, "predictions", {"version": "0123abcd"}, id="community"),
     ],
 )
-async def test_a_model_runs_by_name_or_by_its_latest_version(respx_mock, is_official, path, runs_by):
-    """The look-up is a plain read with the token, and nothing else of ours."""
+async def test_a_model_runs_by_name_or_by_its_latest_version(client, respx_mock, is_official, path, runs_by):
+    """An official model runs by name, any other by version; the look-up is a plain GET with the token."""
     look_up = respx_mock.get(KLING_URL).mock(return_value=publishes(version(KLING), is_official))
     create = will_succeed(respx_mock, path)
     body = main.JobPromptOnly(image_url=PICTURE_URL, prompt="Talk", model=KLING)
@@ -489,7 +512,7 @@ async def test_a_model_runs_by_name_or_by_its_latest_version(respx_mock, is_offi
 
 
 async def test_a_version_is_fitted_to_its_own_schema(client, respx_mock):
-    """Each version that is asked for is looked up by itself, and runs as it was asked for."""
+    """Each requested version is looked up by itself and runs as that version."""
     for number, like in (("aa", "google/veo-3"), ("bb", KLING)):
         respx_mock.get(f"{KLING_URL}/versions/{number}").respond(200, json=version(like, number))
     create = will_succeed(respx_mock, "predictions")
@@ -506,7 +529,7 @@ async def test_a_version_is_fitted_to_its_own_schema(client, respx_mock):
 
 @pytest.mark.parametrize(("age_s", "look_ups"), [(0, 1), (599, 1), (601, 2)])
 async def test_a_schema_is_kept_for_ten_minutes(client, respx_mock, monkeypatch, age_s, look_ups):
-    """Jobs within that time share one look-up."""
+    """Jobs within MODEL_TTL_S share one look-up."""
     route = respx_mock.get(KLING_URL).mock(return_value=publishes(version(KLING)))
     await main.find_model(KLING)
     now = time.monotonic
@@ -517,7 +540,7 @@ async def test_a_schema_is_kept_for_ten_minutes(client, respx_mock, monkeypatch,
 
 
 async def test_jobs_at_the_same_time_share_one_look_up(client, respx_mock):
-    """Twenty that begin together ask once."""
+    """Twenty jobs that start together make one request."""
 
     async def slowly(request: httpx.Request) -> httpx.Response:
         await asyncio.sleep(0.05)
@@ -528,10 +551,10 @@ async def test_jobs_at_the_same_time_share_one_look_up(client, respx_mock):
     assert (len(set(map(id, found))), route.call_count) == (1, 1)
 
 
-async def test_a_model_can_be_found_without_a_running_service(respx_mock):
-    """The helper stands on its own, and keeps nothing then."""
+async def test_a_look_up_is_not_kept_beyond_the_lifespan(respx_mock):
+    """An application that starts again looks the model up again."""
     route = respx_mock.get(KLING_URL).mock(return_value=publishes(version(KLING)))
-    models = [await main.find_model(KLING) for _ in range(2)]
+    models = [await in_lifespan(main.find_model(KLING)) for _ in range(2)]
     assert [model.picture_field for model in models] == ["start_image"] * 2
     assert route.call_count == 2
 
@@ -554,7 +577,7 @@ NO_SCHEMA = f"Replicate answered without an input schema of {KLING} that a perso
     ],
 )
 async def test_a_failed_look_up_costs_nothing(client, respx_mock, answer, expected):
-    """Told as Replicate's, before any speech, and not kept: the next job asks again."""
+    """The error is Replicate's, comes before any speech, and is not kept: the next job looks up again."""
     respx_mock.get(KLING_URL).mock(return_value=answer)
     for path in ("/jobs_prompt_only", "/jobs_prompt_tts"):
         response = await client.post(path, json={**JOB, "model": KLING})
@@ -565,8 +588,8 @@ async def test_a_failed_look_up_costs_nothing(client, respx_mock, answer, expect
     assert len(respx_mock.calls) == 2
 
 
-async def test_what_does_not_fit_is_refused_before_anything_is_bought(client, respx_mock):
-    """A length that the model lacks, or speech that a job lacks; the look-up is the only request."""
+async def test_a_job_that_does_not_fit_is_rejected_before_anything_is_paid_for(client, respx_mock):
+    """The look-up is the only request."""
     for path, name, detail in (
         ("/jobs_prompt_only", SPEAKING, f"model: {SPEAKING} needs audio, which only /jobs_prompt_tts has."),
         ("/jobs_prompt_tts", KLING, f"seconds: {KLING} takes 5 or 10."),
@@ -578,8 +601,8 @@ async def test_what_does_not_fit_is_refused_before_anything_is_bought(client, re
     assert len(respx_mock.calls) == 2
 
 
-async def test_what_a_speaking_model_makes_must_be_a_video(client, respx_mock):
-    """Anything but an MP4 is not stored as one; what was paid for is told."""
+async def test_the_output_of_a_speaking_model_must_be_a_video(client, respx_mock):
+    """Anything but an MP4 is not stored; the error has what was paid for in `partial`."""
     respx_mock.post(url__startswith=ELEVEN_URL).respond(200, content=b"ID3speech")
     upload = respx_mock.post(url__startswith=f"{SUPABASE_URL}/storage/v1/object/pets/").respond(200, json={"Key": "x"})
     respx_mock.get(url__startswith=f"{SUPABASE_URL}/storage/v1/object/public/").respond(200, content=b"ID3speech")
@@ -592,25 +615,25 @@ async def test_what_a_speaking_model_makes_must_be_a_video(client, respx_mock):
     assert upload.call_count == 1
 
 
-# The bounds of what strangers write
+# Limits of a schema
 
 
 @pytest.mark.parametrize("texts", [("16:9", "9:16"), ("5x", "10x"), ("5 to 10",)], ids=str)
 def test_a_text_that_only_begins_with_a_number_is_no_length(texts):
-    """A shape or a speed is not taken for seconds, nor for a rate of frames."""
+    """An aspect ratio or a speed is neither a number of seconds nor a frame rate."""
     assert fit(unseen({"image": FILE, "duration": choice(*texts)}), seconds=5) == {"image": PICTURE_URL}
     frames = {"num_frames": whole(), "fps": choice(*texts)}
     assert fit(unseen({"image": FILE, **frames}), seconds=5) == {"image": PICTURE_URL, "num_frames": 120}
 
 
 @pytest.mark.parametrize(("others", "is_read"), [(3, True), (4, False)])
-def test_of_the_parts_of_a_field_four_are_read(others, is_read):
-    """An enum stands behind one or two."""
+def test_four_parts_of_a_field_are_read(others, is_read):
+    """MAX_SCHEMA_PARTS is enough: an enum stands behind one or two."""
     model = unseen({"image": FILE, "duration": {"anyOf": [NULL] * others + [choice(5, 10)]}})
     assert fit(model, seconds=10).get("duration") == (10 if is_read else None)
 
 
 def test_a_schema_of_300_fields_is_read():
-    """The most there is."""
+    """MAX_SCHEMA_FIELDS itself is allowed."""
     properties = {"image": FILE, **{f"field{number}": TEXT for number in range(299)}}
     assert fit(unseen(properties)) == {"image": PICTURE_URL}

@@ -1,4 +1,4 @@
-"""What a request may hold: each field accepted and refused, and bodies that are no request at all."""
+"""Request validation: the accepted and rejected values of every field, and bodies that are not valid."""
 
 import json
 from collections.abc import AsyncIterator
@@ -9,7 +9,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, rows
+from tests.support.application import ELEVEN_URL, REPLICATE_URL, cases
 
 PICTURE_URL = "https://example.com/pet.jpg"
 VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
@@ -32,9 +32,20 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
     "image_url": {
         NOT_TEXT: [None, 5, [PICTURE_URL]],
         NOT_A_URL: [
-            *("", "pet.jpg", "/pet.jpg", "//example.com/pet.jpg", "http://", "https:///pet.jpg", "http://[::1"),
-            *("file:///etc/passwd", "ftp://example.com/pet.jpg", "data:image/png;base64,iVBORw0KGgo="),
-            *("javascript:alert(1)", "https://example.com\\@127.0.0.1/", "https://xn--a/", "https://example.com:port/"),
+            "",
+            "pet.jpg",
+            "/pet.jpg",
+            "//example.com/pet.jpg",
+            "http://",
+            "https:///pet.jpg",
+            "http://[::1",
+            "file:///etc/passwd",
+            "ftp://example.com/pet.jpg",
+            "data:image/png;base64,iVBORw0KGgo=",
+            "javascript:alert(1)",
+            "https://example.com\\@127.0.0.1/",
+            "https://xn--a/",
+            "https://example.com:port/",
         ],
         BLANK_INSIDE: ["https://example.com/a pet.jpg", "https://exa mple.com/", f" {PICTURE_URL}", " \t\n"],
         NOT_UNICODE: [PICTURE_URL + "\ud800"],
@@ -55,8 +66,21 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
     "model": {
         NOT_TEXT: [5],
         "should be owner/name or owner/name:version": [
-            *("", " ", "hailuo-02", "../../v1/account", "a/../../v1/account", "minimax/..", "a/b/c", "a/b c", "a/b:"),
-            *("a/b?c", "a/b#c", "a/b%2Fc", "a/b:../x", "https://example.com/a", "a/b\nc"),
+            "",
+            " ",
+            "hailuo-02",
+            "../../v1/account",
+            "a/../../v1/account",
+            "minimax/..",
+            "a/b/c",
+            "a/b c",
+            "a/b:",
+            "a/b?c",
+            "a/b#c",
+            "a/b%2Fc",
+            "a/b:../x",
+            "https://example.com/a",
+            "a/b\nc",
         ],
         "should have at most 200 characters": ["a/" + "b" * 199],
     },
@@ -85,7 +109,7 @@ def routes_with(field: str) -> list[str]:
 
 
 def check_refused(response: httpx.Response, router: respx.MockRouter) -> dict[str, Any]:
-    """The body of a 400 in its one shape, after a request that no provider heard of."""
+    """The body of a 400 in its one shape, without a call to any provider."""
     body: dict[str, Any] = response.json()
     assert response.status_code == 400, response.text
     assert (body["category"], body["provider"], body["retryable"]) == ("validation", None, False)
@@ -96,41 +120,50 @@ def check_refused(response: httpx.Response, router: respx.MockRouter) -> dict[st
     return body
 
 
-async def check_told(client: httpx.AsyncClient, router: respx.MockRouter, field: str, body: Any, told: str) -> None:
-    """Every route that has the field refuses this body, naming the field."""
+async def check_field_refused(
+    client: httpx.AsyncClient, router: respx.MockRouter, field: str, body: Any, message: str
+) -> None:
+    """Every route with this field rejects the body, and the error names the field."""
     for path in routes_with(field):
         response = await client.post(path, content=json.dumps(body), headers=JSON_HEADERS)
         refused = check_refused(response, router)
-        assert refused["errors"] == [{"loc": ["body", field], "msg": told}], body
-        assert refused["detail"] == f"{field}: {told}."
+        assert refused["errors"] == [{"loc": ["body", field], "msg": message}], body
+        assert refused["detail"] == f"{field}: {message}."
 
 
 # What a request holds
 
 
-@pytest.mark.parametrize(("field", "told"), [(field, told) for field, words in REFUSED.items() for told in words])
-async def test_a_bad_value_is_refused(client, respx_mock, field, told):
-    """Every route refuses a value by its field's name, in words, before anything is bought."""
-    for value in REFUSED[field][told]:
-        await check_told(client, respx_mock, field, {**JOB, field: value}, told)
+@pytest.mark.parametrize(
+    ("field", "message"), [(field, message) for field, words in REFUSED.items() for message in words]
+)
+async def test_an_invalid_value_is_rejected(client, respx_mock, field, message):
+    """Every route with the field rejects it by name before anything is paid for."""
+    for value in REFUSED[field][message]:
+        await check_field_refused(client, respx_mock, field, {**JOB, field: value}, message)
 
 
 @pytest.mark.parametrize("field", [*JOB, "url"])
 async def test_a_missing_field_is_named(client, respx_mock, field):
-    """What is required is said so."""
-    await check_told(client, respx_mock, field, {name: JOB[name] for name in JOB if name != field}, MISSING)
+    """The error says that the field is required."""
+    await check_field_refused(client, respx_mock, field, {name: JOB[name] for name in JOB if name != field}, MISSING)
 
 
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
-        *(("second", "seconds"), ("sceonds", "seconds"), ("duration", "seconds"), ("length", "seconds")),
-        *(("resoluton", "resolution"), ("image", "image_url"), ("voice", "voice_id")),
+        ("second", "seconds"),
+        ("sceonds", "seconds"),
+        ("duration", "seconds"),
+        ("length", "seconds"),
+        ("resoluton", "resolution"),
+        ("image", "image_url"),
+        ("voice", "voice_id"),
         pytest.param("resolution\ud83d", "resolution", id="half an emoji"),
     ],
 )
-async def test_a_field_that_is_nearly_ours_is_named(client, respx_mock, wrong, right):
-    """A video of the wrong length costs money: what is misspelt, or called so elsewhere, is not ignored."""
+async def test_a_misspelled_field_is_rejected(client, respx_mock, wrong, right):
+    """A video of the wrong length costs money: a misspelling or another service's name is not ignored."""
     body = {name: value for name, value in JOB.items() if name != right}
     for path in routes_with(right):
         response = await client.post(path, content=json.dumps({**body, wrong: 10}), headers=JSON_HEADERS)
@@ -140,8 +173,8 @@ async def test_a_field_that_is_nearly_ours_is_named(client, respx_mock, wrong, r
 
 
 @pytest.mark.parametrize("host", ["localhost", "pet.localhost.", "192.168.1.2", "2130706433", "[::1]"])
-async def test_a_picture_inside_is_refused(client, respx_mock, host):
-    """Replicate, which fetches it, would not find it there."""
+async def test_a_picture_at_a_private_address_is_rejected(client, respx_mock, host):
+    """Replicate, which fetches the picture, could not reach it."""
     for path in routes_with("image_url"):
         response = await client.post(path, json={**JOB, "image_url": f"http://{host}/pet.jpg"})
         refused = check_refused(response, respx_mock)
@@ -149,8 +182,8 @@ async def test_a_picture_inside_is_refused(client, respx_mock, host):
         assert refused["detail"].endswith("; the picture must be on the internet.")
 
 
-async def test_every_fault_is_told_at_once_and_what_was_sent_is_not(client, respx_mock):
-    """`errors` lists all of them; `detail` speaks of the first; what a client sent may be private."""
+async def test_every_invalid_field_is_listed_without_its_value(client, respx_mock):
+    """`errors` has all of them, `detail` the first; the values may be private."""
     sent = {**JOB, "image_url": "file:///home/private.jpg", "prompt": "", "voice_id": "private voice", "fit": 1}
     response = await client.post("/jobs_prompt_tts", json=sent)
     body = check_refused(response, respx_mock)
@@ -160,7 +193,7 @@ async def test_every_fault_is_told_at_once_and_what_was_sent_is_not(client, resp
 
 
 def created(router: respx.MockRouter) -> respx.Route:
-    """Where predictions of the default model are created, which are done at once."""
+    """Where predictions of the default model are created; they have succeeded already."""
     done = {"id": "p1", "status": "succeeded", "output": VIDEO_URL}
     return router.post(f"{REPLICATE_URL}/v1/models/minimax/hailuo-02/predictions").respond(201, json=done)
 
@@ -185,9 +218,9 @@ TAKEN: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "expected"), rows(TAKEN))
-async def test_what_a_picture_job_takes(client, respx_mock, changes, expected):
-    """A sound value goes to the model as it is; what is left out has its default."""
+@pytest.mark.parametrize(("changes", "expected"), cases(TAKEN))
+async def test_valid_values_reach_the_model(client, respx_mock, changes, expected):
+    """A valid value is sent to the model, and a missing one is replaced by its default."""
     route = created(respx_mock)
     response = await client.post("/jobs_prompt_only", json={"image_url": PICTURE_URL, "prompt": "Talk", **changes})
     assert (response.status_code, response.json()) == (200, {"video_url": VIDEO_URL})
@@ -203,8 +236,8 @@ async def test_what_a_picture_job_takes(client, respx_mock, changes, expected):
         ("fit", {"video": "video", "speech": "speech"}),
     ],
 )
-def test_what_a_speech_job_takes(field, values):
-    """Sound values are taken, tidied up."""
+def test_valid_values_of_a_speech_job(field, values):
+    """They are accepted, without the spaces around them."""
     taken = {value: getattr(main.JobPromptTTS(**{**JOB, field: value}), field) for value in values}
     assert taken == values
     assert main.JobPromptTTS(**JOB).fit == "shortest"
@@ -212,7 +245,7 @@ def test_what_a_speech_job_takes(field, values):
 
 @pytest.mark.parametrize("text", ["a" * 600, f" {'a' * 600} ", "\U0001f408" * 600], ids=["600", "blanks", "emoji"])
 async def test_the_longest_text_is_spoken(client, respx_mock, text):
-    """TTS_MAX_CHARS counts characters, not bytes, without the blanks around them."""
+    """TTS_MAX_CHARS counts characters, not bytes, without the spaces around them."""
     speech = respx_mock.post(url__startswith=ELEVEN_URL).respond(402)
     await client.post("/jobs_prompt_tts", json={**JOB, "text": text})
     assert json.loads(speech.calls.last.request.content)["text"] == text.strip()
@@ -237,9 +270,9 @@ BODIES: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("content", "detail"), rows(BODIES))
+@pytest.mark.parametrize(("content", "detail"), cases(BODIES))
 async def test_a_body_that_is_not_a_json_object(client, respx_mock, content, detail):
-    """Whatever a body holds, the answer is a sentence about the body, in the one shape."""
+    """Whatever the body holds, the answer is a 400 about the body in the one shape."""
     for path in ("/jobs_prompt_only", "/jobs_prompt_tts", "/debug/head"):
         body = check_refused(await client.post(path, content=content, headers=JSON_HEADERS), respx_mock)
         assert "body" in body["detail"]
@@ -255,7 +288,7 @@ async def test_a_body_that_is_not_a_json_object(client, respx_mock, content, det
     ],
 )
 async def test_a_body_must_be_sent_as_json(client, respx_mock, content_type, is_json):
-    """Content-Type may carry parameters, capitals or a JSON suffix; a wrong one is told as such."""
+    """Content-Type may have parameters, capitals or a JSON suffix; the error names the header."""
     created(respx_mock)
     headers = {"Content-Type": content_type} if content_type else {}
     response = await client.post("/jobs_prompt_only", content=json.dumps(JOB), headers=headers)
@@ -267,17 +300,17 @@ async def test_a_body_must_be_sent_as_json(client, respx_mock, content_type, is_
 
 
 async def blanks(kibibytes: int, sent: list[int]) -> AsyncIterator[bytes]:
-    """A body without a Content-Length, a KiB at a time; `sent` tells how much of it was asked for."""
+    """A body without a Content-Length, a KiB at a time; `sent` counts what was read."""
     for _ in range(kibibytes):
         sent.append(1024)
         yield b" " * 1024
 
 
-async def test_a_body_over_64_kib_is_refused(client, respx_mock):
-    """The limit itself is read, one byte more is one too many; without a length, no more than that is asked for."""
+async def test_a_body_over_64_kib_is_rejected(client, respx_mock):
+    """The limit itself is read, one byte more is not; a body without a length is not read on."""
     read, refused, sent = f"The body: {NOT_JSON}.", "The request's body is larger than 64 KiB.", list[int]()
     bodies = ((b" " * 65_536, read), (blanks(64, []), read), (b" " * 65_537, refused), (blanks(10_000, sent), refused))
-    for content, told in bodies:
+    for content, message in bodies:
         response = await client.post("/jobs_prompt_tts", content=content, headers=JSON_HEADERS)
-        assert check_refused(response, respx_mock)["detail"] == told
+        assert check_refused(response, respx_mock)["detail"] == message
     assert 0 < sum(sent) <= 66 * 1024
