@@ -718,7 +718,9 @@ class Job:
         """Return the error of a job that was cancelled, or has passed its deadline."""
         if self.cancel_reason or not self.past_deadline():
             advice = "send the same request again" if self.record else "try again"
-            return ServiceError(f"The service is restarting and could not finish the job; {advice}.")
+            return ServiceError(
+                f"The service is restarting and could not finish the job; {advice}."
+            )
 
         stage = self.current_stage
         provider = STAGE_PROVIDERS.get(stage)
@@ -2924,7 +2926,9 @@ def record_path(key: str) -> str:
 
 def new_record(route: str, body: BaseModel) -> JobRecord:
     """Return the record of a job that begins. Raises MissingSetting."""
-    require_settings(STORAGE_SETTINGS)
+    require_settings(VIDEO_JOB_SETTINGS + STORAGE_SETTINGS)
+    if isinstance(body, JobPromptTTS):
+        require_settings(SPEECH_JOB_SETTINGS)
     request = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
     now = time.time()
     return JobRecord(

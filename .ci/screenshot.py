@@ -28,8 +28,20 @@ def finish_a_job(page: Page, url: str) -> None:
 
 def shrink(raw: Path, picture: Path) -> None:
     """Write a PNG of 256 colours: it has a third of the bytes and looks the same."""
-    filters = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(raw), "-vf", filters, str(picture)]
+    filters = (
+        "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
+    )
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-v",
+        "error",
+        "-y",
+        "-i",
+        str(raw),
+        "-vf",
+        filters,
+        str(picture),
+    ]
     subprocess.run(command, check=True, timeout=60)
 
 

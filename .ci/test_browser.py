@@ -47,12 +47,16 @@ def slow_down_videos(sandbox: Sandbox, seconds: float = 1.5) -> None:
 
 def wait_until_video_starts(page: Page) -> None:
     """Wait until the video is being made."""
-    expect(page.locator("#stages li[data-state=started]")).to_contain_text("Animate the picture", timeout=JOB_MS)
+    expect(page.locator("#stages li[data-state=started]")).to_contain_text(
+        "Animate the picture", timeout=JOB_MS
+    )
 
 
 def overflow(page: Page) -> int:
     """Pixels by which the page is wider than its window."""
-    return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
+    return int(
+        page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    )
 
 
 PLAYBACK = """(({ videoWidth, webkitAudioDecodedByteCount, muted }) =>
@@ -88,7 +92,8 @@ def test_the_bar_shows_the_percentage_of_the_video(page: Page, sandbox: Sandbox)
     sandbox.reads_to_finish, sandbox.video_seconds = 8, 1.5
     make_video(page)
     page.wait_for_function(
-        "(bar => bar && bar.value > 0 && bar.value < 100)(document.querySelector('progress'))", timeout=JOB_MS
+        "(bar => bar && bar.value > 0 && bar.value < 100)(document.querySelector('progress'))",
+        timeout=JOB_MS,
     )
     expect(page.locator("#stages li[data-state=started] small")).to_contain_text("processing")
     wait_for(page, "done")
@@ -134,7 +139,9 @@ def test_a_picture_can_be_chosen_and_pasted(page: Page, sandbox: Sandbox) -> Non
     expect(page.locator("#picture-hint")).to_have_text("Uploaded.")
     chosen = page.input_value("#image_url")
     page.evaluate(PASTE, list(pet.read_bytes()))
-    page.wait_for_function("before => document.getElementById('image_url').value !== before", arg=chosen)
+    page.wait_for_function(
+        "before => document.getElementById('image_url').value !== before", arg=chosen
+    )
     assert chosen.startswith(f"{sandbox.url}/pictures/")
     make_video(page)
     wait_for(page, "done")
@@ -185,7 +192,10 @@ def test_a_reload_continues_the_job(page: Page, sandbox: Sandbox) -> None:
     expect(page.locator("#stages li[data-state=done]")).to_have_count(2)
     assert page.input_value("#text") == "Before and after."
     wait_for(page, "done")
-    assert (first.value.post_data, sent_key(first.value)) == (second.value.post_data, sent_key(second.value))
+    assert (first.value.post_data, sent_key(first.value)) == (
+        second.value.post_data,
+        sent_key(second.value),
+    )
     assert (len(sandbox.calls("speech")), videos_paid_for(sandbox)) == (1, 1)
     page.reload()
     wait_for(page, "rest")
@@ -196,23 +206,31 @@ def sent_key(request: Request) -> str:
     return request.headers["idempotency-key"]
 
 
-@pytest.mark.parametrize("has_response", [True, False], ids=["a proxy's error page", "no connection"])
+@pytest.mark.parametrize(
+    "has_response", [True, False], ids=["a proxy's error page", "no connection"]
+)
 def test_a_lost_connection_is_retried(page: Page, sandbox: Sandbox, has_response: bool) -> None:
     """The page says why and when it retries, and then has the video."""
 
     def fail(route: Route) -> None:
         """Respond with an error page, or not at all."""
-        route.fulfill(status=502, body="<h1>Bad gateway</h1>") if has_response else route.abort("connectionfailed")
+        route.fulfill(status=502, body="<h1>Bad gateway</h1>") if has_response else route.abort(
+            "connectionfailed"
+        )
 
     page.route("**/jobs_prompt_tts", fail, times=1)
     make_video(page)
     expect(page.locator("#status")).to_contain_text("Retrying in 1 s")
-    expect(page.locator("#aside")).to_contain_text("502" if has_response else "The connection failed")
+    expect(page.locator("#aside")).to_contain_text(
+        "502" if has_response else "The connection failed"
+    )
     wait_for(page, "done")
     assert videos_paid_for(sandbox) == 1
 
 
-def test_a_restarted_service_continues_the_job(page: Page, sandbox: Sandbox, start_service: StartService) -> None:
+def test_a_restarted_service_continues_the_job(
+    page: Page, sandbox: Sandbox, start_service: StartService
+) -> None:
     """Killed while the video is made: the page retries until a new process responds; done stages stay done."""
     service = start_service()
     slow_down_videos(sandbox)
@@ -296,7 +314,9 @@ def test_without_a_key_cancel_stops_the_job_at_the_provider(page: Page, sandbox:
     expect(page.locator("#aside")).to_contain_text("ends the job")
     page.click("#cancel")
     expect(page.locator("#status")).to_have_text("Cancelled")
-    expect(page.locator("#failure")).to_contain_text("Paid for: the speech and the part of the video")
+    expect(page.locator("#failure")).to_contain_text(
+        "Paid for: the speech and the part of the video"
+    )
     expect(page.locator("#start")).to_be_enabled()
     page.wait_for_timeout(1000)
     assert [prediction.status for prediction in sandbox.predictions.values()] == ["canceled"]
@@ -334,7 +354,10 @@ def test_a_validation_error_marks_the_field(page: Page, sandbox: Sandbox) -> Non
     assert "Something in the form is not valid" in message
     assert "Voice: " in message
     assert "Seconds: " in message
-    assert [field.get_attribute("id") for field in page.locator("[aria-invalid]").all()] == ["voice_id", "seconds"]
+    assert [field.get_attribute("id") for field in page.locator("[aria-invalid]").all()] == [
+        "voice_id",
+        "seconds",
+    ]
     expect(page.locator("#seconds-error")).to_be_visible()
     page.locator("#failure a", has_text="Voice").click()
     expect(page.locator("#voice_id")).to_be_focused()
@@ -383,7 +406,9 @@ def test_a_resource_error_keeps_what_was_made(page: Page, sandbox: Sandbox) -> N
     assert page.locator("#links li").count() == 2
 
 
-def test_an_internal_error_gives_the_request_id(page: Page, sandbox: Sandbox, start_service: StartService) -> None:
+def test_an_internal_error_gives_the_request_id(
+    page: Page, sandbox: Sandbox, start_service: StartService
+) -> None:
     """The service stops during a job without a key: the id is in its log, too."""
     service = start_service(graceful_s=1)
     sandbox.outcome("never")
@@ -398,12 +423,16 @@ def test_an_internal_error_gives_the_request_id(page: Page, sandbox: Sandbox, st
 
 def test_the_page_says_that_the_service_does_not_respond(page: Page) -> None:
     """This error has the category "network", and not one of the service's."""
-    assert "No valid response from the service" in failure(page, key=False, service="http://127.0.0.1:9")
+    assert "No valid response from the service" in failure(
+        page, key=False, service="http://127.0.0.1:9"
+    )
 
 
 def test_the_page_shows_the_status_of_a_proxys_error(page: Page, service: Service) -> None:
     """The response did not come from the service."""
-    page.route("**/jobs_prompt_tts", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"))
+    page.route(
+        "**/jobs_prompt_tts", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>")
+    )
     assert "status 502" in failure(page, key=False)
 
 
@@ -411,14 +440,17 @@ def test_the_page_says_that_the_stream_broke_off(page: Page) -> None:
     """A stream without a result or an error at its end is not a success."""
     half = 'event: stage\ndata: {"stage": "speech", "state": "started", "seconds": 0}\n\n'
     page.route(
-        "**/jobs_prompt_tts", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=half)
+        "**/jobs_prompt_tts",
+        lambda route: route.fulfill(status=200, content_type="text/event-stream", body=half),
     )
     message = failure(page, key=False)
     assert "ended before the video was ready" in message
     assert "Paid for: the speech, if it was made in time." in message
 
 
-def test_another_origin_may_send_and_read_the_request_id(page: Page, service: Service, sandbox: Sandbox) -> None:
+def test_another_origin_may_send_and_read_the_request_id(
+    page: Page, service: Service, sandbox: Sandbox
+) -> None:
     """A front end can set a request's id, and read it and the stages' times from the response's headers."""
     request_id, timing = page.evaluate(FETCH_HEADERS, [service.url, sandbox.image_url])
     assert request_id == "from-the-page"
@@ -494,9 +526,7 @@ def test_cancelling_by_keyboard_returns_the_focus(page: Page, sandbox: Sandbox) 
 def test_every_field_has_a_name(page: Page) -> None:
     """A screen reader can name each field and button."""
     nameless = "[...document.querySelectorAll('input, textarea, select, button, video, img')]"
-    nameless += (
-        ".filter(e => !(e.labels?.length || e.ariaLabel || e.alt || e.textContent.trim())).map(e => e.outerHTML)"
-    )
+    nameless += ".filter(e => !(e.labels?.length || e.ariaLabel || e.alt || e.textContent.trim())).map(e => e.outerHTML)"
     assert page.evaluate(nameless) == []
 
 

@@ -17,14 +17,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from tests.jobs import short_video, speech_job
 
 from tests.conftest import StartService
-from tests.jobs import short_video, speech_job
 from tests.sandbox import Sandbox, Service
 
 CLIENT = Path(__file__).parent.parent / "tests" / "sandbox" / "client.js"
 NODE_S = 60.0
-JOB = {"image_url": "https://example.com/pet.jpg", "prompt": "It nods", "text": "Feed me!", "voice_id": "Rex"}
+JOB = {
+    "image_url": "https://example.com/pet.jpg",
+    "prompt": "It nods",
+    "text": "Feed me!",
+    "voice_id": "Rex",
+}
 VIDEO = {"audio_url": "https://a", "video_url": "https://v", "final_url": "https://f"}
 KEY = "a-key-of-one-job"
 
@@ -98,18 +103,30 @@ class Caller:
         """Run a script, and return the JSON that it prints."""
         command = ["node", "--input-type=module", "-", json.dumps(argument)]
         process = subprocess.run(
-            command, cwd=self.folder, input=script, capture_output=True, text=True, timeout=NODE_S, check=False
+            command,
+            cwd=self.folder,
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=NODE_S,
+            check=False,
         )
         assert process.returncode == 0, process.stderr
         return json.loads(process.stdout)
 
-    def calls(self, job: dict[str, Any], options: dict[str, Any], tabs: int, **extras: Any) -> list[Outcome]:
+    def calls(
+        self, job: dict[str, Any], options: dict[str, Any], tabs: int, **extras: Any
+    ) -> list[Outcome]:
         """Several calls at the same time."""
         outcomes = self.run(CALL, {"job": job, "options": options, "tabs": tabs, **extras})
         return [Outcome(**outcome) for outcome in outcomes]
 
     def __call__(
-        self, job: dict[str, Any], service: str, extras: dict[str, Any] | None = None, **options: Any
+        self,
+        job: dict[str, Any],
+        service: str,
+        extras: dict[str, Any] | None = None,
+        **options: Any,
     ) -> Outcome:
         """One call; `extras`: abortAt (start, retry, delay or a stage), failingDisplay, speedup."""
         [outcome] = self.calls(job, {"service": service, **options}, 1, **(extras or {}))
@@ -262,7 +279,13 @@ def event(name: str, data: Any) -> bytes:
 
 STARTED = {"stage": "speech", "state": "started", "seconds": 0}
 STARTING = event("stage", STARTED)
-BODY = {"category": "provider", "provider": "replicate", "request_id": "r-2", "retryable": True, "detail": "Busy."}
+BODY = {
+    "category": "provider",
+    "provider": "replicate",
+    "request_id": "r-2",
+    "retryable": True,
+    "detail": "Busy.",
+}
 PAGE = "<!doctype html><h1>502 Bad Gateway</h1>"
 VIDEO_STREAM: Script = [STREAM_HEAD, STARTING, b": still at work\n\n", event("result", VIDEO)]
 
@@ -325,7 +348,13 @@ def test_a_json_response_gives_the_video(make_video: Caller, stand_in: Proxy) ->
 def test_an_error_is_data(make_video: Caller, stand_in: Proxy) -> None:
     """The error has every part of the body, and the status; a final error is not retried."""
     error = {"loc": ["body", "voice_id"], "msg": "Field required"}
-    body = {**BODY, "category": "validation", "provider": None, "retryable": False, "errors": [error]}
+    body = {
+        **BODY,
+        "category": "validation",
+        "provider": None,
+        "retryable": False,
+        "errors": [error],
+    }
     stand_in.responses.append(plain(400, body))
     outcome = make_video(JOB, stand_in.url, key=KEY)
     assert outcome.is_video_error
@@ -354,7 +383,9 @@ def test_an_error_event_gives_the_same_error(make_video: Caller, stand_in: Proxy
 
 
 @breaks
-def test_a_broken_response_is_a_network_error(make_video: Caller, stand_in: Proxy, script: Script) -> None:
+def test_a_broken_response_is_a_network_error(
+    make_video: Caller, stand_in: Proxy, script: Script
+) -> None:
     """Without a key the job is not retried, since each attempt is paid for; the error is retryable."""
     stand_in.responses.append(script)
     outcome = make_video(JOB, stand_in.url)
@@ -364,7 +395,9 @@ def test_a_broken_response_is_a_network_error(make_video: Caller, stand_in: Prox
 
 
 @breaks
-def test_with_a_key_a_broken_response_is_retried(make_video: Caller, stand_in: Proxy, script: Script) -> None:
+def test_with_a_key_a_broken_response_is_retried(
+    make_video: Caller, stand_in: Proxy, script: Script
+) -> None:
     """The retry has the same path, headers and body, and gives the video."""
     stand_in.responses.extend([script, VIDEO_STREAM])
     outcome = make_video(JOB, stand_in.url, {"speedup": 10}, key=KEY)
@@ -375,9 +408,15 @@ def test_with_a_key_a_broken_response_is_retried(make_video: Caller, stand_in: P
 
 def test_with_a_key_a_retryable_error_is_retried(make_video: Caller, stand_in: Proxy) -> None:
     """It may come as an event or as JSON; each attempt starts again with the stages so far."""
-    stand_in.responses.extend([[STREAM_HEAD, STARTING, event("error", BODY)], plain(500, BODY), VIDEO_STREAM])
+    stand_in.responses.extend(
+        [[STREAM_HEAD, STARTING, event("error", BODY)], plain(500, BODY), VIDEO_STREAM]
+    )
     outcome = make_video(JOB, stand_in.url, {"speedup": 10}, key=KEY)
-    assert (outcome.video, outcome.causes, outcome.stages) == (VIDEO, ["Busy.", "Busy."], [STARTED, STARTED])
+    assert (outcome.video, outcome.causes, outcome.stages) == (
+        VIDEO,
+        ["Busy.", "Busy."],
+        [STARTED, STARTED],
+    )
 
 
 def test_without_a_key_nothing_is_retried(make_video: Caller, stand_in: Proxy) -> None:
@@ -388,7 +427,9 @@ def test_without_a_key_nothing_is_retried(make_video: Caller, stand_in: Proxy) -
 
 
 @pytest.mark.parametrize("status", [401, 404, 413])
-def test_a_client_error_of_another_server_is_not_retried(make_video: Caller, stand_in: Proxy, status: int) -> None:
+def test_a_client_error_of_another_server_is_not_retried(
+    make_video: Caller, stand_in: Proxy, status: int
+) -> None:
     """A wrong address, a sign-in or a proxy's limit will not go away."""
     stand_in.responses.append(plain(status, PAGE, "text/html"))
     outcome = make_video(JOB, stand_in.url, key=KEY)
@@ -400,7 +441,9 @@ def test_a_client_error_of_another_server_is_not_retried(make_video: Caller, sta
     assert outcome.error["requestId"] == "r-1"
 
 
-def test_the_backoff_grows_to_15_s_and_ends_after_ten_minutes(make_video: Caller, stand_in: Proxy) -> None:
+def test_the_backoff_grows_to_15_s_and_ends_after_ten_minutes(
+    make_video: Caller, stand_in: Proxy
+) -> None:
     """Delays of 1, 2, 4, 8, 15 s less up to a quarter of jitter; the last error has all that is known."""
     paid = {"prediction_id": "p-1"}
     stand_in.responses.append(plain(500, {**BODY, "partial": paid}))
@@ -425,19 +468,27 @@ def test_a_service_that_is_down_is_retried_until_it_is_up(make_video: Caller) ->
     """At first nothing listens at its address, and a second later it does."""
     with Proxy(listens=False) as late:
         late.responses.append(VIDEO_STREAM)
-        start = threading.Timer(1.0, lambda: (late.server_activate(), late.serve_forever(poll_interval=0.02)))
+        start = threading.Timer(
+            1.0, lambda: (late.server_activate(), late.serve_forever(poll_interval=0.02))
+        )
         start.start()
         outcome = make_video(JOB, late.url, {"speedup": 10}, key=KEY)
         late.shutdown()
         start.join()
-    assert (outcome.video, set(outcome.causes)) == (VIDEO, {"The connection failed before the video was ready."})
+    assert (outcome.video, set(outcome.causes)) == (
+        VIDEO,
+        {"The connection failed before the video was ready."},
+    )
 
 
 def test_with_a_key_a_silent_connection_is_given_up(make_video: Caller, stand_in: Proxy) -> None:
     """No byte comes, but it does not close: a phone may have changed its network."""
     stand_in.responses.extend([[STREAM_HEAD, STARTING, 2 * NODE_S], VIDEO_STREAM])
     outcome = make_video(JOB, stand_in.url, {"speedup": 10}, key=KEY, silence=3)
-    assert (outcome.video, outcome.causes) == (VIDEO, ["The response ended before the video was ready."])
+    assert (outcome.video, outcome.causes) == (
+        VIDEO,
+        ["The response ended before the video was ready."],
+    )
 
 
 def test_without_a_key_a_silent_connection_is_kept(make_video: Caller, stand_in: Proxy) -> None:
@@ -446,15 +497,21 @@ def test_without_a_key_a_silent_connection_is_kept(make_video: Caller, stand_in:
     assert make_video(JOB, stand_in.url, {"speedup": 10}, silence=3).video == VIDEO
 
 
-@pytest.mark.parametrize(("moment", "requests"), [("start", 0), ("speech", 1), ("retry", 1), ("delay", 1)])
+@pytest.mark.parametrize(
+    ("moment", "requests"), [("start", 0), ("speech", 1), ("retry", 1), ("delay", 1)]
+)
 def test_an_aborted_call_throws_the_signals_reason(
     make_video: Caller, stand_in: Proxy, moment: str, requests: int
 ) -> None:
     """It does so at once, before the request, in the stream or between attempts; nothing more is sent."""
     endless: Script = [STREAM_HEAD, STARTING, 2 * NODE_S]
-    stand_in.responses.append(plain(502, PAGE, "text/html") if moment in ("retry", "delay") else endless)
+    stand_in.responses.append(
+        plain(502, PAGE, "text/html") if moment in ("retry", "delay") else endless
+    )
     started = time.monotonic()
-    outcome = make_video(JOB, stand_in.url, {"abortAt": moment, "speedup": 0.05}, key=KEY)  # a delay would take 15 s
+    outcome = make_video(
+        JOB, stand_in.url, {"abortAt": moment, "speedup": 0.05}, key=KEY
+    )  # a delay would take 15 s
     assert time.monotonic() - started < 10
     assert (outcome.is_video_error, outcome.error["detail"]) == (False, "aborted by the user")
     assert len(stand_in.requests) == requests
@@ -473,11 +530,17 @@ def test_a_failing_display_does_not_lose_the_video(make_video: Caller, stand_in:
         pytest.param("http://127.0.0.1:9", "🐶", id="invalid header"),
     ],
 )
-def test_a_job_that_cannot_be_sent_fails_at_once(make_video: Caller, service: str, key: str) -> None:
+def test_a_job_that_cannot_be_sent_fails_at_once(
+    make_video: Caller, service: str, key: str
+) -> None:
     """It is not a network error, and a retry would not help."""
     outcome = make_video(JOB, service, key=key)
     assert outcome.is_video_error
-    assert (outcome.error["category"], outcome.error["retryable"], outcome.retries) == ("validation", False, [])
+    assert (outcome.error["category"], outcome.error["retryable"], outcome.retries) == (
+        "validation",
+        False,
+        [],
+    )
 
 
 # ---- The parser of event streams
@@ -522,8 +585,12 @@ def test_events_are_parsed_whatever_the_chunks(make_video: Caller, size: int) ->
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
 def test_an_event_does_not_wait_for_the_next_chunk(make_video: Caller, end: str) -> None:
     """It is complete with its blank line."""
-    first = READ.replace("controller.close();", "").replace("events.push(event);", "{ events.push(event); break; }")
-    assert make_video.run(first, [f"data: now{end}{end}", 1000]) == [{"event": "message", "data": "now"}]
+    first = READ.replace("controller.close();", "").replace(
+        "events.push(event);", "{ events.push(event); break; }"
+    )
+    assert make_video.run(first, [f"data: now{end}{end}", 1000]) == [
+        {"event": "message", "data": "now"}
+    ]
 
 
 # ---- Mistakes and mishaps of a front end, against the real service
@@ -547,7 +614,9 @@ def job(sandbox: Sandbox) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("wrong", "to_do"),
     [
-        pytest.param({"image_url": "/pictures/gone.jpg"}, "change image_url", id="no picture there"),
+        pytest.param(
+            {"image_url": "/pictures/gone.jpg"}, "change image_url", id="no picture there"
+        ),
         pytest.param({"image_url": "/"}, "change image_url", id="a web page for a picture"),
         pytest.param({"image_url": "/my pet.jpg"}, "change image_url", id="a blank in the address"),
         pytest.param({"voice_id": UNKNOWN_VOICE}, "change voice_id", id="no such voice"),
@@ -559,17 +628,28 @@ def job(sandbox: Sandbox) -> dict[str, Any]:
         pytest.param({"seconds": 7}, "change seconds", id="a length the model does not have"),
         pytest.param({"text": "x" * 601}, "change text", id="too much to say"),
         pytest.param({"text": " "}, "change text", id="nothing to say"),
-        pytest.param({"prompt": " ", "seconds": "soon"}, "change prompt, seconds", id="two at once"),
+        pytest.param(
+            {"prompt": " ", "seconds": "soon"}, "change prompt, seconds", id="two at once"
+        ),
     ],
 )
 def test_a_mistake_in_the_job_names_its_field(
-    make_video: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any], wrong: dict[str, Any], to_do: str
+    make_video: Caller,
+    service: Service,
+    sandbox: Sandbox,
+    job: dict[str, Any],
+    wrong: dict[str, Any],
+    to_do: str,
 ) -> None:
     """The error names the field to change, nothing is retried, and no video is paid for."""
     if wrong.get("image_url"):
         wrong = {"image_url": sandbox.url + wrong["image_url"]}
     outcome = make_video({**job, **wrong}, service.url, key=str(uuid.uuid4()))
-    assert (outcome.to_do, outcome.error["status"], outcome.error["retryable"]) == (to_do, 400, False)
+    assert (outcome.to_do, outcome.error["status"], outcome.error["retryable"]) == (
+        to_do,
+        400,
+        False,
+    )
     assert (outcome.retries, videos_paid_for(sandbox)) == ([], 0)
 
 
@@ -577,13 +657,29 @@ def test_a_mistake_in_the_job_names_its_field(
     ("prepare", "to_do", "videos"),
     [
         pytest.param(
-            lambda sandbox: sandbox.outcome("failed", "flagged"), "change the job", 1, id="the model rejects it"
+            lambda sandbox: sandbox.outcome("failed", "flagged"),
+            "change the job",
+            1,
+            id="the model rejects it",
         ),
         pytest.param(
-            lambda sandbox: sandbox.fault("create", "status", None, status=401), "tell the operator", 0, id="no credit"
+            lambda sandbox: sandbox.fault("create", "status", None, status=401),
+            "tell the operator",
+            0,
+            id="no credit",
         ),
-        pytest.param(lambda sandbox: sandbox.fault("create", "status", None, status=429), "retry", 0, id="throttled"),
-        pytest.param(lambda sandbox: sandbox.video("html"), "tell the operator", 1, id="a page in place of the video"),
+        pytest.param(
+            lambda sandbox: sandbox.fault("create", "status", None, status=429),
+            "retry",
+            0,
+            id="throttled",
+        ),
+        pytest.param(
+            lambda sandbox: sandbox.video("html"),
+            "tell the operator",
+            1,
+            id="a page in place of the video",
+        ),
     ],
 )
 def test_a_providers_error_says_what_to_do(
@@ -610,7 +706,9 @@ def test_a_service_that_is_not_set_up_says_so(
     assert (outcome.to_do, outcome.error["category"]) == ("tell the operator", "configuration")
 
 
-def test_the_address_of_another_server_is_recognized(make_video: Caller, sandbox: Sandbox, job: dict[str, Any]) -> None:
+def test_the_address_of_another_server_is_recognized(
+    make_video: Caller, sandbox: Sandbox, job: dict[str, Any]
+) -> None:
     """Something responds, but not the service: nothing is retried for ten minutes."""
     outcome = make_video(job, sandbox.url, key=KEY)
     assert (outcome.to_do, outcome.retries) == ("check the address", [])
@@ -636,7 +734,11 @@ def test_a_proxy_that_drops_accept_only_loses_the_stages(
     ],
 )
 def test_with_a_key_a_mishap_on_the_way_costs_nothing(
-    make_video: Caller, proxy: Proxy, sandbox: Sandbox, job: dict[str, Any], mishap: Script | Forward
+    make_video: Caller,
+    proxy: Proxy,
+    sandbox: Sandbox,
+    job: dict[str, Any],
+    mishap: Script | Forward,
 ) -> None:
     """One speech and one video are paid for, and the video arrives."""
     proxy.responses.append(mishap)
@@ -683,7 +785,10 @@ def test_aborting_without_a_key_cancels_the_video(
     """The signal's reason is thrown, and the prediction is canceled."""
     sandbox.outcome("never")
     outcome = make_video(job, service.url, {"abortAt": "video"})
-    assert (outcome.to_do, outcome.error["detail"]) == ("nothing: the user has aborted", "aborted by the user")
+    assert (outcome.to_do, outcome.error["detail"]) == (
+        "nothing: the user has aborted",
+        "aborted by the user",
+    )
     assert final_statuses(sandbox) == ["canceled"]
 
 
@@ -707,7 +812,9 @@ def test_a_key_of_another_job_is_named(
     assert videos_paid_for(sandbox) == 1
 
 
-def test_a_malformed_key_is_named(make_video: Caller, service: Service, job: dict[str, Any]) -> None:
+def test_a_malformed_key_is_named(
+    make_video: Caller, service: Service, job: dict[str, Any]
+) -> None:
     """An empty key is malformed, and does not count as no key."""
     for key in ("", "two words"):
         assert make_video(job, service.url, key=key).to_do == "change Idempotency-Key"
@@ -719,6 +826,8 @@ def test_a_final_error_is_replayed_for_its_key(
     """A new attempt needs a new key."""
     sandbox.outcome("failed", "flagged")
     key = str(uuid.uuid4())
-    answers = [make_video(job, service.url, key=name).to_do for name in (key, key, str(uuid.uuid4()))]
+    answers = [
+        make_video(job, service.url, key=name).to_do for name in (key, key, str(uuid.uuid4()))
+    ]
     assert answers == ["change the job", "change the job", "show the video"]
     assert videos_paid_for(sandbox) == 2

@@ -60,7 +60,9 @@ def start(folder: Path) -> Start:
         """Start Node and give it the block."""
         command = ["node", "--input-type=module", "-"]
         pipe = subprocess.PIPE
-        node = subprocess.Popen(command, cwd=folder, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        node = subprocess.Popen(
+            command, cwd=folder, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
         assert node.stdin is not None
         node.stdin.write(SESSION_STORAGE + block)
         node.stdin.close()
@@ -83,7 +85,9 @@ def test_the_readme_shows_both_ways() -> None:
 
 
 @each_block
-def test_a_block_runs_and_prints_the_video(block: str, start: Start, service: Service, sandbox: Sandbox) -> None:
+def test_a_block_runs_and_prints_the_video(
+    block: str, start: Start, service: Service, sandbox: Sandbox
+) -> None:
     """It succeeds, and its last line is the URL of the final video."""
     code, output, errors = outcome(start(localized(block, service, sandbox)))
     assert (code, errors) == (0, "")
@@ -92,7 +96,9 @@ def test_a_block_runs_and_prints_the_video(block: str, start: Start, service: Se
 
 
 @each_block
-def test_a_block_says_what_went_wrong(block: str, start: Start, service: Service, sandbox: Sandbox) -> None:
+def test_a_block_says_what_went_wrong(
+    block: str, start: Start, service: Service, sandbox: Sandbox
+) -> None:
     """The caller gets the service's message, for an error in the job and for an invalid input."""
     sandbox.outcome("failed", error="The picture was flagged")
     block = localized(block, service, sandbox)
@@ -104,14 +110,18 @@ def test_a_block_says_what_went_wrong(block: str, start: Start, service: Service
 
 
 @each_block
-def test_a_block_prints_every_stage(block: str, start: Start, service: Service, sandbox: Sandbox) -> None:
+def test_a_block_prints_every_stage(
+    block: str, start: Start, service: Service, sandbox: Sandbox
+) -> None:
     """Each stage is printed when it ends."""
     _, output, _ = outcome(start(localized(block, service, sandbox)))
     done = re.findall(r"^(\w+) done", output, re.MULTILINE)
     assert done == ["speech", "audio_upload", "video", "download", "mux", "final_upload"]
 
 
-def test_the_block_with_a_key_survives_a_reload(start: Start, folder: Path, service: Service, sandbox: Sandbox) -> None:
+def test_the_block_with_a_key_survives_a_reload(
+    start: Start, folder: Path, service: Service, sandbox: Sandbox
+) -> None:
     """Killed in the middle and run again, it continues: one video is paid for, and its key is removed."""
     sandbox.video_seconds = 1.5
     block = localized(WITH_KEY[0], service, sandbox)
@@ -124,12 +134,16 @@ def test_the_block_with_a_key_survives_a_reload(start: Start, folder: Path, serv
     outcome(first)
     code, output, _ = outcome(start(block))
     assert code == 0
-    assert output.splitlines()[-1].startswith(f"{sandbox.url}/storage/v1/object/public/pets/videos/")
+    assert output.splitlines()[-1].startswith(
+        f"{sandbox.url}/storage/v1/object/public/pets/videos/"
+    )
     assert len(sandbox.predictions) == 1
     assert sorted(path.name for path in folder.iterdir()) == ["client.js", "package.json"]
 
 
-def test_the_key_of_a_failed_job_is_removed(start: Start, folder: Path, service: Service, sandbox: Sandbox) -> None:
+def test_the_key_of_a_failed_job_is_removed(
+    start: Start, folder: Path, service: Service, sandbox: Sandbox
+) -> None:
     """The next run of the block with a key is a new job."""
     sandbox.outcome("failed", error="The picture was flagged")
     block = localized(WITH_KEY[0], service, sandbox)

@@ -15,7 +15,9 @@ CLIENT = Path(__file__).parent.parent / "tests" / "sandbox" / "client.js"
 
 def run(folder: Path, *command: str) -> str:
     """Run a command and return its output. If it fails, the test fails with all of its output."""
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    process = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
     assert process.returncode == 0, f"{' '.join(command)}\n{process.stdout}\n{process.stderr}"
     return process.stdout
 
@@ -34,9 +36,13 @@ def folder(running_service: Service, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def test_a_client_made_from_the_contract_runs_a_job(folder: Path, service: Service, sandbox: Sandbox) -> None:
+def test_a_client_made_from_the_contract_runs_a_job(
+    folder: Path, service: Service, sandbox: Sandbox
+) -> None:
     """It prints the three URLs; the service rejects the two jobs that the compiler rejects."""
-    output = run(folder, "node", "built/contract.js", service.url, sandbox.image_url, sandbox.voice_id)
+    output = run(
+        folder, "node", "built/contract.js", service.url, sandbox.image_url, sandbox.voice_id
+    )
     lines = [line for line in output.splitlines() if line.startswith(("http", "validation"))]
     *urls, invalid_fit, missing_voice = lines
     assert len(urls) == 3
@@ -45,7 +51,9 @@ def test_a_client_made_from_the_contract_runs_a_job(folder: Path, service: Servi
     assert "voice_id" in missing_voice
 
 
-def test_the_client_to_copy_has_the_types_of_the_contract(folder: Path, service: Service, sandbox: Sandbox) -> None:
+def test_the_client_to_copy_has_the_types_of_the_contract(
+    folder: Path, service: Service, sandbox: Sandbox
+) -> None:
     """It makes both kinds of video, and the service rejects what the compiler rejects."""
     output = run(folder, "node", "built/video.js", service.url, sandbox.image_url, sandbox.voice_id)
     urls = [line for line in output.splitlines() if line.startswith("http")]

@@ -89,17 +89,23 @@ class Chaos:
         """Fetch the video as the front end would."""
         async with service_client(self.sandbox.url) as client:
             video = await client.get(url)
-        (self.delivered if video.status_code == 200 and len(video.content) > 1_000 else self.lost).append(name)
+        (
+            self.delivered if video.status_code == 200 and len(video.content) > 1_000 else self.lost
+        ).append(name)
 
     def videos(self) -> Counter[str]:
         """How many predictions were made for each job."""
-        return Counter(prediction.input["prompt"] for prediction in self.sandbox.predictions.values())
+        return Counter(
+            prediction.input["prompt"] for prediction in self.sandbox.predictions.values()
+        )
 
 
 async def send(url: str, body: dict[str, Any], key: str) -> dict[str, Any]:
     """The answer to one request. Raises httpx.HTTPError if the connection breaks."""
     async with service_client(url) as client:
-        response = await client.post("/jobs_prompt_tts", json=body, headers={"Idempotency-Key": key})
+        response = await client.post(
+            "/jobs_prompt_tts", json=body, headers={"Idempotency-Key": key}
+        )
         answer: dict[str, Any] = response.json()
         return answer
 
@@ -135,10 +141,18 @@ def report(chaos: Chaos, seconds: float) -> bool:
 
 def main() -> int:
     """Run the command; the exit code is 0 if every job was delivered with one video paid for."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=200, help="how often something is killed (default: 200)")
-    parser.add_argument("--services", type=int, default=1, help="processes of the service (default: 1)")
-    parser.add_argument("--seed", type=int, default=None, help="of the random moments (default: another each time)")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "--kills", type=int, default=200, help="how often something is killed (default: 200)"
+    )
+    parser.add_argument(
+        "--services", type=int, default=1, help="processes of the service (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the random moments (default: another each time)"
+    )
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.randrange(10_000)
     print(f"seed               {seed}", flush=True)

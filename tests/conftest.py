@@ -19,22 +19,37 @@ from tests.sandbox.service import ROOT, SETTINGS
 from tests.support import parallel
 from tests.support.application import running_application, use_settings
 
-PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "KEEPALIVE_SECONDS": "0.2", "PATIENCE_SECONDS": "4"}
+PACE = {
+    "POLL_MIN_SECONDS": "0.02",
+    "RETRY_FIRST_SECONDS": "0.02",
+    "KEEPALIVE_SECONDS": "0.2",
+    "PATIENCE_SECONDS": "4",
+}
 StartService = Callable[..., Service]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--live`: also run the tests that call the real providers."""
-    parser.addoption("--live", action="store_true", help="also run the tests marked live: real providers, real money")
-    parser.addoption("--lanes", type=int, default=4, help="processes that share the test files (default: 4)")
+    parser.addoption(
+        "--live",
+        action="store_true",
+        help="also run the tests marked live: real providers, real money",
+    )
+    parser.addoption(
+        "--lanes", type=int, default=4, help="processes that share the test files (default: 4)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors; the marks in use are declared; the files are shared by several processes."""
     config.pluginmanager.register(parallel.Lanes(config))
     config.addinivalue_line("filterwarnings", "error")
-    config.addinivalue_line("markers", "live: calls the real providers with the keys in the environment (--live)")
-    config.addinivalue_line("markers", "beside(*arguments): judges a Python command that runs while other tests do")
+    config.addinivalue_line(
+        "markers", "live: calls the real providers with the keys in the environment (--live)"
+    )
+    config.addinivalue_line(
+        "markers", "beside(*arguments): judges a Python command that runs while other tests do"
+    )
 
 
 # The slow test files, the slowest last: the other lanes begin there.
@@ -53,7 +68,11 @@ SLOW = (
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Quick files first, so that a fault shows at once."""
-    items.sort(key=lambda item: next((rank for rank, name in enumerate(SLOW, 1) if name in str(item.path)), 0))
+    items.sort(
+        key=lambda item: next(
+            (rank for rank, name in enumerate(SLOW, 1) if name in str(item.path)), 0
+        )
+    )
     if config.getoption("--live"):
         return
     for item in items:
@@ -68,7 +87,9 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def clean_environ(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean_environ(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
     """Keep the developer's settings out of all tests but live ones; each test reads the settings anew."""
     if not request.node.get_closest_marker("live"):
         for name in SETTINGS:
@@ -172,7 +193,9 @@ def background_commands(
     for item in request.session.items:
         if item.path == request.path and (mark := item.get_closest_marker("beside")):
             line, folder = [sys.executable, *mark.args], tmp_path_factory.mktemp("beside")
-            process = subprocess.Popen(line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
+            process = subprocess.Popen(
+                line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
+            )
             started[item.nodeid] = BackgroundCommand(process, folder)
     signal.signal(signal.SIGINT, kept)
     yield started
@@ -183,6 +206,8 @@ def background_commands(
 
 
 @pytest.fixture
-def beside(request: pytest.FixtureRequest, background_commands: dict[str, BackgroundCommand]) -> BackgroundCommand:
+def beside(
+    request: pytest.FixtureRequest, background_commands: dict[str, BackgroundCommand]
+) -> BackgroundCommand:
     """The command that the test is marked with."""
     return background_commands[request.node.nodeid]

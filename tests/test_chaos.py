@@ -13,12 +13,19 @@ ON_ONE = pytest.mark.beside(*COMMAND, "10")
 ON_TWO = pytest.mark.beside(*COMMAND, "4", "--services", "2")
 
 
-@pytest.mark.parametrize("kills", [pytest.param(10, marks=ON_ONE), pytest.param(4, marks=ON_TWO, id="on two")])
-def test_kills_lose_no_job_and_pay_for_no_video_twice(beside: BackgroundCommand, kills: int) -> None:
+@pytest.mark.parametrize(
+    "kills", [pytest.param(10, marks=ON_ONE), pytest.param(4, marks=ON_TWO, id="on two")]
+)
+def test_kills_lose_no_job_and_pay_for_no_video_twice(
+    beside: BackgroundCommand, kills: int
+) -> None:
     """While jobs run, processes are killed and connections cut; only a speech may be paid for twice."""
     code, output, errors = beside.outcome()
     assert code == 0, f"{output}\n{errors}"
-    counts = {name.strip(): int(number) for name, number in re.findall(r"^([a-z ]+?)  +(\d+)", output, re.MULTILINE)}
+    counts = {
+        name.strip(): int(number)
+        for name, number in re.findall(r"^([a-z ]+?)  +(\d+)", output, re.MULTILINE)
+    }
     assert counts["kills"] == kills
     assert counts["jobs"] == counts["videos paid for"] == counts["videos delivered"] > 0
     assert counts["jobs"] <= counts["speeches paid for"] <= counts["jobs"] + kills

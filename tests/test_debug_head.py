@@ -27,7 +27,9 @@ HEAD, GET = f"HEAD {PATH}", f"GET {PATH}"
 
 async def test_the_answer_has_three_fields(client: httpx.AsyncClient, pets: Server) -> None:
     """Status, content type and size; no other header and no byte of the remote response."""
-    pets.answers[PATH] = [reply(200, b"video", content_type="video/mp4", x_inside="s3cret", server="s3cret/1")]
+    pets.answers[PATH] = [
+        reply(200, b"video", content_type="video/mp4", x_inside="s3cret", server="s3cret/1")
+    ]
     answer = await debug_head(client)
     assert answer.status_code == 200
     assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": 5}
@@ -44,15 +46,28 @@ async def test_the_answer_has_three_fields(client: httpx.AsyncClient, pets: Serv
         pytest.param(reply(404), 404, None, 0, id="not found"),
         pytest.param(reply(599), 599, None, 0, id="a status that nobody knows"),
         pytest.param(reply(content_type=""), 200, None, 0, id="an empty type"),
-        pytest.param(reply(content_type="video/mp4; a=b"), 200, "video/mp4; a=b", 0, id="a type with parameters"),
+        pytest.param(
+            reply(content_type="video/mp4; a=b"),
+            200,
+            "video/mp4; a=b",
+            0,
+            id="a type with parameters",
+        ),
         pytest.param(reply(content_type="x" * 5000), 200, "x" * 200, 0, id="a very long type"),
         pytest.param(reply(content_length=None), 200, None, None, id="no length"),
         pytest.param(reply(content_length="9" * 18), 200, None, 10**18 - 1, id="18 digits"),
-        pytest.param(reply(content_length="9" * 19), 200, None, None, id="more than a signed 64-bit number"),
+        pytest.param(
+            reply(content_length="9" * 19), 200, None, None, id="more than a signed 64-bit number"
+        ),
     ],
 )
 async def test_remote_status_type_and_size_are_passed_on(
-    remote: bytes, status: int, content_type: str | None, size: int | None, client: httpx.AsyncClient, pets: Server
+    remote: bytes,
+    status: int,
+    content_type: str | None,
+    size: int | None,
+    client: httpx.AsyncClient,
+    pets: Server,
 ) -> None:
     """A remote error is a result too; a type or size that is not valid is null or cut."""
     pets.answers[PATH] = [remote]
@@ -65,7 +80,9 @@ async def test_remote_status_type_and_size_are_passed_on(
 
 
 @pytest.mark.parametrize("refused", [400, 403, 404, 405, 500, 501])
-async def test_a_refused_head_falls_back_to_a_ranged_get(refused: int, client: httpx.AsyncClient, pets: Server) -> None:
+async def test_a_refused_head_falls_back_to_a_ranged_get(
+    refused: int, client: httpx.AsyncClient, pets: Server
+) -> None:
     """A server that rejects HEAD is asked for the first byte, and the whole size is returned."""
     part = reply(206, b"f", content_type="video/mp4", content_range="bytes 0-0/12345")
     pets.answers |= {HEAD: [reply(refused)], GET: [part]}
@@ -81,8 +98,12 @@ async def test_a_refused_head_falls_back_to_a_ranged_get(refused: int, client: h
         pytest.param(reply(200, b"x" * 5000), 5000, id="no part: the whole file"),
         pytest.param(reply(206, b"f", content_range="bytes */0"), 0, id="empty file"),
         pytest.param(reply(206, b"f", content_range="bytes 0-0/*"), None, id="whole size unknown"),
-        pytest.param(reply(206, b"f", content_range="bytes 0-0/" + "9" * 30), None, id="whole size absurd"),
-        pytest.param(reply(206, b"f", content_range="bytes 0-0/many"), None, id="whole size no number"),
+        pytest.param(
+            reply(206, b"f", content_range="bytes 0-0/" + "9" * 30), None, id="whole size absurd"
+        ),
+        pytest.param(
+            reply(206, b"f", content_range="bytes 0-0/many"), None, id="whole size no number"
+        ),
         pytest.param(reply(206, b"f", content_range="bytes"), None, id="no range"),
         pytest.param(reply(206, b"f"), None, id="a part of something"),
     ],
@@ -95,16 +116,24 @@ async def test_the_size_of_a_part_is_not_taken_for_the_whole(
     assert (await debug_head(client)).json()["bytes"] == size
 
 
-async def test_the_ranged_get_follows_redirects_too(client: httpx.AsyncClient, pets: Server) -> None:
+async def test_the_ranged_get_follows_redirects_too(
+    client: httpx.AsyncClient, pets: Server
+) -> None:
     """The fallback starts again at the URL of the request."""
     part = reply(206, b"f", content_range="bytes 0-0/9")
-    pets.answers |= {PATH: [redirect("/other.mp4")], "HEAD /other.mp4": [REFUSED], "GET /other.mp4": [part]}
+    pets.answers |= {
+        PATH: [redirect("/other.mp4")],
+        "HEAD /other.mp4": [REFUSED],
+        "GET /other.mp4": [part],
+    }
     assert (await debug_head(client)).json() == {"status": 206, "content_type": None, "bytes": 9}
     assert pets.requests == [HEAD, "HEAD /other.mp4", GET, "GET /other.mp4"]
 
 
 @pytest.mark.parametrize("request_line", [HEAD, GET])
-async def test_an_endless_body_is_never_read(request_line: str, client: httpx.AsyncClient, pets: Server) -> None:
+async def test_an_endless_body_is_never_read(
+    request_line: str, client: httpx.AsyncClient, pets: Server
+) -> None:
     """The connection is closed after the headers, before the body is read."""
     sent: list[int] = []
     left = threading.Event()
@@ -149,7 +178,8 @@ def slow_redirect(connection: socket.socket) -> None:
 
 
 @pytest.mark.parametrize(
-    ("request_line", "answer_late"), [(HEAD, never), (HEAD, drip), (HEAD, slow_redirect), (GET, never)]
+    ("request_line", "answer_late"),
+    [(HEAD, never), (HEAD, drip), (HEAD, slow_redirect), (GET, never)],
 )
 async def test_the_time_limit_covers_all_steps_together(
     request_line: str,
@@ -179,7 +209,9 @@ async def test_slow_name_look_ups_do_not_delay_downloads(
         return known(host, *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    asked = [asyncio.create_task(debug_head(client, f"http://n{n}.tarpit.example/")) for n in range(40)]
+    asked = [
+        asyncio.create_task(debug_head(client, f"http://n{n}.tarpit.example/")) for n in range(40)
+    ]
     await asyncio.sleep(0.1)
 
     await asyncio.wait_for(main.download(URL, tmp_path / "video"), 5)
@@ -202,8 +234,13 @@ def endless_headers(connection: socket.socket) -> None:
         pytest.param(b"", id="nothing"),
         pytest.param(b"220 mail.example ESMTP\r\n", id="another protocol"),
         pytest.param(endless_headers, id="headers without end"),
-        *(reply(content_length=length) for length in ("abc", "-1", "1e3", "0x10", "4, 5", "9" * 21, "9" * 5000)),
-        pytest.param(reply(content_length="１２".encode().decode("latin-1")), id="full-width digits"),
+        *(
+            reply(content_length=length)
+            for length in ("abc", "-1", "1e3", "0x10", "4, 5", "9" * 21, "9" * 5000)
+        ),
+        pytest.param(
+            reply(content_length="１２".encode().decode("latin-1")), id="full-width digits"
+        ),
     ],
 )
 async def test_a_response_that_is_not_http_is_a_failed_resource(

@@ -44,14 +44,18 @@ MADE = ("create", "video", "download", "mux", "final_upload")  # the stages with
 PARTIAL = {  # what was paid for by then; a create in flight is awaited
     **dict.fromkeys(("speech", "audio_upload"), set[str]()),
     **dict.fromkeys(("create", "video"), {"audio_url", "prediction_id"}),
-    **dict.fromkeys(("download", "mux", "final_upload"), {"audio_url", "prediction_id", "video_url"}),
+    **dict.fromkeys(
+        ("download", "mux", "final_upload"), {"audio_url", "prediction_id", "video_url"}
+    ),
 }
 
 
 class HoldingService:
     """A service and its sandbox, whose jobs can be held at a stage."""
 
-    def __init__(self, sandbox: Sandbox, folder: Path, graceful_s: int = 10, mux_rate: float = 0.1) -> None:
+    def __init__(
+        self, sandbox: Sandbox, folder: Path, graceful_s: int = 10, mux_rate: float = 0.1
+    ) -> None:
         self.sandbox, self.folder, self.slow_next = sandbox, folder / "tmp", folder / "slow-next"
         self.folder.mkdir(parents=True)
         ffmpeg = (
@@ -98,7 +102,9 @@ class HoldingService:
 
 
 @pytest.fixture(scope="module")
-def running(running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HoldingService]:
+def running(
+    running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[HoldingService]:
     """One service for all tests of disconnecting clients."""
     held = HoldingService(running_sandbox, tmp_path_factory.mktemp("leaving") / "service")
     with held.service:
@@ -131,8 +137,12 @@ async def test_a_disconnect_cancels_a_job_without_a_key(
     videos = sandbox.predictions.values()
     if stage in ("create", "video"):
         assert await wait_until(lambda: [video.status for video in videos] == ["canceled"], 1.5)
-    assert await wait_until(lambda: children(running.service.pid) == files_in(running.folder) == [], 1)
-    assert await wait_until(lambda: " job outcome=left ms=" in running.service.log[log_before:], 1)
+    assert await wait_until(
+        lambda: children(running.service.pid) == files_in(running.folder) == [], 1
+    )
+    assert await wait_until(
+        lambda: " job outcome=client_disconnected ms=" in running.service.log[log_before:], 1
+    )
     assert time.monotonic() - left_at < (1.5 if stage == "create" else 1.0)
     bought = len(sandbox.requests)
     await anyio.sleep(0.08)  # four reads
@@ -171,7 +181,9 @@ async def end_service(seen: EndedProcesses, folder: Path, patience: str, form: s
     graceful_s, hold_s = (30, VIDEO_S) if patience == "enough" else (1, 20.0)
     with Sandbox() as sandbox:
         sandbox.video(short_video(VIDEO_S))
-        held = HoldingService(sandbox, folder / f"{patience}-{form}", graceful_s, 1 if patience == "enough" else 0.1)
+        held = HoldingService(
+            sandbox, folder / f"{patience}-{form}", graceful_s, 1 if patience == "enough" else 0.1
+        )
         await anyio.to_thread.run_sync(held.service.start)
         try:
             seen[patience, form] = await hold_and_end(held, hold_s, form)
@@ -184,7 +196,9 @@ async def hold_and_end(held: HoldingService, hold_s: float, form: str) -> EndedP
     jobs: dict[str, HeldJob] = {}
 
     async def job(held_job: HeldJob) -> None:
-        held_job.outcome = await send_job(held.service.url, "/jobs_prompt_tts", held.body(), {"accept": FORMS[form]})
+        held_job.outcome = await send_job(
+            held.service.url, "/jobs_prompt_tts", held.body(), {"accept": FORMS[form]}
+        )
 
     async with anyio.create_task_group() as tasks:
         for stage in reversed(HOLDS):  # the ones that take longest to get there first
@@ -193,18 +207,24 @@ async def hold_and_end(held: HoldingService, hold_s: float, form: str) -> EndedP
             wanted, known = held.wanted(stage), set(held.sandbox.predictions)
             jobs[stage] = HeldJob()
             tasks.start_soon(job, jobs[stage])
-            assert await wait_until(lambda s=stage, n=wanted: held.count(s) >= n, 45), f"no job stands at {stage}"
+            assert await wait_until(lambda s=stage, n=wanted: held.count(s) >= n, 45), (
+                f"no job stands at {stage}"
+            )
             if stage in MADE:
                 assert await wait_until(lambda known=known: set(held.sandbox.predictions) - known)
                 [jobs[stage].video] = set(held.sandbox.predictions) - known
-        assert all(held_job.outcome is None for held_job in jobs.values()), "every job is still on its way"
+        assert all(held_job.outcome is None for held_job in jobs.values()), (
+            "every job is still on its way"
+        )
         ffmpegs, started = children(held.service.pid), time.monotonic()
         os.kill(held.service.pid, signal.SIGTERM)
         is_closed = await wait_until(lambda: not held.is_listening(), 2)
         code = await anyio.to_thread.run_sync(held.service.stop, 0)  # no further signal
         seconds = time.monotonic() - started
         for held_job in jobs.values():
-            held_job.video = held.sandbox.predictions[held_job.video].status if held_job.video else None
+            held_job.video = (
+                held.sandbox.predictions[held_job.video].status if held_job.video else None
+            )
         left = [*files_in(held.folder), *(pid for pid in ffmpegs if Path(f"/proc/{pid}").exists())]
     return EndedProcess(jobs, code, seconds, is_closed, left, held.service.log)
 
@@ -220,7 +240,9 @@ async def end_all_services(folder: Path) -> EndedProcesses:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def all_ended_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[EndedProcesses]]:
+def all_ended_processes(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Future[EndedProcesses]]:
     """The four processes, ended while the tests before those that judge them run: most of it is waiting."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(anyio.run, end_all_services, tmp_path_factory.mktemp("endings"))
@@ -234,13 +256,16 @@ def ended_processes(all_ended_processes: Future[EndedProcesses]) -> EndedProcess
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
-def test_a_job_finishes_within_the_graceful_shutdown(ended_processes: EndedProcesses, stage: str, form: str) -> None:
+def test_a_job_finishes_within_the_graceful_shutdown(
+    ended_processes: EndedProcesses, stage: str, form: str
+) -> None:
     """SIGTERM with enough time: the client gets the video, and the prediction was never cancelled."""
     job = ended_processes["enough", form].jobs[stage]
     assert job.outcome
-    assert (job.outcome.status, set(job.outcome.data)) == (200, {"audio_url", "video_url", "final_url"}), (
-        job.outcome.text
-    )
+    assert (job.outcome.status, set(job.outcome.data)) == (
+        200,
+        {"audio_url", "video_url", "final_url"},
+    ), job.outcome.text
     assert job.video in (None, "succeeded")
 
 
@@ -252,7 +277,9 @@ def test_a_job_that_cannot_finish_is_cancelled_with_an_error(
     """SIGTERM with too little time: a 500 with `partial`, and the prediction is cancelled before the process ends."""
     job = ended_processes["too little", form].jobs[stage]
     assert job.outcome
-    assert (job.outcome.kind[:2], job.outcome.data["provider"]) == ((500, "internal"), None), job.outcome.text
+    assert (job.outcome.kind[:2], job.outcome.data["provider"]) == ((500, "internal"), None), (
+        job.outcome.text
+    )
     assert "restarting" in job.outcome.data["detail"]
     assert set(job.outcome.data.get("partial", {})) == PARTIAL[stage]
     made = {"create": "canceled", "video": "canceled", "speech": None, "audio_upload": None}
@@ -261,7 +288,9 @@ def test_a_job_that_cannot_finish_is_cancelled_with_an_error(
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("patience", ["enough", "too little"])
-def test_a_process_that_ends_leaves_nothing_behind(ended_processes: EndedProcesses, patience: str, form: str) -> None:
+def test_a_process_that_ends_leaves_nothing_behind(
+    ended_processes: EndedProcesses, patience: str, form: str
+) -> None:
     """No file, no ffmpeg and no traceback; it accepts no connection after the signal and ends soon after its jobs."""
     ended = ended_processes[patience, form]
     assert ended.is_closed, "the host sends new jobs to the next instance"
@@ -290,15 +319,14 @@ async def test_a_cancel_is_finished_after_the_graceful_shutdown(sandbox: Sandbox
 @pytest.mark.parametrize("is_native", [True, False], ids=["Ctrl-C twice", "unwatched"])
 async def test_the_end_of_the_lifespan_ends_every_job(settings: None, is_native: bool) -> None:
     """A job whose request has already ended is stopped too, and clients that still wait get the error."""
-    job = main.Job("-", "-")
+    job = main.Job("-", name="-")
     async with main.lifespan(main.app):
-        assert main._running is not None
-        main._running.jobs["-"] = job
-        task = asyncio.create_task(main.run_job(job, asyncio.sleep(60), main._running))
+        main.app_state().jobs["-"] = job
+        task = asyncio.create_task(main.run_job(job, asyncio.sleep(60)))
         await asyncio.sleep(0)
         if is_native:
             task.cancel()
             await asyncio.wait({task})
     await asyncio.wait({task}, timeout=1)
     assert "the service is restarting" in str(job.result).lower()
-    assert (task.cancelled(), job.stopped) == (is_native, None if is_native else "shutdown")
+    assert (task.cancelled(), job.cancel_reason) == (is_native, None if is_native else "shutdown")

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 RENDER = (ROOT / "render.yaml").read_text(encoding="utf-8")
-ROUTES = [route for route in main.app.routes if isinstance(route, APIRoute) and route.include_in_schema]
+ROUTES = [
+    route for route in main.app.routes if isinstance(route, APIRoute) and route.include_in_schema
+]
 
 
 class Table(NamedTuple):
@@ -89,7 +91,9 @@ def test_render_asks_for_the_secrets_and_sets_the_defaults() -> None:
     known = {key: value for key, value in render_variables().items() if key in DEFAULTS}
     secrets = {key for key, value in known.items() if value == "sync: false"}
     assert secrets == {name.upper() for name in main.SPEECH_JOB_SETTINGS}
-    assert {key: value for key, value in known.items() if key not in secrets}.items() <= DEFAULTS.items()
+    assert {
+        key: value for key, value in known.items() if key not in secrets
+    }.items() <= DEFAULTS.items()
 
 
 def test_render_runs_one_process_that_has_time_to_end() -> None:
@@ -105,13 +109,17 @@ def test_render_runs_one_process_that_has_time_to_end() -> None:
 def test_readme_has_every_route_with_its_fields() -> None:
     """Method and path of each; of a job the fields and their defaults, what the second one shares said once."""
     table = find_table(README, "route", "body")
-    assert table.column("route") == [f"{next(iter(route.methods))} {route.path}" for route in ROUTES]
+    assert table.column("route") == [
+        f"{next(iter(route.methods))} {route.path}" for route in ROUTES
+    ]
     bodies = dict(zip(table.column("route"), table.column("body"), strict=True))
     words = f"{bodies['POST /jobs_prompt_only']} {bodies['POST /jobs_prompt_tts']}"
     for job in (main.JobPromptOnly, main.JobPromptTTS):
         fields = job.model_fields
         assert [name for name in fields if name not in words] == []
-        defaults = [json.dumps(field.default) for field in fields.values() if not field.is_required()]
+        defaults = [
+            json.dumps(field.default) for field in fields.values() if not field.is_required()
+        ]
         assert [default for default in defaults if f"({default})" not in words] == []
 
 
@@ -123,26 +131,43 @@ def test_documents_name_every_stage(document: str) -> None:
 
 def test_readme_has_every_kind_of_error() -> None:
     """Status, category and whether it is retryable: those of the classes, and of a provider that refuses the service."""
-    classes = [main.SettingMissing, main.InvalidInput, main.SpeechTooLarge, main.ServiceError]
-    errors = [kind("") for kind in (*classes, main.ProviderRefused, main.ProviderFailed, main.ResourceFailed)]
-    errors += [main.refusal(name, provider_response(403)) for name in ("elevenlabs", "replicate", "supabase")]
-    known = {(str(error.http_status), error.category, "yes" if error.retryable else "no") for error in errors}
+    classes = [main.MissingSetting, main.InvalidInput, main.SpeechTooLarge, main.ServiceError]
+    errors = [
+        kind("")
+        for kind in (*classes, main.ProviderRefused, main.ProviderFailed, main.ResourceFailed)
+    ]
+    errors += [
+        main.error_for_response(name, provider_response(403))
+        for name in ("elevenlabs", "replicate", "supabase")
+    ]
+    known = {
+        (str(error.http_status), error.category, "yes" if error.retryable else "no")
+        for error in errors
+    }
     table = find_table(README, "status", "category", "retryable")
-    kinds = zip(table.column("status"), table.column("category"), table.column("retryable"), strict=True)
+    kinds = zip(
+        table.column("status"), table.column("category"), table.column("retryable"), strict=True
+    )
     assert set(kinds) == known
     assert {category for _, category, _ in known} == set(get_args(main.Category))
 
 
 def test_readme_has_every_field_of_an_error() -> None:
     """The one body, what `partial` and `errors` can hold, and what an event has besides."""
-    fields = [*main.ErrorEvent.model_fields, *main.Partial.model_fields, *main.InputError.model_fields]
+    fields = [
+        *main.ErrorEvent.model_fields,
+        *main.PartialResult.model_fields,
+        *main.InputError.model_fields,
+    ]
     named = set(re.findall(r'[`"](\w+)[`"]', README))
     assert [name for name in fields if name not in named] == []
 
 
 def test_readme_shows_the_answer_of_a_speech_job() -> None:
     """One of its JSON examples has the fields of the result, in their order."""
-    examples = [json.loads(block) for block in re.findall(r"```json\n(.*?)\n```", README, re.DOTALL)]
+    examples = [
+        json.loads(block) for block in re.findall(r"```json\n(.*?)\n```", README, re.DOTALL)
+    ]
     assert list(main.SpeechResult.model_fields) in [list(example) for example in examples]
 
 
@@ -164,14 +189,22 @@ def test_architecture_has_every_section_of_the_code() -> None:
 def test_architecture_has_the_time_limit_of_every_stage() -> None:
     """The table of stages has each in its order, with the limit of its calls in seconds."""
     [pipeline] = [
-        table for table in tables(ARCHITECTURE) if set(get_args(main.Stage)) <= {row[0] for row in table.rows}
+        table
+        for table in tables(ARCHITECTURE)
+        if set(get_args(main.Stage)) <= {row[0] for row in table.rows}
     ]
     rows = {row[0]: " ".join(row[1:]) for row in pipeline.rows}
     assert [stage for stage in rows if stage in get_args(main.Stage)] == list(get_args(main.Stage))
     transfer_s = main.TIMEOUT.read
-    limits_s = {"speech": main.SPEECH_TIMEOUT.read, "audio_upload": transfer_s, "download": transfer_s}
+    limits_s = {
+        "speech": main.SPEECH_TIMEOUT.read,
+        "audio_upload": transfer_s,
+        "download": transfer_s,
+    }
     limits_s |= {"mux": main.FFMPEG_TIMEOUT_S, "final_upload": transfer_s}
-    assert [stage for stage, limit_s in limits_s.items() if f"{limit_s:g} s" not in rows[stage]] == []
+    assert [
+        stage for stage, limit_s in limits_s.items() if f"{limit_s:g} s" not in rows[stage]
+    ] == []
 
 
 def test_readme_has_the_limits_of_sizes() -> None:
@@ -199,17 +232,19 @@ def test_what_documents_name_exists(document: str) -> None:
     modules = re.findall(r"-m (tests[\w.]*)", document)
     paths = [ROOT / name.replace(".", "/") for name in modules]
     assert [name for name in files if not (ROOT / name).exists()] == []
-    assert [str(path) for path in paths if not (path.is_dir() or path.with_suffix(".py").exists())] == []
+    assert [
+        str(path) for path in paths if not (path.is_dir() or path.with_suffix(".py").exists())
+    ] == []
 
 
 # How the table of retries may write how long a call is retried.
 LENGTHS = {
-    main.Tries(attempts=3): r"3 attempts",
-    main.Tries(attempts=4): r"4 attempts",
-    main.Tries(patience=0.25): r"half a minute|30 s\b",
-    main.Tries(patience=0.5): r"(?<!half )\ba minute|60 s\b",
-    main.Tries(patience=1): r"two minutes|120 s\b",
-    main.Tries(): r"until the (?:job's )?deadline",
+    main.RetryBudget(attempts=3): r"3 attempts",
+    main.RetryBudget(attempts=4): r"4 attempts",
+    main.RetryBudget(patience_share=0.25): r"half a minute|30 s\b",
+    main.RetryBudget(patience_share=0.5): r"(?<!half )\ba minute|60 s\b",
+    main.RetryBudget(patience_share=1): r"two minutes|120 s\b",
+    main.RetryBudget(): r"until the (?:job's )?deadline",
 }
 # By a word in the first cell of a row: the policies of the calls that the row is about.
 POLICIES = {
@@ -217,9 +252,14 @@ POLICIES = {
     "look-up": [main.MODEL_RETRY],
     "create": [main.CREATE_RETRY],
     "list": [main.LIST_RETRY],
-    "read|poll": [main.READ_RETRY],
+    "read|poll": [main.POLL_RETRY],
     "cancel": [main.CANCEL_RETRY],
-    "download": [main.STORE_RETRY, main.FETCH_RETRY, main.PAID_STORE_RETRY, main.PAID_FETCH_RETRY],
+    "download": [
+        main.UPLOAD_RETRY,
+        main.DOWNLOAD_RETRY,
+        main.PAID_UPLOAD_RETRY,
+        main.PAID_DOWNLOAD_RETRY,
+    ],
 }
 
 
@@ -238,10 +278,16 @@ def test_architecture_has_the_retry_policy_of_every_call(call: str) -> None:
     if "5xx" in retried_on:
         statuses |= set(main.SERVER_ERRORS)
     assert statuses == {status for policy in policies for status in policy.statuses}
-    assert ("transport error" in retried_on) == all(policy.broken for policy in policies)
-    budgets = {budget for policy in policies for budget in (*policy.statuses.values(), policy.not_sent)}
+    assert ("transport error" in retried_on) == all(
+        policy.on_broken_connection for policy in policies
+    )
+    budgets = set()
+    for policy in policies:
+        budgets.add(policy.budget)
+        budgets.add(policy.throttle_budget or policy.budget)
+        budgets.add(policy.rejection_budget or policy.budget)
     if call == "cancel":  # the whole cancel has its own end
-        budgets = {main.Tries(patience=0.25)}
+        budgets = {main.RetryBudget(patience_share=0.25)}
     assert {budget for budget, words in LENGTHS.items() if re.search(words, retried_on)} == budgets
 
 
@@ -249,7 +295,7 @@ def test_architecture_has_every_retry_policy() -> None:
     """The table has a row for each of them, and no other."""
     calls = [row[0] for row in retry_rows()]
     assert len(calls) == len(POLICIES)
-    known = {name for name, value in vars(main).items() if isinstance(value, main.Retry)}
+    known = {name for name, value in vars(main).items() if isinstance(value, main.RetryPolicy)}
     assert len(known) == sum(len(policies) for policies in POLICIES.values())
 
 

@@ -73,13 +73,19 @@ def chunked(body: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("answer", "content"),
     [
-        pytest.param(reply(200, bytes(range(256)) * 20_000), bytes(range(256)) * 20_000, id="any bytes"),
-        pytest.param(reply(200, b"video", content_length=None), b"video", id="ended by the connection"),
+        pytest.param(
+            reply(200, bytes(range(256)) * 20_000), bytes(range(256)) * 20_000, id="any bytes"
+        ),
+        pytest.param(
+            reply(200, b"video", content_length=None), b"video", id="ended by the connection"
+        ),
         pytest.param(chunked(b"4\r\nvide\r\n1\r\no\r\n0\r\n\r\n"), b"video", id="in chunks"),
         pytest.param(reply(200), b"", id="nothing, which comes next refuses"),
     ],
 )
-async def test_a_file_arrives_as_it_is(answer: Answer, content: bytes, pets: Server, target: Path) -> None:
+async def test_a_file_arrives_as_it_is(
+    answer: Answer, content: bytes, pets: Server, target: Path
+) -> None:
     """Every byte is on disk when the download ends; no compression is asked for."""
     pets.answers[PATH] = [answer]
     await main.download(URL, target)
@@ -126,13 +132,18 @@ def reset(connection: socket.socket) -> None:
         pytest.param(cut_halfway, id="cut in the body"),
         pytest.param(chunked(b"ffff\r\nwrong"), id="cut in a chunk"),
         pytest.param(reset, id="reset in the body"),
-        pytest.param(reply(502, b"<html><h1>Bad Gateway</h1></html>", content_type="text/html"), id="502 with a page"),
+        pytest.param(
+            reply(502, b"<html><h1>Bad Gateway</h1></html>", content_type="text/html"),
+            id="502 with a page",
+        ),
         pytest.param(b"220 mail.example ESMTP\r\n", id="not HTTP"),
         pytest.param(redirect("http://pets.example/gone.mp4"), id="a redirect to nothing"),
         pytest.param(redirect("http://[::1"), id="a redirect to nonsense"),
     ],
 )
-async def test_a_failed_download_is_retried_from_the_first_byte(first: Answer, pets: Server, target: Path) -> None:
+async def test_a_failed_download_is_retried_from_the_first_byte(
+    first: Answer, pets: Server, target: Path
+) -> None:
     """The bytes before the failure are dropped, and the file is complete."""
     pets.answers[PATH] = [first, reply(200, b"video")]
     await main.download(URL, target)
@@ -142,7 +153,10 @@ async def test_a_failed_download_is_retried_from_the_first_byte(first: Answer, p
 
 
 async def test_a_silent_server_is_retried_after_the_read_timeout(
-    serve: Callable[[Answers], Server], internet: Internet, target: Path, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[[Answers], Server],
+    internet: Internet,
+    target: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A server that stops sending in the middle of a video is asked again."""
     monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(0.1))
@@ -164,15 +178,21 @@ PAGE = b"<html><head><title>Sorry</title></head><body><h1>Not from here</h1></bo
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        pytest.param(reply(403, PAGE, content_type="text/html"), "403: Sorry Not from here.", id="a page"),
+        pytest.param(
+            reply(403, PAGE, content_type="text/html"), "403: Sorry Not from here.", id="a page"
+        ),
         *((reply(status, content_length=None), f"{status}: ") for status in (204, 304)),
         *((reply(status), f"{status}: ") for status in (206, 400, 401, 410, 416)),
     ],
 )
-async def test_other_statuses_are_not_retried(answer: Answer, words: str, pets: Server, target: Path) -> None:
+async def test_other_statuses_are_not_retried(
+    answer: Answer, words: str, pets: Server, target: Path
+) -> None:
     """A rejection is final, and `detail` holds the server's own words."""
     pets.answers[PATH] = [answer]
-    assert (await failure(target)).startswith(f"The download from pets.example was answered {words}")
+    assert (await failure(target)).startswith(
+        f"The download from pets.example was answered {words}"
+    )
     assert len(pets.requests) == 1
     assert not target.exists()
 
@@ -197,7 +217,9 @@ def endless(status: int, **headers: str) -> Answer:
 
 
 @pytest.mark.parametrize("has_length", [True, False])
-async def test_a_file_at_the_limit_is_accepted(has_length: bool, limit: None, pets: Server, target: Path) -> None:
+async def test_a_file_at_the_limit_is_accepted(
+    has_length: bool, limit: None, pets: Server, target: Path
+) -> None:
     """A file of exactly MAX_DOWNLOAD_BYTES is downloaded."""
     pets.answers[PATH] = [sized(LIMIT, has_length)]
     await main.download(URL, target)
@@ -216,7 +238,9 @@ async def test_a_file_over_the_limit_is_rejected_without_a_retry(
     assert not target.exists() or target.stat().st_size <= LIMIT
 
 
-async def test_a_content_length_over_the_limit_is_rejected_before_the_body(pets: Server, target: Path) -> None:
+async def test_a_content_length_over_the_limit_is_rejected_before_the_body(
+    pets: Server, target: Path
+) -> None:
     """A response that announces too many bytes is not read."""
     left = threading.Event()
 
@@ -233,8 +257,12 @@ async def test_a_content_length_over_the_limit_is_rejected_before_the_body(pets:
     assert not target.exists()
 
 
-@pytest.mark.parametrize("answer", [endless(403), endless(302, location="/gone.mp4")], ids=["error", "redirect"])
-async def test_an_endless_error_or_redirect_body_is_not_read(answer: Answer, pets: Server, target: Path) -> None:
+@pytest.mark.parametrize(
+    "answer", [endless(403), endless(302, location="/gone.mp4")], ids=["error", "redirect"]
+)
+async def test_an_endless_error_or_redirect_body_is_not_read(
+    answer: Answer, pets: Server, target: Path
+) -> None:
     """An error's body is read as far as a message can reach, a redirect's body not at all."""
     pets.answers |= {PATH: [answer], "/gone.mp4": [reply(410)]}
     with memory_bound(16_000_000):
@@ -258,5 +286,7 @@ async def test_a_compressed_response_is_not_decompressed(
         if status == 200:
             await main.download(URL, target)
         else:
-            assert (await failure(target)).startswith("The download from pets.example was answered 403: ")
+            assert (await failure(target)).startswith(
+                "The download from pets.example was answered 403: "
+            )
     assert not target.exists() or target.stat().st_size < 1_000_000

@@ -30,7 +30,12 @@ from tests.support.requests import prompt_job, service_client, short_video, spee
 
 pytestmark = pytest.mark.anyio
 
-serve, internal_server, internet, client = network.serve, network.internal_server, network.internet, network.client
+serve, internal_server, internet, client = (
+    network.serve,
+    network.internal_server,
+    network.internet,
+    network.client,
+)
 
 
 class Housed(NamedTuple):
@@ -41,7 +46,9 @@ class Housed(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def running_housed(running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Housed]:
+def running_housed(
+    running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Housed]:
     """One for all tests here that look at files."""
     folder = tmp_path_factory.mktemp("housed")
     with Service({**running_sandbox.environment(), **PACE, "TMPDIR": str(folder)}) as service:
@@ -102,16 +109,24 @@ def ffmpeg(*arguments: str) -> str:
 # The videos
 
 
-async def test_a_speech_job_makes_a_talking_video(service: Service, sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_a_speech_job_makes_a_talking_video(
+    service: Service, sandbox: Sandbox, tmp_path: Path
+) -> None:
     """The final video has the requested length, with the speech half a second in; the speech plays by itself."""
     sandbox.speech_seconds = 3.0
-    answer = await finished(service, "/jobs_prompt_tts", speech_job(sandbox, resolution="512p", fit="video"))
-    video, silent, speech = [await kept(answer[f"{name}_url"], tmp_path) for name in ("final", "video", "audio")]
+    answer = await finished(
+        service, "/jobs_prompt_tts", speech_job(sandbox, resolution="512p", fit="video")
+    )
+    video, silent, speech = [
+        await kept(answer[f"{name}_url"], tmp_path) for name in ("final", "video", "audio")
+    ]
     looked_at = media.probe(video)
     assert (looked_at.video, looked_at.audio) == ("h264", "aac")
     assert min(looked_at.width, looked_at.height) == 512
     assert looked_at.seconds == pytest.approx(6.0, abs=0.1)
-    silences = ffmpeg("-i", str(video), "-af", "silencedetect=noise=-40dB:d=0.1", "-vn", "-f", "null", "-")
+    silences = ffmpeg(
+        "-i", str(video), "-af", "silencedetect=noise=-40dB:d=0.1", "-vn", "-f", "null", "-"
+    )
     assert float(re.findall(r"silence_end: ([\d.]+)", silences)[0]) == pytest.approx(0.5, abs=0.06)
     assert ffmpeg("-v", "warning", "-i", str(video), "-f", "null", "-") == ""
     assert media.probe(silent).audio == ""
@@ -119,10 +134,14 @@ async def test_a_speech_job_makes_a_talking_video(service: Service, sandbox: San
     assert media.probe(speech).seconds == pytest.approx(3.0, abs=0.1)
 
 
-async def test_the_video_of_a_speaking_model_is_stored_unchanged(service: Service, sandbox: Sandbox) -> None:
+async def test_the_video_of_a_speaking_model_is_stored_unchanged(
+    service: Service, sandbox: Sandbox
+) -> None:
     """The model gets the speech, and its video becomes the final one byte for byte."""
     sandbox.video(short_video())
-    answer = await finished(service, "/jobs_prompt_tts", speech_job(sandbox, model="wan-video/wan-2.5-i2v"))
+    answer = await finished(
+        service, "/jobs_prompt_tts", speech_job(sandbox, model="wan-video/wan-2.5-i2v")
+    )
     [prediction] = sandbox.predictions.values()
     assert prediction.input["audio"] == answer["audio_url"]
     assert await fetch(answer["final_url"]) == await fetch(answer["video_url"]) == prediction.video
@@ -135,11 +154,26 @@ PET = reply(200, b"\xff\xd8\xff", content_type="image/jpeg")
 LOOKS = [  # the response, the picture's URL if another one, and a part of the error; "": the job succeeds
     ("a picture", PET, "", ""),
     ("a picture whose HEAD is refused", [reply(405), PET], "", ""),
-    ("404", reply(404), "", "there is no picture at this address, it answers 404"),
+    ("404", reply(404), "", "there is no picture at this URL, it answers 404"),
     ("410", reply(410), "", "it answers 410"),
-    ("a web page", reply(200, content_type="Text/HTML; charset=utf-8"), "", "the address of a web page"),
-    ("a redirect inwards", redirect("http://10.0.0.1/pet.jpg"), "", "an address that is not public"),
-    ("a name that leads inside", PET, "http://inside.example/pet.jpg", "an address that is not public"),
+    (
+        "a web page",
+        reply(200, content_type="Text/HTML; charset=utf-8"),
+        "",
+        "the URL of a web page",
+    ),
+    (
+        "a redirect inwards",
+        redirect("http://10.0.0.1/pet.jpg"),
+        "",
+        "an address that is not public",
+    ),
+    (
+        "a name that leads inside",
+        PET,
+        "http://inside.example/pet.jpg",
+        "an address that is not public",
+    ),
     ("403, as a page", reply(403, content_type="text/html"), "", ""),
     ("503", reply(503), "", ""),
     ("a redirect to nonsense", redirect("http://[::1"), "", ""),
@@ -166,9 +200,16 @@ def pets(
     return answer
 
 
-@pytest.mark.parametrize(("given", "url", "words"), [pytest.param(*row, id=name) for name, *row in LOOKS])
+@pytest.mark.parametrize(
+    ("given", "url", "words"), [pytest.param(*row, id=name) for name, *row in LOOKS]
+)
 async def test_the_picture_is_checked_before_anything_is_paid_for(
-    client: httpx.AsyncClient, sandbox: Sandbox, pets: Callable[..., Any], given: Any, url: str, words: str
+    client: httpx.AsyncClient,
+    sandbox: Sandbox,
+    pets: Callable[..., Any],
+    given: Any,
+    url: str,
+    words: str,
 ) -> None:
     """Only a certain error rejects the job: Replicate, which fetches the picture itself, may reach more."""
     pets(given)
@@ -185,14 +226,19 @@ async def test_the_picture_is_checked_before_anything_is_paid_for(
 
 
 async def test_a_slow_picture_check_does_not_delay_the_video(
-    client: httpx.AsyncClient, sandbox: Sandbox, pets: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient,
+    sandbox: Sandbox,
+    pets: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After PICTURE_TIMEOUT_S the job goes on without the check."""
     assert main.PICTURE_TIMEOUT_S == 3.0
     monkeypatch.setattr(main, "PICTURE_TIMEOUT_S", 0.1)
     pets(lambda connection: time.sleep(2))
     started = time.monotonic()
-    response = await client.post("/jobs_prompt_only", json=prompt_job(sandbox, image_url="http://pets.example/pet.jpg"))
+    response = await client.post(
+        "/jobs_prompt_only", json=prompt_job(sandbox, image_url="http://pets.example/pet.jpg")
+    )
     assert (response.status_code, time.monotonic() - started < 2) == (200, True)
 
 
@@ -205,8 +251,25 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if (openssl := shutil.which("openssl")) is None:
         pytest.skip("needs openssl")
     folder = tmp_path_factory.mktemp("certificate")
-    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=test"]
-    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "key.pem", "-out", folder / "ca.pem"]
+    kind = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=test",
+    ]
+    files = [
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+        "-keyout",
+        folder / "key.pem",
+        "-out",
+        folder / "ca.pem",
+    ]
     subprocess.run([openssl, "req", "-x509", *kind, *files], check=True, capture_output=True)
     asked = [openssl, "x509", "-hash", "-noout", "-in", folder / "ca.pem"]
     name = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
@@ -214,7 +277,9 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("variable", "name"), [("SSL_CERT_FILE", "ca.pem"), ("SSL_CERT_DIR", ""), ("", "")])
+@pytest.mark.parametrize(
+    ("variable", "name"), [("SSL_CERT_FILE", "ca.pem"), ("SSL_CERT_DIR", ""), ("", "")]
+)
 async def test_certificates_of_the_environment_are_trusted(
     sandbox_environ: Sandbox,
     certificate: Path,
@@ -234,7 +299,9 @@ async def test_certificates_of_the_environment_are_trusted(
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate / "ca.pem", certificate / "key.pem")
     async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
-        monkeypatch.setenv("REPLICATE_BASE_URL", f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        monkeypatch.setenv(
+            "REPLICATE_BASE_URL", f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        )
         for known in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
             monkeypatch.setenv(known, str(certificate / name) if known == variable else "")
         main.get_settings.cache_clear()
@@ -323,7 +390,11 @@ async def test_a_bucket_that_is_not_public_costs_no_video(housed: Housed, sandbo
     """The error says what the owner has to change."""
     sandbox.buckets["pets"].public = False
     error = await failed(housed, sandbox)
-    assert (error["category"], error["provider"], error["retryable"]) == ("resource", "supabase", False)
+    assert (error["category"], error["provider"], error["retryable"]) == (
+        "resource",
+        "supabase",
+        False,
+    )
     assert "the bucket is not public: make it so, or change SUPABASE_BUCKET=pets" in error["detail"]
     assert error["partial"].keys() == {"audio_url"}
     assert not sandbox.predictions
@@ -335,7 +406,9 @@ async def test_a_disk_that_is_too_small_for_the_video(housed: Housed, sandbox: S
     sandbox.speech_seconds = 0.5
     sandbox.video(short_video(6.0))
     limits = resource.prlimit(housed.service.pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(housed.service.pid, resource.RLIMIT_FSIZE, (len(short_video(6.0)) // 2, limits[1]))
+    resource.prlimit(
+        housed.service.pid, resource.RLIMIT_FSIZE, (len(short_video(6.0)) // 2, limits[1])
+    )
     error = await failed(housed, sandbox)
     resource.prlimit(housed.service.pid, resource.RLIMIT_FSIZE, limits)
     assert (error["category"], error["provider"], error["retryable"]) == ("resource", None, True)
@@ -351,13 +424,30 @@ async def test_a_missing_temporary_folder_costs_nothing(housed: Housed, sandbox:
     error = await failed(housed, sandbox)
     moved.rename(housed.folder)
     assert error["detail"] == "The service's own machine failed the job: No such file or directory."
-    assert (error["category"], "partial" in error, len(sandbox.calls("speech"))) == ("resource", False, 1)
+    assert (error["category"], "partial" in error, len(sandbox.calls("speech"))) == (
+        "resource",
+        False,
+        1,
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 async def test_a_disk_that_fills_while_ffmpeg_writes() -> None:
     """It is a resource error of the service, not of the media, and is retryable."""
-    silence = ("-v", "error", "-f", "lavfi", "-i", "anullsrc", "-t", "1", "-f", "wav", "-y", "file:/dev/full")
+    silence = (
+        "-v",
+        "error",
+        "-f",
+        "lavfi",
+        "-i",
+        "anullsrc",
+        "-t",
+        "1",
+        "-f",
+        "wav",
+        "-y",
+        "file:/dev/full",
+    )
     with pytest.raises(OSError, match="No space left") as caught:
         await main.run_ffmpeg([*silence], 10)
     error = main.as_service_error(caught.value)

@@ -55,7 +55,10 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "404": ("status", {"status": 404}),
     "408": ("status", {"status": 408}),
     "400 for 503": ("status", {"status": 400, "body": {"statusCode": "503", "message": "Busy"}}),
-    "400 for 403": ("status", {"status": 400, "body": {"statusCode": "403", "message": "Not yours"}}),
+    "400 for 403": (
+        "status",
+        {"status": 400, "body": {"statusCode": "403", "message": "Not yours"}},
+    ),
     "cut": ("cut", {}),
     "lost": ("lost", {}),
     "502 before it": ("behind", {}),
@@ -97,9 +100,19 @@ OUTAGE = 5
 # Of faults that are waited for, those that go on until patience ends.
 TO_THE_END = ("429", "503", "404", "cut")
 
-STATUS_400 = {("speech", "404"), ("create", "404"), ("speech", "endless")}  # about the request's own content
-NOT_A_VIDEO = {("video", "nonsense"), ("video", "empty")}  # the download goes well, but what Replicate made is none
-NOT_THE_SPEECH = {("speech file", "nonsense"), ("speech file", "empty")}  # something else at its address
+STATUS_400 = {
+    ("speech", "404"),
+    ("create", "404"),
+    ("speech", "endless"),
+}  # about the request's own content
+NOT_A_VIDEO = {
+    ("video", "nonsense"),
+    ("video", "empty"),
+}  # the download goes well, but what Replicate made is none
+NOT_THE_SPEECH = {
+    ("speech file", "nonsense"),
+    ("speech file", "empty"),
+}  # something else at its address
 NOT_PUBLIC = {("speech file", "404"), ("speech file", "400 for 403")}  # the bucket
 
 
@@ -120,7 +133,9 @@ class Case:
     @property
     def is_late(self) -> bool:
         """Whether the job ends at its deadline."""
-        return self.outcome == "late" or (self.goes_on and self.place == "read" and self.fault != "404")
+        return self.outcome == "late" or (
+            self.goes_on and self.place == "read" and self.fault != "404"
+        )
 
     @property
     def succeeds(self) -> bool:
@@ -130,7 +145,13 @@ class Case:
     @property
     def times(self) -> int | None:
         """How often the call fails; None: always."""
-        return None if self.goes_on else OUTAGE if self.outcome == "on" and "day" not in self.fault else 1
+        return (
+            None
+            if self.goes_on
+            else OUTAGE
+            if self.outcome == "on" and "day" not in self.fault
+            else 1
+        )
 
     @property
     def deadline_s(self) -> int:
@@ -193,7 +214,9 @@ class Instance:
         if case.place == "final upload":
             sandbox.fault("upload", "slow", seconds=0)  # the speech's upload goes well
         if (case.place, case.fault) == ("create", "drip"):
-            details = {"seconds": 0.004}  # the rest comes soon enough after the deadline to be waited for
+            details = {
+                "seconds": 0.004
+            }  # the rest comes soon enough after the deadline to be waited for
         sandbox.fault(place.call, kind, times=case.times, **details)
         started = time.monotonic()
         response = await client.post("/jobs_prompt_tts", json=speech_job(sandbox))
@@ -216,7 +239,9 @@ def instances(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Instanc
     """The sandboxes and services that the cases run on."""
     folder = tmp_path_factory.mktemp("lanes")
     deadlines = [deadline_s for deadline_s, count in INSTANCES.items() for _ in range(count)]
-    instances = [Instance(folder / str(number), deadline_s) for number, deadline_s in enumerate(deadlines)]
+    instances = [
+        Instance(folder / str(number), deadline_s) for number, deadline_s in enumerate(deadlines)
+    ]
     yield instances
     with ThreadPoolExecutor(len(instances)) as pool:
         list(pool.map(Instance.stop, instances))
@@ -224,10 +249,14 @@ def instances(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Instanc
 
 @pytest.fixture(scope="module")
 def seen(
-    request: pytest.FixtureRequest, instances: list[Instance], tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    instances: list[Instance],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[Case, Seen]:
     """The outcome of every case that is selected in this run."""
-    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    parameters = [
+        item.callspec.params for item in request.session.items if hasattr(item, "callspec")
+    ]
     cases = {found["case"]: None for found in parameters if isinstance(found.get("case"), Case)}
     seen = anyio.run(run_all, list(cases), instances)
     for factor in (3, 9):  # nothing is left to do here, unless the machine is busy
@@ -259,7 +288,9 @@ async def run_all(cases: list[Case], instances: list[Instance]) -> dict[Case, Se
         await anyio.to_thread.run_sync(instance.service.start)
         async with service_client(instance.service.url) as client:
             instance.sandbox.video(short_video())
-            await client.post("/jobs_prompt_tts", json=speech_job(instance.sandbox))  # what is made once has been made
+            await client.post(
+                "/jobs_prompt_tts", json=speech_job(instance.sandbox)
+            )  # what is made once has been made
             while queue:
                 case = queue.pop()
                 seen[case] = await instance.run(client, case)
@@ -272,7 +303,9 @@ async def run_all(cases: list[Case], instances: list[Instance]) -> dict[Case, Se
 
 def came_too_late(case: Case, found: Seen) -> bool:
     """Whether a busy machine kept the job from its place until the deadline, or its answer after that."""
-    return case.is_late and (found.asked == 0 or found.seconds - found.deadline_s >= longest_delay_s(case))
+    return case.is_late and (
+        found.asked == 0 or found.seconds - found.deadline_s >= longest_delay_s(case)
+    )
 
 
 def longest_delay_s(case: Case) -> float:
@@ -304,7 +337,11 @@ def test_a_lasting_fault_ends_the_job_with_its_error(seen: dict[Case, Seen], cas
     """Status, category, provider and `partial` are those of its place, after as many calls as the retry policy makes."""
     found, place, cell = seen[case], PLACES[case.place], (case.place, case.fault)
     provider = (
-        "replicate" if cell in NOT_A_VIDEO else "supabase" if cell in NOT_PUBLIC | NOT_THE_SPEECH else place.provider
+        "replicate"
+        if cell in NOT_A_VIDEO
+        else "supabase"
+        if cell in NOT_PUBLIC | NOT_THE_SPEECH
+        else place.provider
     )
     if case.outcome == "late" and case.place == "speech file":
         provider = "supabase"
@@ -340,11 +377,16 @@ def test_no_job_pays_for_anything_twice(seen: dict[Case, Seen], case: Case) -> N
 def test_the_deadline_ends_the_job_and_its_video(seen: dict[Case, Seen], case: Case) -> None:
     """The error names the stage, and a video that is still being made is cancelled."""
     found, stage = seen[case], PLACES[case.place].stage
-    assert f"not done after {found.deadline_s} s and was ended in the stage {stage}" in found.answer["detail"]
+    assert (
+        f"not done after {found.deadline_s} s and was ended in the stage {stage}"
+        in found.answer["detail"]
+    )
     assert found.answer["retryable"], "without a key it may be sent again"
     assert 0 <= found.seconds - found.deadline_s < longest_delay_s(case)
     is_made = stage in ("download", "final_upload") or case.name in ("read, slow", "read, drip")
-    assert found.videos == ([] if stage in ("speech", "audio_upload") else ["succeeded" if is_made else "canceled"])
+    assert found.videos == (
+        [] if stage in ("speech", "audio_upload") else ["succeeded" if is_made else "canceled"]
+    )
     assert found.cancels == (stage == "video")
 
 
@@ -358,7 +400,9 @@ def test_no_file_and_no_process_is_left(seen: dict[Case, Seen], case: Case) -> N
 
 
 @needs_proc
-def test_no_connection_beyond_the_pool_is_left(seen: dict[Case, Seen], instances: list[Instance]) -> None:
+def test_no_connection_beyond_the_pool_is_left(
+    seen: dict[Case, Seen], instances: list[Instance]
+) -> None:
     """A service holds no more connections afterwards than the pool keeps for the next job."""
     for instance in instances:
         assert socket_count(instance.service.pid) <= 9

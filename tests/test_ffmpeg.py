@@ -32,7 +32,7 @@ serve = network.serve
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 CANNOT_USE = "Video and speech could not be put together; ffmpeg cannot use one of them."
 NO_VIDEO = "What the model made is not an MP4 video."
-BREAKS_OFF = "The video that the model made breaks off."
+BREAKS_OFF = "The video that the model made is cut off."
 SPEECH_HZ, VIDEO_HZ = 440, 1000  # the tones of our speech, and of a video that brings its own sound
 
 
@@ -62,7 +62,13 @@ async def mux(video: Path, speech: Path, final: Path, fit: main.Fit = "shortest"
 # Media to put together
 
 RAW = {"pcm": "s16le", "ulaw": "mulaw", "alaw": "alaw"}
-ENCODERS = {"pcm": "pcm_s16le", "wav": "pcm_s16le", "ulaw": "pcm_mulaw", "alaw": "pcm_alaw", "opus": "libopus"}
+ENCODERS = {
+    "pcm": "pcm_s16le",
+    "wav": "pcm_s16le",
+    "ulaw": "pcm_mulaw",
+    "alaw": "pcm_alaw",
+    "opus": "libopus",
+}
 
 
 class Video(NamedTuple):
@@ -89,8 +95,23 @@ class Studio:
         path = self.file("video", *video, ".mp4")
         if not path.exists():
             picture = ("-f", "lavfi", "-i", f"testsrc2=s=160x120:r={video.fps}:d={video.seconds}")
-            sound = ("-f", "lavfi", "-i", f"sine={VIDEO_HZ}:d={video.sound_s}", "-c:a", "aac") if video.sound_s else ()
-            encoder = ("-c:v", "libx264", "-preset", "veryfast", "-bf", "2", "-g", "30", "-pix_fmt", "yuv420p")
+            sound = (
+                ("-f", "lavfi", "-i", f"sine={VIDEO_HZ}:d={video.sound_s}", "-c:a", "aac")
+                if video.sound_s
+                else ()
+            )
+            encoder = (
+                "-c:v",
+                "libx264",
+                "-preset",
+                "veryfast",
+                "-bf",
+                "2",
+                "-g",
+                "30",
+                "-pix_fmt",
+                "yuv420p",
+            )
             ffmpeg(*picture, *sound, *encoder, *video.options, path)
         return path
 
@@ -104,7 +125,7 @@ class Studio:
             muxer = RAW.get(codec, "ogg" if codec == "opus" else codec)
             tone = ("-f", "lavfi", "-i", f"sine={SPEECH_HZ}:d={seconds}:r={rate}")
             ffmpeg(*tone, "-ac", "1", "-ar", rate, *encoder, *bitrate, "-f", muxer, path)
-            path.write_bytes(main.playable(path.read_bytes(), output_format))
+            path.write_bytes(main.validate_speech(path.read_bytes(), output_format))
         return path
 
     async def clip(self, video: Video, speech_s: float, fit: main.Fit) -> Path:
@@ -151,11 +172,19 @@ class Clip:
         self.streams = re.findall(r"Stream #0:\d.*?: ((?:Video|Audio|Subtitle|Data): \w+)", inputs)
         self.packets: list[list[Packet]] = [[] for _ in self.streams]
         lines = read.stdout.decode().replace(" ", "").splitlines()
-        base = [int(tb[1]) / int(tb[2]) for line in lines if (tb := re.match(r"#tb\d+:(\d+)/(\d+)", line))]
-        for stream, dts, pts, duration, _, checksum, *_ in (line.split(",") for line in lines if line[0] != "#"):
+        base = [
+            int(tb[1]) / int(tb[2])
+            for line in lines
+            if (tb := re.match(r"#tb\d+:(\d+)/(\d+)", line))
+        ]
+        for stream, dts, pts, duration, _, checksum, *_ in (
+            line.split(",") for line in lines if line[0] != "#"
+        ):
             times = (int(value) * base[int(stream)] for value in (dts, pts, duration))
             self.packets[int(stream)].append(Packet(*times, checksum))
-        self.ends = [max(packet.pts + packet.seconds for packet in packets) for packets in self.packets]
+        self.ends = [
+            max(packet.pts + packet.seconds for packet in packets) for packets in self.packets
+        ]
         self.checksums = [packet.checksum for packet in self.packets[0]]
 
 
@@ -183,7 +212,12 @@ class Sound:
 
 USUAL = Video()
 SOUNDING = Video(6, "24", sound_s=8)
-VIDEOS = {"B-frames": USUAL, "30000/1001": Video(6.006, "30000/1001"), "16 fps": Video(6, "16"), "own sound": SOUNDING}
+VIDEOS = {
+    "B-frames": USUAL,
+    "30000/1001": Video(6.006, "30000/1001"),
+    "16 fps": Video(6, "16"),
+    "own sound": SOUNDING,
+}
 EVERY_FIT = pytest.mark.parametrize("fit", ["shortest", "video", "speech"])
 EVERY_VIDEO = pytest.mark.parametrize("video", VIDEOS.values(), ids=VIDEOS)
 
@@ -191,7 +225,9 @@ EVERY_VIDEO = pytest.mark.parametrize("video", VIDEOS.values(), ids=VIDEOS)
 @EVERY_FIT
 def test_only_files_are_opened_and_no_format_is_guessed(fit):
     """Both inputs have a fixed demuxer and may open files only; every path has the prefix file:."""
-    arguments = main.mux_arguments(Path("/f/video"), Path("/f/speech"), "ogg", fit, Path("/f/final"))
+    arguments = main.mux_arguments(
+        Path("/f/video"), Path("/f/speech"), "ogg", fit, Path("/f/final")
+    )
     video, speech, outputs = " ".join(arguments).split(" -i ")
     assert video.endswith(" -f mov")
     assert speech.startswith("file:/f/video ")
@@ -204,8 +240,14 @@ def test_only_files_are_opened_and_no_format_is_guessed(fit):
 @pytest.mark.parametrize(
     ("video", "speech_s", "fit", "seconds"),
     [
-        *(pytest.param(video, 9, "speech", 9.5, id=f"9 s speech, {name}") for name, video in VIDEOS.items()),
-        *(pytest.param(video, 9, "shortest", 6.0, id=f"9 s shortest, {name}") for name, video in VIDEOS.items()),
+        *(
+            pytest.param(video, 9, "speech", 9.5, id=f"9 s speech, {name}")
+            for name, video in VIDEOS.items()
+        ),
+        *(
+            pytest.param(video, 9, "shortest", 6.0, id=f"9 s shortest, {name}")
+            for name, video in VIDEOS.items()
+        ),
         pytest.param(SOUNDING, 9, "video", 6.0, id="9 s video, own sound"),
         pytest.param(SOUNDING, 3, "shortest", 3.5, id="3 s shortest, own sound"),
         pytest.param(SOUNDING, 3, "video", 6.0, id="3 s video, own sound"),
@@ -225,9 +267,15 @@ async def test_fit_decides_what_ends_the_clip(video, speech_s, fit, seconds, stu
 
 async def test_the_length_of_a_clip_is_the_same_every_time(studio, tmp_path):
     """It does not depend on the order in which ffmpeg's threads run."""
-    video, speech, finals = studio.video(VIDEOS["16 fps"]), studio.speech(9), [tmp_path / f"{n}.mp4" for n in range(6)]
+    video, speech, finals = (
+        studio.video(VIDEOS["16 fps"]),
+        studio.speech(9),
+        [tmp_path / f"{n}.mp4" for n in range(6)],
+    )
     async with main.lifespan(main.app):
-        await asyncio.gather(*(main.mux_video_audio(video, speech, final, "speech") for final in finals))
+        await asyncio.gather(
+            *(main.mux_video_audio(video, speech, final, "speech") for final in finals)
+        )
     assert [Clip(final).seconds for final in finals] == pytest.approx([9.5] * len(finals), abs=0.1)
 
 
@@ -236,7 +284,9 @@ async def test_the_picture_is_copied_bit_by_bit(video, studio):
     """Every packet of the video is in the clip, in its order and at its time."""
     source, clip = seen(studio.video(video)), seen(await studio.clip(video, 9, "shortest"))
     assert clip.checksums == source.checksums
-    assert [packet.pts for packet in clip.packets[0]] == pytest.approx([packet.pts for packet in source.packets[0]])
+    assert [packet.pts for packet in clip.packets[0]] == pytest.approx(
+        [packet.pts for packet in source.packets[0]]
+    )
 
 
 @EVERY_VIDEO
@@ -265,13 +315,25 @@ async def test_the_speech_starts_half_a_second_in(fit, studio):
 
 async def test_a_videos_own_sound_is_not_heard(studio):
     """Of the two tones only the speech's is in the clip."""
-    own, request_heads = Sound(studio.video(SOUNDING)), Sound(await studio.clip(SOUNDING, 9, "shortest"))
+    own, request_heads = (
+        Sound(studio.video(SOUNDING)),
+        Sound(await studio.clip(SOUNDING, 9, "shortest")),
+    )
     assert (own.hz, request_heads.hz) == pytest.approx((VIDEO_HZ, SPEECH_HZ), rel=0.02)
 
 
 @pytest.mark.parametrize(
     "output_format",
-    ["mp3_22050_32", "mp3_44100_192", "opus_48000_32", "pcm_8000", "pcm_44100", "wav_48000", "ulaw_8000", "alaw_8000"],
+    [
+        "mp3_22050_32",
+        "mp3_44100_192",
+        "opus_48000_32",
+        "pcm_8000",
+        "pcm_44100",
+        "wav_48000",
+        "ulaw_8000",
+        "alaw_8000",
+    ],
 )
 async def test_every_format_of_speech_is_muxed(output_format, studio, final, monkeypatch):
     """Speech in each codec that ElevenLabs sends is heard in the clip at its time."""
@@ -300,7 +362,9 @@ async def test_slightly_damaged_speech_is_muxed(around, ends_s, studio, final, t
     assert Sound(final).ends_s == pytest.approx(ends_s, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["-y", "concat:a|b 'c' \"d\" $(e) %03d späße\n"], ids=["option", "all else"])
+@pytest.mark.parametrize(
+    "name", ["-y", "concat:a|b 'c' \"d\" $(e) %03d späße\n"], ids=["option", "all else"]
+)
 async def test_file_names_are_not_interpreted(name, studio, tmp_path):
     """No path is read as an option, a URL, a pattern or a command."""
     folder = tmp_path / name
@@ -313,13 +377,28 @@ async def test_file_names_are_not_interpreted(name, studio, tmp_path):
 
 # Media that cannot be used
 
-NOISE = array("I", (n * 2_654_435_761 >> 7 & 0xFFFFFFFF for n in range(12_500))).tobytes()  # the same each time
+NOISE = array(
+    "I", (n * 2_654_435_761 >> 7 & 0xFFFFFFFF for n in range(12_500))
+).tobytes()  # the same each time
 HLS, CONCAT = "#EXTM3U\n#EXTINF:5,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"
 INDEX_FIRST = Video(options=("-movflags", "+faststart"))
 # A box whose length has 64 bits, and one that goes on to the end of the file.
-ODD_BOXES = struct.pack(">I4sQ", 1, b"free", 20) + b"long" + struct.pack(">I4s", 0, b"free") + b"rest"
+ODD_BOXES = (
+    struct.pack(">I4sQ", 1, b"free", 20) + b"long" + struct.pack(">I4s", 0, b"free") + b"rest"
+)
 TONE, SOUND_FILE = ("-f", "lavfi", "-i", "sine=1000:d=1"), ("-c:a", "aac")
-COVER = ("-f", "lavfi", "-i", "color=red:s=64x64", "-frames:v", 1, "-c:v", "mjpeg", "-disposition:v:0", "attached_pic")
+COVER = (
+    "-f",
+    "lavfi",
+    "-i",
+    "color=red:s=64x64",
+    "-frames:v",
+    1,
+    "-c:v",
+    "mjpeg",
+    "-disposition:v:0",
+    "attached_pic",
+)
 
 
 async def refusal(video: Path, speech: Path, final: Path, fit: main.Fit = "shortest") -> str:
@@ -338,13 +417,17 @@ async def refusal(video: Path, speech: Path, final: Path, fit: main.Fit = "short
         pytest.param(b"<html><body><h1>404 Not Found</h1></body></html>", NO_VIDEO, id="HTML"),
         pytest.param(NOISE, NO_VIDEO, id="noise"),
         pytest.param(bytes(50_000), NO_VIDEO, id="zeros"),
-        pytest.param(b"\0\0\0\x20ftypisom" + NOISE, BREAKS_OFF, id="noise that begins like a video"),
+        pytest.param(
+            b"\0\0\0\x20ftypisom" + NOISE, BREAKS_OFF, id="noise that begins like a video"
+        ),
         pytest.param(b"\0\0\0\x08ftyp\0\0\0\0mdat" + NOISE, CANNOT_USE, id="noise in a box"),
         pytest.param(HLS.format("file:///etc/passwd").encode(), NO_VIDEO, id="HLS of a file"),
         pytest.param(CONCAT.format("/etc/passwd").encode(), NO_VIDEO, id="ffconcat of a file"),
         # only a picture in an MP4 is a video, whatever ffmpeg could read
         pytest.param((*TONE, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound alone"),
-        pytest.param((*TONE, *COVER, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound with a cover picture"),
+        pytest.param(
+            (*TONE, *COVER, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound with a cover picture"
+        ),
         pytest.param((*TONE, *SOUND_FILE, "-f", "matroska"), NO_VIDEO, id="another container"),
     ],
 )
@@ -380,9 +463,19 @@ async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path
         pytest.param(INDEX_FIRST, 0.5, b"", False, id="index first, half"),
         pytest.param(INDEX_FIRST, 0.9999, b"", False, id="index first, nearly whole"),
         pytest.param(INDEX_FIRST, 0.01, b"", False, id="index cut"),
-        pytest.param(USUAL, 1, struct.pack(">I4sQ", 1, b"free", 1000) + b"less", False, id="a length in 64 bits"),
-        pytest.param(INDEX_FIRST, 1, ODD_BOXES, True, id="index first, and boxes of unusual length"),
-        pytest.param(Video(options=("-movflags", "+frag_keyframe+empty_moov")), 1, b"", True, id="fragments"),
+        pytest.param(
+            USUAL,
+            1,
+            struct.pack(">I4sQ", 1, b"free", 1000) + b"less",
+            False,
+            id="a length in 64 bits",
+        ),
+        pytest.param(
+            INDEX_FIRST, 1, ODD_BOXES, True, id="index first, and boxes of unusual length"
+        ),
+        pytest.param(
+            Video(options=("-movflags", "+frag_keyframe+empty_moov")), 1, b"", True, id="fragments"
+        ),
         pytest.param(Video(options=("-brand", "qt  ")), 1, b"", True, id="QuickTime"),
     ],
 )
@@ -413,17 +506,41 @@ async def test_a_heavy_video_does_not_fill_the_disk(studio, final, tmp_path):
     video = tmp_path / "video.mp4"
     noise = "nullsrc=s=1280x720:r=25:d=0.2,noise=alls=100:allf=t"
     ffmpeg(
-        "-f", "lavfi", "-i", noise, "-c:v", "libx264", "-preset", "ultrafast", "-qp", 0, "-pix_fmt", "yuv420p", video
+        "-f",
+        "lavfi",
+        "-i",
+        noise,
+        "-c:v",
+        "libx264",
+        "-preset",
+        "ultrafast",
+        "-qp",
+        0,
+        "-pix_fmt",
+        "yuv420p",
+        video,
     )
     assert video.stat().st_size > 2_500_000
-    assert await refusal(video, studio.speech(9), final, "speech") == "The talking video is larger than 100 MB."
+    assert (
+        await refusal(video, studio.speech(9), final, "speech")
+        == "The final video is larger than 100 MB."
+    )
     assert final.stat().st_size < 130_000_000
 
 
 def test_a_huge_frame_does_not_fill_the_memory(studio, final, tmp_path):
     """A video of 8192 x 8200 pixels needs hardly more memory than a usual one."""
     video = tmp_path / "video.mp4"
-    encoder = ("-c:v", "libx264", "-preset", "ultrafast", "-tune", "zerolatency", "-pix_fmt", "gray")
+    encoder = (
+        "-c:v",
+        "libx264",
+        "-preset",
+        "ultrafast",
+        "-tune",
+        "zerolatency",
+        "-pix_fmt",
+        "gray",
+    )
     ffmpeg("-f", "lavfi", "-i", "color=s=8192x8200:r=1", "-frames:v", 1, *encoder, video)
     # In a process of its own: the largest child counts, and the encoder above was larger.
     program = (
@@ -431,7 +548,9 @@ def test_a_huge_frame_does_not_fill_the_memory(studio, final, tmp_path):
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     mux = [FFMPEG, *main.mux_arguments(video, studio.speech(3), "mp3", "shortest", final)]
-    measured = subprocess.run([sys.executable, "-c", program, *mux], capture_output=True, check=True, timeout=60)
+    measured = subprocess.run(
+        [sys.executable, "-c", program, *mux], capture_output=True, check=True, timeout=60
+    )
     assert int(measured.stdout) * (1 if sys.platform == "darwin" else 1024) < 110_000_000
 
 
@@ -462,7 +581,9 @@ async def test_the_time_limit_kills_ffmpeg(studio, final, silent_speech, monkeyp
     assert main.FFMPEG_TIMEOUT_S == 60
     monkeypatch.setattr(main, "FFMPEG_TIMEOUT_S", 0.2)
     began = time.monotonic()
-    with pytest.raises(main.ResourceFailed, match=r"^The video could not be put together within 0\.2 s\.$"):
+    with pytest.raises(
+        main.ResourceFailed, match=r"^The video could not be put together within 0\.2 s\.$"
+    ):
         await asyncio.wait_for(mux(studio.video(), silent_speech, final), 5)
     assert time.monotonic() - began < 2
 
@@ -516,18 +637,32 @@ async def test_ffmpegs_error_is_logged(caplog):
     """The client gets a general message, the log ffmpeg's own."""
     with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
         await main.run_ffmpeg(["-v", "error", "-i", "file:/nowhere.mp4", "-f", "null", "-"], 10)
-    assert re.search(r"ffmpeg ended with \d+: .*No such file or directory.*/nowhere\.mp4", caplog.text)
+    assert re.search(
+        r"ffmpeg ended with \d+: .*No such file or directory.*/nowhere\.mp4", caplog.text
+    )
 
 
 @needs_proc
 async def test_only_the_end_of_ffmpegs_output_is_kept(caplog):
     """Of 25 MB on stderr a few kB stay in memory and in the log."""
-    flood = ["-v", "error", "-f", "lavfi", "-i", "color=s=1024x1024:r=1000", "-f", "rawvideo", "pipe:2"]
+    flood = [
+        "-v",
+        "error",
+        "-f",
+        "lavfi",
+        "-i",
+        "color=s=1024x1024:r=1000",
+        "-f",
+        "rawvideo",
+        "pipe:2",
+    ]
     tracemalloc.start()
     try:
         task = asyncio.create_task(main.run_ffmpeg(flood, 10))
         [pid] = await started()
-        while int(Path(f"/proc/{pid}/io").read_text().split()[3]) < 25_000_000:  # wchar: written so far
+        while (
+            int(Path(f"/proc/{pid}/io").read_text().split()[3]) < 25_000_000
+        ):  # wchar: written so far
             await asyncio.sleep(0.002)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
@@ -544,7 +679,10 @@ async def test_no_more_muxes_run_than_there_are_cores(studio, final, silent_spee
     """Of five muxes two run on two cores; one that ends or is cancelled gives its slot to the next."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     async with main.lifespan(main.app):
-        muxes = [asyncio.create_task(main.mux_video_audio(studio.video(), silent_speech, final)) for _ in range(5)]
+        muxes = [
+            asyncio.create_task(main.mux_video_audio(studio.video(), silent_speech, final))
+            for _ in range(5)
+        ]
         await started(2)
         await asyncio.sleep(0.1)  # for one too many
         first = children()
@@ -602,7 +740,9 @@ async def test_a_video_may_begin_without_ftyp(box, studio, final, tmp_path):
     video = tmp_path / "video.mp4"
     video.write_bytes(studio.video().read_bytes().replace(b"ftyp", box.encode(), 1))
     if box in ("moov", "junk"):
-        assert await refusal(video, studio.speech(3), final) == (NO_VIDEO if box == "junk" else CANNOT_USE)
+        assert await refusal(video, studio.speech(3), final) == (
+            NO_VIDEO if box == "junk" else CANNOT_USE
+        )
         return
     await mux(video, studio.speech(3), final)
     assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
@@ -613,7 +753,7 @@ async def test_ffmpeg_slots_follow_the_cores_up_to_four(cores, slots, monkeypatc
     """A container sees all cores of its host, but has the memory of a few."""
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     async with main.lifespan(main.app):
-        places = main._running.ffmpeg_slots
+        places = main.app_state().ffmpeg_slots
         for _ in range(slots):
             assert not places.locked()
             await places.acquire()

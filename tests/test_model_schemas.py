@@ -12,15 +12,29 @@ import respx
 
 import main
 from tests.support import network
-from tests.support.application import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, error_kind, in_lifespan
+from tests.support.application import (
+    ELEVEN_URL,
+    REPLICATE_URL,
+    SUPABASE_URL,
+    error_kind,
+)
 
 PICTURE_URL = "https://example.com/pet.jpg"
 SPEECH_URL = "https://example.com/speech.mp3"
 VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
-JOB = {"image_url": PICTURE_URL, "prompt": "Talk", "text": "Feed me!", "voice_id": "JBFqnCBsd6RMkjVDRZzb"}
+JOB = {
+    "image_url": PICTURE_URL,
+    "prompt": "Talk",
+    "text": "Feed me!",
+    "voice_id": "JBFqnCBsd6RMkjVDRZzb",
+}
 
 # What a test does not route fails it.
-pytestmark = [pytest.mark.usefixtures("settings"), pytest.mark.anyio, pytest.mark.respx(assert_all_called=False)]
+pytestmark = [
+    pytest.mark.usefixtures("settings"),
+    pytest.mark.anyio,
+    pytest.mark.respx(assert_all_called=False),
+]
 
 
 client = network.client  # of an application that has looked up nothing yet
@@ -33,7 +47,9 @@ class Takes(NamedTuple):
 
     picture: str
     length: str | None = None
-    lengths: dict[int, int] | None = None  # seconds -> what the model is sent; None: any, as they are
+    lengths: dict[int, int] | None = (
+        None  # seconds -> what the model is sent; None: any, as they are
+    )
     size: str | None = None
     sizes: tuple[str, ...] = ()
     speech: str | None = None
@@ -47,7 +63,9 @@ def seconds(*values: int) -> dict[int, int]:
 P480, P720, P1080 = "480p", "720p", "1080p"
 KLING_TAKES = Takes("start_image", "duration", seconds(5, 10))
 VEO_TAKES = Takes("image", "duration", seconds(4, 6, 8), "resolution", (P720, P1080))
-SEEDANCE_TAKES = Takes("image", "duration", seconds(*range(2, 13)), "resolution", (P480, P720, P1080))
+SEEDANCE_TAKES = Takes(
+    "image", "duration", seconds(*range(2, 13)), "resolution", (P480, P720, P1080)
+)
 HAILUO_TAKES = Takes("first_frame_image", "duration", seconds(6, 10), "resolution", ("768p", P1080))
 WAN25_TAKES = Takes("image", "duration", seconds(5, 10), "resolution", (P720, P1080), "audio")
 WAN26_TAKES = WAN25_TAKES._replace(lengths=seconds(5, 10, 15))
@@ -63,7 +81,9 @@ MODELS = {
     "kwaivgi/kling-v2.6": KLING_TAKES,
     "leonardoai/motion-2.0": Takes("image"),
     # 97 to 257 frames at 24 a second: there is nothing near 6 s or 10 s
-    "lightricks/ltx-video": Takes("image", "length", {4: 97, 5: 129, 7: 161, 8: 193, 9: 225, 11: 257}),
+    "lightricks/ltx-video": Takes(
+        "image", "length", {4: 97, 5: 129, 7: 161, 8: 193, 9: 225, 11: 257}
+    ),
     "luma/ray-2-720p": Takes("start_image", "duration", seconds(5, 9)),
     "minimax/hailuo-02": HAILUO_TAKES._replace(sizes=("512p", "768p", P1080)),
     "minimax/hailuo-02-fast": HAILUO_TAKES._replace(sizes=("512P",)),
@@ -72,7 +92,9 @@ MODELS = {
     "minimax/video-01": Takes("first_frame_image"),
     "minimax/video-01-director": Takes("first_frame_image"),
     "minimax/video-01-live": Takes("first_frame_image"),
-    "pixverse/pixverse-v4.5": Takes("image", "duration", seconds(5, 8), "quality", ("360p", "540p", P720, P1080)),
+    "pixverse/pixverse-v4.5": Takes(
+        "image", "duration", seconds(5, 8), "quality", ("360p", "540p", P720, P1080)
+    ),
     # 16 frames a second; the schema names no limit
     "wan-video/wan-2.2-i2v-a14b": Takes("image", "num_frames", None, "resolution", (P480, P720)),
     # 81 to 121 frames at 16 a second
@@ -99,12 +121,17 @@ def as_published(name: str) -> dict[str, Any]:
             kept = {key: value for key, value in prop.items() if key not in ("type", "enum")}
             prop = {**kept, "allOf": [{"$ref": f"#/components/schemas/{field}"}]}
         fields[field] = prop
-    return {**schemas, "Input": {"type": "object", "properties": fields, "required": PUBLISHED[name]["required"]}}
+    return {
+        **schemas,
+        "Input": {"type": "object", "properties": fields, "required": PUBLISHED[name]["required"]},
+    }
 
 
 def fit(model: main.VideoModel, audio_url: str | None = None, **sent: Any) -> dict[str, Any]:
     """The input of a job that sends these settings."""
-    return main.fit_input(model, main.JobPromptOnly(image_url=PICTURE_URL, prompt="Talk", **sent), audio_url)
+    return main.build_model_input(
+        model, main.JobPromptOnly(image_url=PICTURE_URL, prompt="Talk", **sent), audio_url
+    )
 
 
 def refusal(model: main.VideoModel, **sent: Any) -> str:
@@ -112,13 +139,15 @@ def refusal(model: main.VideoModel, **sent: Any) -> str:
     with pytest.raises(main.InvalidInput) as caught:
         fit(model, **sent)
     field, _, message = caught.value.detail.partition(": ")
-    assert list(caught.value.errors) == [main.InputError(loc=["body", field], msg=message.removesuffix("."))]
+    assert list(caught.value.errors) == [
+        main.InputError(loc=["body", field], msg=message.removesuffix("."))
+    ]
     return caught.value.detail
 
 
 def published(name: str) -> main.VideoModel:
     """A model as it is published."""
-    return main.video_model(name, None, as_published(name))
+    return main.parse_model(name, None, as_published(name))
 
 
 def fitted(name: str, **sent: Any) -> dict[str, Any]:
@@ -127,7 +156,9 @@ def fitted(name: str, **sent: Any) -> dict[str, Any]:
     assert set(PUBLISHED[name]["required"]) <= set(values) <= set(properties)
     for field, value in values.items():
         prop = properties[field]
-        assert type(value) in {"string": [str], "integer": [int], "number": [int, float]}[prop["type"]]
+        assert (
+            type(value) in {"string": [str], "integer": [int], "number": [int, float]}[prop["type"]]
+        )
         assert value in prop.get("enum", [value])
         assert prop.get("minimum", value) <= value <= prop.get("maximum", value)
     return values
@@ -138,19 +169,25 @@ def test_a_job_without_settings_fits_every_model(name):
     """Picture, prompt and speech go into the right fields; length and size are filled in where the model has them."""
     assert list(MODELS) == list(PUBLISHED)
     values, takes = fitted(name), MODELS[name]
-    expected = {takes.picture: PICTURE_URL, "prompt": "Talk"} | ({takes.speech: SPEECH_URL} if takes.speech else {})
+    expected = {takes.picture: PICTURE_URL, "prompt": "Talk"} | (
+        {takes.speech: SPEECH_URL} if takes.speech else {}
+    )
     assert expected.items() <= values.items()
     assert set(values) == {*expected, *filter(None, (takes.length, takes.size))}
-    assert fit(main.video_model(name, None, {"Input": PUBLISHED[name]}), SPEECH_URL) == values
+    assert fit(main.parse_model(name, None, {"Input": PUBLISHED[name]}), SPEECH_URL) == values
 
 
 @EVERY_MODEL
 def test_a_length_is_sent_in_the_models_unit_or_rejected(name):
     """In seconds or in frames; the error lists the lengths in seconds; a model without lengths takes any."""
     takes = MODELS[name]
-    made = {length: length * 16 for length in (1, 7, 600)} if takes.lengths is None else takes.lengths
+    made = (
+        {length: length * 16 for length in (1, 7, 600)} if takes.lengths is None else takes.lengths
+    )
     for length, sent in made.items():
-        assert fitted(name, seconds=length).get(takes.length or "") == (sent if takes.length else None)
+        assert fitted(name, seconds=length).get(takes.length or "") == (
+            sent if takes.length else None
+        )
     listed, bounds = " or ".join(map(str, made)), f"at least {min(made)} and at most {max(made)}"
     for length in sorted({*range(1, 21), 600} - set(made)) if takes.lengths else ():
         detail = refusal(published(name), seconds=length)
@@ -164,7 +201,9 @@ def test_a_size_is_sent_in_the_models_spelling_or_rejected(name):
     for size in takes.sizes:
         for written in (size.upper(), size.lower()):
             assert fitted(name, resolution=written)[takes.size] == size
-    for size in {"240p", "512p", "720p", "768p", "1440p", "4k", "big"} - set(map(str.lower, takes.sizes)):
+    for size in {"240p", "512p", "720p", "768p", "1440p", "4k", "big"} - set(
+        map(str.lower, takes.sizes)
+    ):
         if takes.sizes:
             detail = refusal(published(name), resolution=size)
             assert detail == f"resolution: {name} takes {' or '.join(takes.sizes)}."
@@ -176,7 +215,10 @@ def test_a_size_is_sent_in_the_models_spelling_or_rejected(name):
 def test_a_job_without_speech_leaves_the_speech_field_empty(name):
     """A model that requires speech is rejected."""
     if "audio" in PUBLISHED[name]["required"]:
-        assert refusal(published(name)) == f"model: {name} needs audio, which only /jobs_prompt_tts has."
+        assert (
+            refusal(published(name))
+            == f"model: {name} needs audio, which only /jobs_prompt_tts has."
+        )
     else:
         assert fit(published(name)).items() == fitted(name).items() - {("audio", SPEECH_URL)}
 
@@ -184,7 +226,7 @@ def test_a_job_without_speech_leaves_the_speech_field_empty(name):
 def test_ten_seconds_of_the_default_model_cannot_be_1080p():
     """This rule is not in the default model's schema."""
     detail = refusal(main.HAILUO, seconds=10, resolution="1080p")
-    assert detail == "resolution: with 10 seconds it can be 512p or 768p."
+    assert detail == "resolution: must be 512p or 768p with 10 seconds."
 
 
 # Invented schemas
@@ -200,7 +242,7 @@ NULL = {"type": "null"}
 def unseen(properties: dict[str, Any], *required: str, **schemas: Any) -> main.VideoModel:
     """A model that publishes this."""
     schema = {"properties": properties, "required": list(required)}
-    return main.video_model("some/model", None, {"Input": schema, **schemas})
+    return main.parse_model("some/model", None, {"Input": schema, **schemas})
 
 
 def described(text: str) -> dict[str, Any]:
@@ -285,27 +327,60 @@ def test_a_model_without_a_picture_field_is_rejected():
 @pytest.mark.parametrize(
     ("properties", "picture", "speech"),
     [
-        pytest.param({"image": DEPRECATED, "start_image": FILE}, "start_image", None, id="deprecated beside another"),
-        pytest.param({"first_frame_image": DEPRECATED, "image": FILE}, "image", None, id="a deprecated first frame"),
+        pytest.param(
+            {"image": DEPRECATED, "start_image": FILE},
+            "start_image",
+            None,
+            id="deprecated beside another",
+        ),
+        pytest.param(
+            {"first_frame_image": DEPRECATED, "image": FILE},
+            "image",
+            None,
+            id="a deprecated first frame",
+        ),
         pytest.param({"image": DEPRECATED}, "image", None, id="deprecated but the only one"),
         pytest.param({"images": FILES, "image": FILE}, "image", None, id="beside a list"),
-        pytest.param({"input": described("Input image")}, "input", None, id="known by its description"),
-        pytest.param({"image": {"anyOf": [FILE, NULL], "default": None}}, "image", None, id="or null"),
+        pytest.param(
+            {"input": described("Input image")}, "input", None, id="known by its description"
+        ),
+        pytest.param(
+            {"image": {"anyOf": [FILE, NULL], "default": None}}, "image", None, id="or null"
+        ),
         pytest.param({"image": {"anyOf": [NULL, FILE]}}, "image", None, id="null or"),
         pytest.param(
-            {"image": {"allOf": [{"$ref": "#/components/schemas/Path"}]}}, "image", None, id="behind a reference"
+            {"image": {"allOf": [{"$ref": "#/components/schemas/Path"}]}},
+            "image",
+            None,
+            id="behind a reference",
         ),
-        pytest.param({"image": {**FILE, "type": ["null", "string"]}}, "image", None, id="types in a list"),
-        pytest.param({"song": described("Audio for the face"), "image": FILE}, "image", None, id="a song"),
-        pytest.param({"voice": described("Voice of the portrait"), "image": FILE}, "image", None, id="a voice"),
+        pytest.param(
+            {"image": {**FILE, "type": ["null", "string"]}}, "image", None, id="types in a list"
+        ),
+        pytest.param(
+            {"song": described("Audio for the face"), "image": FILE}, "image", None, id="a song"
+        ),
+        pytest.param(
+            {"voice": described("Voice of the portrait"), "image": FILE},
+            "image",
+            None,
+            id="a voice",
+        ),
         pytest.param({"images": FILES}, None, None, id="only a list"),
-        pytest.param({"input_video": described("Video whose first frame is kept")}, None, None, id="video by name"),
+        pytest.param(
+            {"input_video": described("Video whose first frame is kept")},
+            None,
+            None,
+            id="video by name",
+        ),
         pytest.param({"input": described("Input video")}, None, None, id="video by description"),
         pytest.param({"audio": described("Speech for the face")}, None, "audio", id="audio"),
         pytest.param({"audio": {"anyOf": [FILE, NULL]}}, None, "audio", id="audio or null"),
         pytest.param({"audio": FILES}, None, None, id="a list of audio"),
         pytest.param({"generate_audio": SWITCH}, None, None, id="audio that is a switch"),
-        pytest.param({"song": described("What the portrait sings")}, None, None, id="a song, said otherwise"),
+        pytest.param(
+            {"song": described("What the portrait sings")}, None, None, id="a song, said otherwise"
+        ),
         pytest.param({"image": SWITCH}, None, None, id="a switch"),
         pytest.param({"image_url": TEXT}, None, None, id="a plain text"),
     ],
@@ -324,43 +399,83 @@ REF = {"allOf": [{"$ref": "#/components/schemas/Choices"}]}
 @pytest.mark.parametrize(
     ("properties", "asked", "sent"),
     [
-        pytest.param({"duration": {"anyOf": [REF, NULL]}}, 10, 10, id="enum behind a reference, or null"),
+        pytest.param(
+            {"duration": {"anyOf": [REF, NULL]}}, 10, 10, id="enum behind a reference, or null"
+        ),
         pytest.param({"duration": choice("5", "10")}, 10, "10", id="numbers as texts"),
         pytest.param({"duration": choice("5s", "10s")}, 10, "10s", id="texts with a unit"),
         pytest.param({"duration": choice("auto", "8 s")}, 8, "8 s", id="beside a word"),
         pytest.param({"seconds": whole(minimum=1, maximum=20)}, 9, 9, id="seconds"),
         pytest.param({"length": whole(maximum=10)}, 9, 9, id="length"),
         pytest.param({"duration": {"type": "number", "maximum": 9.5}}, 9, 9.0, id="a number"),
-        pytest.param({"duration": whole(), "num_frames": whole()}, 6, 6, id="seconds before frames"),
+        pytest.param(
+            {"duration": whole(), "num_frames": whole()}, 6, 6, id="seconds before frames"
+        ),
         pytest.param({"length": choice(49, 145) | FRAMES}, 6, 145, id="frames by words"),
         pytest.param({"video_length": choice(97, 145)}, 6, 145, id="frames by their size"),
         pytest.param({"num_frames": whole(), "fps": choice(8, 16)}, 6, 48, id="rate by enum"),
-        pytest.param({"frames": whole(), "frame_rate": {"type": "number", "default": 12.5}}, 6, 75, id="odd rate"),
+        pytest.param(
+            {"frames": whole(), "frame_rate": {"type": "number", "default": 12.5}},
+            6,
+            75,
+            id="odd rate",
+        ),
         pytest.param({"length": SWITCH}, 6, None, id="a switch"),
         pytest.param({"resolution": choice(480, 720)}, "720p", 720, id="numbers"),
         pytest.param({"resolution": choice("480", "720")}, "720p", "720", id="without a p"),
         pytest.param({"resolution": choice("1080p", "4K")}, "2160p", "4K", id="4K in lines"),
-        pytest.param({"resolution": choice("2K", "1080P")}, "1080p", "1080P", id="its own name before its lines"),
+        pytest.param(
+            {"resolution": choice("2K", "1080P")},
+            "1080p",
+            "1080P",
+            id="its own name before its lines",
+        ),
         pytest.param({"size": choice("832x480", "1280x720")}, "720p", "1280x720", id="both sides"),
         pytest.param({"size": choice("832*480", "720*1280")}, "720p", "720*1280", id="upright"),
-        pytest.param({"video_size": choice("720p"), "quality": choice("low")}, "720p", "720p", id="beside a quality"),
+        pytest.param(
+            {"video_size": choice("720p"), "quality": choice("low")},
+            "720p",
+            "720p",
+            id="beside a quality",
+        ),
         pytest.param({"resolution": TEXT}, "720p", "720p", id="any text"),
         pytest.param({"resolution": whole(minimum=256)}, "720p", 720, id="any number"),
-        pytest.param({"quality": choice("low", "high")}, "720p", None, id="quality that is no size"),
-        pytest.param({"quality": whole(minimum=1, maximum=100)}, "720p", None, id="quality in percent"),
+        pytest.param(
+            {"quality": choice("low", "high")}, "720p", None, id="quality that is no size"
+        ),
+        pytest.param(
+            {"quality": whole(minimum=1, maximum=100)}, "720p", None, id="quality in percent"
+        ),
         pytest.param({"size": choice("16:9", "9:16")}, "720p", None, id="size that is a shape"),
         # six seconds and 768p are wishes: the nearest that the model makes is taken
         pytest.param({"duration": choice(5, 8)}, None, 5, id="left out: the nearest length"),
         pytest.param({"duration": choice(5, 7)}, None, 5, id="left out: halfway, the shorter one"),
-        pytest.param({"length": choice(97, 129, 161)}, None, 129, id="left out: frames to choose from"),
-        pytest.param({"num_frames": whole(minimum=150, maximum=200)}, None, 150, id="left out: a range of frames"),
-        pytest.param({"resolution": choice("480p", "720p", "1080p")}, None, "720p", id="left out: the nearest size"),
+        pytest.param(
+            {"length": choice(97, 129, 161)}, None, 129, id="left out: frames to choose from"
+        ),
+        pytest.param(
+            {"num_frames": whole(minimum=150, maximum=200)},
+            None,
+            150,
+            id="left out: a range of frames",
+        ),
+        pytest.param(
+            {"resolution": choice("480p", "720p", "1080p")},
+            None,
+            "720p",
+            id="left out: the nearest size",
+        ),
         pytest.param({"quality": choice("4k", "1080p")}, None, "1080p", id="left out: none near"),
         pytest.param({"resolution": choice(1024, 512)}, None, 512, id="left out: numbers, halfway"),
         pytest.param(
-            {"resolution": choice("1024x576", "1360x768")}, None, "1360x768", id="left out: the same in another form"
+            {"resolution": choice("1024x576", "1360x768")},
+            None,
+            "1360x768",
+            id="left out: the same in another form",
         ),
-        pytest.param({"resolution": TEXT}, None, None, id="left out, none listed: the model's default"),
+        pytest.param(
+            {"resolution": TEXT}, None, None, id="left out, none listed: the model's default"
+        ),
     ],
 )
 def test_length_and_size_are_sent_as_the_model_writes_them(properties, asked, sent):
@@ -376,8 +491,12 @@ def test_length_and_size_are_sent_as_the_model_writes_them(properties, asked, se
     [
         pytest.param(choice("10s", "5s"), {"seconds": 7}, "5 or 10", id="texts with a unit"),
         pytest.param(whole(maximum=12), {"seconds": 13}, "at most 12", id="upper bound"),
-        pytest.param(whole(minimum=81), {"seconds": 4}, "at least 5", id="lower bound of frames, by its size"),
-        pytest.param(choice(80, 160) | FRAMES, {"seconds": 7}, "5 or 10", id="frames to choose from"),
+        pytest.param(
+            whole(minimum=81), {"seconds": 4}, "at least 5", id="lower bound of frames, by its size"
+        ),
+        pytest.param(
+            choice(80, 160) | FRAMES, {"seconds": 7}, "5 or 10", id="frames to choose from"
+        ),
         pytest.param(SIZE, {"resolution": "240p"}, "at least 256 and at most 1280", id="too small"),
         pytest.param(SIZE, {"resolution": "4k"}, "at least 256 and at most 1280", id="too large"),
     ],
@@ -385,7 +504,9 @@ def test_length_and_size_are_sent_as_the_model_writes_them(properties, asked, se
 def test_a_length_or_size_the_model_lacks_is_rejected(prop, setting, allowed):
     """The error lists what the model takes, lengths in seconds."""
     [(field, _)] = setting.items()
-    model = unseen({"image": FILE, "length" if field == "seconds" else field: prop, "fps": whole(default=16)})
+    model = unseen(
+        {"image": FILE, "length" if field == "seconds" else field: prop, "fps": whole(default=16)}
+    )
     assert refusal(model, **setting) == f"{field}: some/model takes {allowed}."
 
 
@@ -395,31 +516,65 @@ def test_a_length_or_size_the_model_lacks_is_rejected(prop, setting, allowed):
         # a prompt, where there is a field for it
         pytest.param({}, "", {}, id="no prompt"),
         pytest.param(
-            {"negative_prompt": TEXT, "prompt": TEXT}, "", {"prompt": "Talk"}, id="prompt: a negative one beside it"
+            {"negative_prompt": TEXT, "prompt": TEXT},
+            "",
+            {"prompt": "Talk"},
+            id="prompt: a negative one beside it",
         ),
         pytest.param({"negative_prompt": TEXT}, "", {}, id="prompt: only a negative one"),
         pytest.param({"text_prompt": TEXT}, "", {"text_prompt": "Talk"}, id="prompt: another name"),
         pytest.param({"prompt_optimizer": SWITCH}, "", {}, id="prompt: a switch"),
-        pytest.param({"prompt": {"anyOf": [TEXT, NULL]}}, "", {"prompt": "Talk"}, id="prompt: or null"),
+        pytest.param(
+            {"prompt": {"anyOf": [TEXT, NULL]}}, "", {"prompt": "Talk"}, id="prompt: or null"
+        ),
         # what the model requires besides
-        pytest.param({"mode": {**TEXT, "default": "pro"}}, "mode", {"mode": "pro"}, id="required with a default"),
+        pytest.param(
+            {"mode": {**TEXT, "default": "pro"}},
+            "mode",
+            {"mode": "pro"},
+            id="required with a default",
+        ),
         pytest.param({"steps": whole(default=0)}, "steps", {"steps": 0}, id="a default of nought"),
-        pytest.param({"audio_on": {**SWITCH, "default": False}}, "audio_on", {"audio_on": False}, id="off"),
+        pytest.param(
+            {"audio_on": {**SWITCH, "default": False}}, "audio_on", {"audio_on": False}, id="off"
+        ),
         pytest.param({"mode": {**TEXT, "default": "pro"}, "mask": FILE}, "", {}, id="not required"),
         pytest.param({"mode": TEXT}, "mode", None, id="unknown"),
-        pytest.param({"mode": {**TEXT, "default": None}}, "mode", None, id="a default that is none"),
+        pytest.param(
+            {"mode": {**TEXT, "default": None}}, "mode", None, id="a default that is none"
+        ),
         pytest.param({"end_image": FILE}, "end_image", None, id="end frame"),
         pytest.param({"video": FILE, "mask": FILE}, "video mask", None, id="two"),
-        pytest.param({"audio": FILE, "mask": FILE}, "audio mask", None, id="speech in a job without, and more"),
+        pytest.param(
+            {"audio": FILE, "mask": FILE},
+            "audio mask",
+            None,
+            id="speech in a job without, and more",
+        ),
         pytest.param({}, "ghost", None, id="not even described"),
         # fields that cannot be understood
-        pytest.param({"odd": None, "odder": "text", "oddest": []}, "", {}, id="fields that are none"),
-        pytest.param({"seed": {"$ref": "#/components/schemas/Ghost"}}, "", {}, id="a reference to nothing"),
-        pytest.param({"seed": {"$ref": "#/components/schemas/Loop"}}, "", {}, id="a reference to itself"),
-        pytest.param({"seed": {"allOf": [None, 5], "anyOf": None}}, "", {}, id="parts that are none"),
-        pytest.param({"duration": {"enum": [None, True, [], "auto"]}}, "", {}, id="lengths that are none"),
+        pytest.param(
+            {"odd": None, "odder": "text", "oddest": []}, "", {}, id="fields that are none"
+        ),
+        pytest.param(
+            {"seed": {"$ref": "#/components/schemas/Ghost"}}, "", {}, id="a reference to nothing"
+        ),
+        pytest.param(
+            {"seed": {"$ref": "#/components/schemas/Loop"}}, "", {}, id="a reference to itself"
+        ),
+        pytest.param(
+            {"seed": {"allOf": [None, 5], "anyOf": None}}, "", {}, id="parts that are none"
+        ),
+        pytest.param(
+            {"duration": {"enum": [None, True, [], "auto"]}}, "", {}, id="lengths that are none"
+        ),
         pytest.param({"resolution": {"enum": [None, True, {}]}}, "", {}, id="sizes that are none"),
-        pytest.param({"resolution": {"enum": ["9" * 5000 + "x" + "9" * 5000]}}, "", {}, id="a size without end"),
+        pytest.param(
+            {"resolution": {"enum": ["9" * 5000 + "x" + "9" * 5000]}},
+            "",
+            {},
+            id="a size without end",
+        ),
         pytest.param({"duration": {"enum": 5}}, "", {}, id="an enum that is none"),
         pytest.param({"seed": {"allOf": 5}}, "", {}, id="parts in a number"),
     ],
@@ -430,7 +585,10 @@ def test_only_the_prompt_and_required_defaults_are_filled_in(properties, require
     model = unseen({"image": FILE, **properties}, "image", *required.split(), **schemas)
     if expected is None:
         names = ", ".join(required.split())
-        assert refusal(model) == f"model: some/model needs {names}, which this service has nothing for."
+        assert (
+            refusal(model)
+            == f"model: some/model needs {names}, which this service has nothing for."
+        )
     else:
         assert fit(model) == {"image": PICTURE_URL, **expected}
 
@@ -441,10 +599,11 @@ def test_only_the_prompt_and_required_defaults_are_filled_in(properties, require
 def test_an_invalid_schema_is_a_provider_error(schemas):
     """The error names the model."""
     with pytest.raises(main.ProviderFailed) as caught:
-        main.video_model("some/model", None, schemas)
+        main.parse_model("some/model", None, schemas)
     assert error_kind(caught.value) == (500, "provider", "replicate")
     assert (
-        caught.value.detail == "Replicate answered without an input schema of some/model that a person could fill in."
+        caught.value.detail
+        == "Replicate answered without an input schema of some/model that a person could fill in."
     )
 
 
@@ -459,7 +618,9 @@ def test_invalid_bounds_and_lists_are_ignored(odd):
     """A bound that is not a number sets no limit, and `required` that is not a list of names requires nothing."""
     bound = None if odd in (5, True) else odd
     properties = {"image": FILE, "duration": whole(minimum=bound, maximum=bound)}
-    model = main.video_model("some/model", None, {"Input": {"properties": properties, "required": odd}})
+    model = main.parse_model(
+        "some/model", None, {"Input": {"properties": properties, "required": odd}}
+    )
     assert fit(model, seconds=6) == {"image": PICTURE_URL, "duration": 6}
 
 
@@ -472,7 +633,10 @@ SPEAKING = "wan-video/wan-2.2-s2v"
 
 def version(name: str, number: str = "0123abcd") -> dict[str, Any]:
     """What `GET /v1/models/{owner}/{name}/versions/{id}` answers."""
-    return {"id": number, "openapi_schema": {"openapi": "3.0.2", "components": {"schemas": as_published(name)}}}
+    return {
+        "id": number,
+        "openapi_schema": {"openapi": "3.0.2", "components": {"schemas": as_published(name)}},
+    }
 
 
 def publishes(latest: Any, is_official: bool = True) -> httpx.Response:
@@ -480,7 +644,9 @@ def publishes(latest: Any, is_official: bool = True) -> httpx.Response:
     return httpx.Response(200, json={"is_official": is_official, "latest_version": latest})
 
 
-def will_succeed(router: respx.MockRouter, path: str = f"models/{KLING}/predictions") -> respx.Route:
+def will_succeed(
+    router: respx.MockRouter, path: str = f"models/{KLING}/predictions"
+) -> respx.Route:
     """Predictions that are created here have succeeded already."""
     done = {"id": "p1", "status": "succeeded", "output": VIDEO_URL}
     return router.post(f"{REPLICATE_URL}/v1/{path}").respond(201, json=done)
@@ -498,7 +664,9 @@ async def test_the_default_model_is_not_looked_up(client, respx_mock):
         pytest.param(False, "predictions", {"version": "0123abcd"}, id="community"),
     ],
 )
-async def test_a_model_runs_by_name_or_by_its_latest_version(client, respx_mock, is_official, path, runs_by):
+async def test_a_model_runs_by_name_or_by_its_latest_version(
+    client, respx_mock, is_official, path, runs_by
+):
     """An official model runs by name, any other by version; the look-up is a plain GET with the token."""
     look_up = respx_mock.get(KLING_URL).mock(return_value=publishes(version(KLING), is_official))
     create = will_succeed(respx_mock, path)
@@ -507,7 +675,10 @@ async def test_a_model_runs_by_name_or_by_its_latest_version(client, respx_mock,
     sent = {"input": {"start_image": PICTURE_URL, "prompt": "Talk", "duration": 5}}
     assert json.loads(create.calls.last.request.content) == {**sent, **runs_by}
     [call] = look_up.calls
-    assert call.request.headers["authorization"] == f"Bearer {main.get_settings().required('replicate_api_token')}"
+    assert (
+        call.request.headers["authorization"]
+        == f"Bearer {main.get_settings().required('replicate_api_token')}"
+    )
     assert (call.request.content, call.request.url.query) == (b"", b"")
 
 
@@ -517,7 +688,9 @@ async def test_a_version_is_fitted_to_its_own_schema(client, respx_mock):
         respx_mock.get(f"{KLING_URL}/versions/{number}").respond(200, json=version(like, number))
     create = will_succeed(respx_mock, "predictions")
     for number in ("aa", "bb"):
-        response = await client.post("/jobs_prompt_only", json={**JOB, "model": f"{KLING}:{number}"})
+        response = await client.post(
+            "/jobs_prompt_only", json={**JOB, "model": f"{KLING}:{number}"}
+        )
         assert response.status_code == 200
     sent = [json.loads(call.request.content) for call in create.calls]
     assert [body["version"] for body in sent] == [f"{KLING}:aa", f"{KLING}:bb"]
@@ -551,12 +724,14 @@ async def test_jobs_at_the_same_time_share_one_look_up(client, respx_mock):
     assert (len(set(map(id, found))), route.call_count) == (1, 1)
 
 
-async def test_a_look_up_is_not_kept_beyond_the_lifespan(respx_mock):
+async def test_a_look_up_is_not_kept_beyond_the_lifespan():
     """An application that starts again looks the model up again."""
-    route = respx_mock.get(KLING_URL).mock(return_value=publishes(version(KLING)))
-    models = [await in_lifespan(main.find_model(KLING)) for _ in range(2)]
-    assert [model.picture_field for model in models] == ["start_image"] * 2
-    assert route.call_count == 2
+    for _ in range(2):
+        async with main.lifespan(main.app):
+            with respx.mock() as router:
+                router.get(KLING_URL).mock(return_value=publishes(version(KLING)))
+                model = await main.find_model(KLING)
+        assert model.picture_field == "start_image"
 
 
 NOT_FOUND = httpx.Response(404, json={"detail": "Not found.", "status": 404})
@@ -568,11 +743,19 @@ NO_SCHEMA = f"Replicate answered without an input schema of {KLING} that a perso
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        pytest.param(NOT_FOUND, (400, f"model {KLING}: Replicate answered 404: Not found."), id="no such model"),
+        pytest.param(
+            NOT_FOUND,
+            (400, f"model {KLING}: Replicate answered 404: Not found."),
+            id="no such model",
+        ),
         pytest.param(httpx.Response(200, json={}), (500, NO_VERSION), id="nothing"),
-        pytest.param(publishes(None, is_official=False), (500, NO_VERSION), id="community without version"),
+        pytest.param(
+            publishes(None, is_official=False), (500, NO_VERSION), id="community without version"
+        ),
         pytest.param(publishes(None), (500, NO_SCHEMA), id="official without schema"),
-        pytest.param(publishes({"openapi_schema": 5}), (500, NO_SCHEMA), id="a number for a schema"),
+        pytest.param(
+            publishes({"openapi_schema": 5}), (500, NO_SCHEMA), id="a number for a schema"
+        ),
         pytest.param(publishes(EMPTY_DOCUMENT), (500, NO_SCHEMA), id="a list for a schema"),
     ],
 )
@@ -584,17 +767,25 @@ async def test_a_failed_look_up_costs_nothing(client, respx_mock, answer, expect
         body = response.json()
         assert (body["category"], body["provider"]) == ("provider", "replicate")
         assert (response.status_code, body["detail"]) == expected
-        assert [fault["loc"] for fault in body.get("errors", [])] == [["body", "model"]] * (expected[0] == 400)
+        assert [fault["loc"] for fault in body.get("errors", [])] == [["body", "model"]] * (
+            expected[0] == 400
+        )
     assert len(respx_mock.calls) == 2
 
 
 async def test_a_job_that_does_not_fit_is_rejected_before_anything_is_paid_for(client, respx_mock):
     """The look-up is the only request."""
     for path, name, detail in (
-        ("/jobs_prompt_only", SPEAKING, f"model: {SPEAKING} needs audio, which only /jobs_prompt_tts has."),
+        (
+            "/jobs_prompt_only",
+            SPEAKING,
+            f"model: {SPEAKING} needs audio, which only /jobs_prompt_tts has.",
+        ),
         ("/jobs_prompt_tts", KLING, f"seconds: {KLING} takes 5 or 10."),
     ):
-        respx_mock.get(f"{REPLICATE_URL}/v1/models/{name}").mock(return_value=publishes(version(name)))
+        respx_mock.get(f"{REPLICATE_URL}/v1/models/{name}").mock(
+            return_value=publishes(version(name))
+        )
         response = await client.post(path, json={**JOB, "model": name, "seconds": 7})
         assert (response.status_code, response.json()["category"]) == (400, "validation")
         assert response.json()["detail"] == detail
@@ -604,13 +795,22 @@ async def test_a_job_that_does_not_fit_is_rejected_before_anything_is_paid_for(c
 async def test_the_output_of_a_speaking_model_must_be_a_video(client, respx_mock):
     """Anything but an MP4 is not stored; the error has what was paid for in `partial`."""
     respx_mock.post(url__startswith=ELEVEN_URL).respond(200, content=b"ID3speech")
-    upload = respx_mock.post(url__startswith=f"{SUPABASE_URL}/storage/v1/object/pets/").respond(200, json={"Key": "x"})
-    respx_mock.get(url__startswith=f"{SUPABASE_URL}/storage/v1/object/public/").respond(200, content=b"ID3speech")
-    respx_mock.get(f"{REPLICATE_URL}/v1/models/{SPEAKING}").mock(return_value=publishes(version(SPEAKING)))
+    upload = respx_mock.post(url__startswith=f"{SUPABASE_URL}/storage/v1/object/pets/").respond(
+        200, json={"Key": "x"}
+    )
+    respx_mock.get(url__startswith=f"{SUPABASE_URL}/storage/v1/object/public/").respond(
+        200, content=b"ID3speech"
+    )
+    respx_mock.get(f"{REPLICATE_URL}/v1/models/{SPEAKING}").mock(
+        return_value=publishes(version(SPEAKING))
+    )
     will_succeed(respx_mock, f"models/{SPEAKING}/predictions")
     respx_mock.get(VIDEO_URL).respond(200, content=b"<html>gone</html>")
     body = (await client.post("/jobs_prompt_tts", json={**JOB, "model": SPEAKING})).json()
-    assert (body["category"], body["detail"]) == ("resource", "What the model made is not an MP4 video.")
+    assert (body["category"], body["detail"]) == (
+        "resource",
+        "What the model made is not an MP4 video.",
+    )
     assert (body["partial"]["video_url"], body["partial"]["prediction_id"]) == (VIDEO_URL, "p1")
     assert upload.call_count == 1
 
@@ -621,9 +821,14 @@ async def test_the_output_of_a_speaking_model_must_be_a_video(client, respx_mock
 @pytest.mark.parametrize("texts", [("16:9", "9:16"), ("5x", "10x"), ("5 to 10",)], ids=str)
 def test_a_text_that_only_begins_with_a_number_is_no_length(texts):
     """An aspect ratio or a speed is neither a number of seconds nor a frame rate."""
-    assert fit(unseen({"image": FILE, "duration": choice(*texts)}), seconds=5) == {"image": PICTURE_URL}
+    assert fit(unseen({"image": FILE, "duration": choice(*texts)}), seconds=5) == {
+        "image": PICTURE_URL
+    }
     frames = {"num_frames": whole(), "fps": choice(*texts)}
-    assert fit(unseen({"image": FILE, **frames}), seconds=5) == {"image": PICTURE_URL, "num_frames": 120}
+    assert fit(unseen({"image": FILE, **frames}), seconds=5) == {
+        "image": PICTURE_URL,
+        "num_frames": 120,
+    }
 
 
 @pytest.mark.parametrize(("others", "is_read"), [(3, True), (4, False)])

@@ -29,7 +29,12 @@ READ_URL = f"{LIST_URL}/p1"
 CANCEL_URL = f"{READ_URL}/cancel"
 JOB = main.JobPromptOnly(image_url=PICTURE_URL, prompt="The cat talks")
 BODY = {"image_url": PICTURE_URL, "prompt": "The cat talks"}
-INPUT = {"prompt": "The cat talks", "first_frame_image": PICTURE_URL, "duration": 6, "resolution": "768p"}
+INPUT = {
+    "prompt": "The cat talks",
+    "first_frame_image": PICTURE_URL,
+    "duration": 6,
+    "resolution": "768p",
+}
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
@@ -37,7 +42,14 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 def prediction(status: str, **fields: Any) -> dict[str, Any]:
     """A prediction as Replicate writes it."""
     urls = {"get": "https://elsewhere.example/get", "cancel": "https://elsewhere.example/cancel"}
-    whole = {"id": "p1", "model": "minimax/hailuo-02", "version": "hidden", "input": INPUT, "output": None, "logs": ""}
+    whole = {
+        "id": "p1",
+        "model": "minimax/hailuo-02",
+        "version": "hidden",
+        "input": INPUT,
+        "output": None,
+        "logs": "",
+    }
     return {**whole, "data_removed": False, "error": None, "urls": urls, "status": status, **fields}
 
 
@@ -70,14 +82,15 @@ class Replicate:
     def lists(self, *pages: list[Any]) -> None:
         """The lists of predictions one after the other; the last one stays."""
         turns = itertools.chain(pages, itertools.repeat(pages[-1]))
-        self.list.mock(side_effect=lambda request: respond_with({"results": next(turns), "next": None}))
+        self.list.mock(
+            side_effect=lambda request: respond_with({"results": next(turns), "next": None})
+        )
 
 
 @pytest.fixture
 def replicate(client: httpx.AsyncClient) -> Iterator[Replicate]:
     """Replicate, for the running service."""
-    assert main._running is not None
-    main._running.held.clear()  # of the jobs before
+    main.app_state().claimed_predictions.clear()  # of the jobs before
     with respx.mock(assert_all_called=False) as router:
         yield Replicate(router)
 
@@ -104,14 +117,18 @@ async def test_the_create_and_the_poll(monkeypatch, client, replicate):
     assert await post(client) == (200, {"video_url": VIDEO_URL})
     create, read = replicate.create.calls.last.request, replicate.read.calls.last.request
     assert (json.loads(create.content), read.content) == ({"input": INPUT}, b"")
-    assert (create.headers["cancel-after"], create.headers["content-type"]) == ("600s", "application/json")
+    assert (create.headers["cancel-after"], create.headers["content-type"]) == (
+        "600s",
+        "application/json",
+    )
     for request in (create, read):  # an address from the answer gets no token
         assert request.headers["authorization"] == f"Bearer {SECRETS['REPLICATE_API_TOKEN']}"
         assert not {"prefer", "xi-api-key", "apikey", "cookie"} & set(request.headers)
 
 
 @pytest.mark.parametrize(
-    ("timeout_s", "cancel_after"), [("1", "5s"), ("90.4", "90s"), ("90.6", "91s"), ("86400", "86400s")]
+    ("timeout_s", "cancel_after"),
+    [("1", "5s"), ("90.4", "90s"), ("90.6", "91s"), ("86400", "86400s")],
 )
 async def test_cancel_after_is_the_jobs_deadline(monkeypatch, replicate, timeout_s, cancel_after):
     """It is kept within the 5 s to one day that Replicate accepts."""
@@ -120,7 +137,9 @@ async def test_cancel_after_is_the_jobs_deadline(monkeypatch, replicate, timeout
     assert replicate.create.calls.last.request.headers["cancel-after"] == cancel_after
 
 
-@pytest.mark.parametrize("helper", [main.hailuo_video_from_prompt, main.replicate_video_from_prompt])
+@pytest.mark.parametrize(
+    "helper", [main.hailuo_video_from_prompt, main.replicate_video_from_prompt]
+)
 async def test_both_helpers_return_the_video_of_a_job(replicate, helper):
     """Each takes nothing but the request body, and polls on after a broken connection."""
     replicate.reads(httpx.ReadError("reset"), prediction("processing"), DONE)
@@ -132,8 +151,14 @@ async def test_both_helpers_return_the_video_of_a_job(replicate, helper):
 
 async def test_a_slow_look_up_does_not_delay_other_models(replicate):
     """Jobs share the look-up of their model only."""
-    is_asked, schema = asyncio.Event(), {"Input": {"properties": {"image": {"type": "string", "format": "uri"}}}}
-    model = {"is_official": True, "latest_version": {"openapi_schema": {"components": {"schemas": schema}}}}
+    is_asked, schema = (
+        asyncio.Event(),
+        {"Input": {"properties": {"image": {"type": "string", "format": "uri"}}}},
+    )
+    model = {
+        "is_official": True,
+        "latest_version": {"openapi_schema": {"components": {"schemas": schema}}},
+    }
 
     async def never(request: httpx.Request) -> httpx.Response:
         is_asked.set()
@@ -168,7 +193,7 @@ async def test_the_polls_of_a_process_are_counted(client, replicate):
     started = time.monotonic()
     answers = await asyncio.gather(*(post(client) for _ in range(20)))
     assert {status for status, _ in answers} == {200}
-    assert (replicate.read.call_count, main._running and main._running.polls) == (40, 0)
+    assert (replicate.read.call_count, main.app_state().active_polls) == (40, 0)
     assert time.monotonic() - started >= 40 / 2400 * 60 * 0.8
 
 
@@ -183,7 +208,9 @@ async def test_an_unusable_poll_does_not_end_the_job(replicate):
         *map(prediction, ("starting", "processing", "queued", "PROCESSING", "")),
         prediction("processing", logs="x" * 3_000_000),
     ]
-    replicate.reads(*odd, {"id": "p1", "status": "succeeded", "output": VIDEO_URL, "logs": "x" * 3_000_000})
+    replicate.reads(
+        *odd, {"id": "p1", "status": "succeeded", "output": VIDEO_URL, "logs": "x" * 3_000_000}
+    )
     assert await main.hailuo_video_from_prompt(JOB) == VIDEO_URL
     assert (replicate.read.call_count, replicate.create.call_count) == (len(odd) + 1, 1)
 
@@ -191,7 +218,7 @@ async def test_an_unusable_poll_does_not_end_the_job(replicate):
 async def test_a_prediction_over_8_mb_ends_the_job(client, replicate):
     """At once, since the next poll would return the same; it is a 500 with the id in `partial`."""
     replicate.reads({**DONE, "logs": "x" * 8_000_000})
-    message = "Replicate's answer is larger than the service takes in."
+    message = "Replicate's response is larger than the service reads."
     assert await failed(client) == (500, message, {"prediction_id": "p1"})
     assert replicate.read.call_count == 1
 
@@ -243,15 +270,20 @@ def test_the_video_is_found_in_the_output(output, video):
     assert made.video_url == video
     if video is None:
         with pytest.raises(
-            main.ProviderFailed, match="^The prediction succeeded, but Replicate tells no video"
+            main.ProviderFailed, match="^The prediction succeeded, but Replicate names no video"
         ) as failed:
-            main.video_of(made)
+            main.video_url_or_raise(made)
         assert (failed.value.provider, failed.value.retryable) == ("replicate", False)
 
 
 SECRET = SECRETS["REPLICATE_API_TOKEN"]
 REASONS: list[tuple[Any, ...]] = [
-    ("text", "failed", "It was flagged as sensitive. (E005)", "It was flagged as sensitive. (E005)"),
+    (
+        "text",
+        "failed",
+        "It was flagged as sensitive. (E005)",
+        "It was flagged as sensitive. (E005)",
+    ),
     ("null", "canceled", None, "no reason given"),
     ("object", "aborted", {"message": "Out of memory"}, "Out of memory"),
     ("long, of several lines", "failed", "a\nb\t c" + "x" * 301, "a b c" + "x" * 295),
@@ -280,11 +312,23 @@ async def test_a_prediction_that_succeeds_at_once_is_not_polled(replicate, statu
 
 LOST = cases(
     [
-        ("cut after sending", httpx.ReadError("reset"), "Replicate did not answer: ReadError reset."),
-        ("no answer in time", httpx.ReadTimeout("slow"), "Replicate did not answer: ReadTimeout slow."),
+        (
+            "cut after sending",
+            httpx.ReadError("reset"),
+            "Replicate did not answer: ReadError reset.",
+        ),
+        (
+            "no answer in time",
+            httpx.ReadTimeout("slow"),
+            "Replicate did not answer: ReadTimeout slow.",
+        ),
         ("a gateway's page", httpx.Response(502, html="<p>Bad</p>"), "Replicate answered 502: Bad"),
         ("408", httpx.Response(408), "Replicate answered 408: Request Timeout"),
-        ("no prediction", httpx.Response(201), "Replicate answered without a prediction; one may have been made."),
+        (
+            "no prediction",
+            httpx.Response(201),
+            "Replicate answered without a prediction; one may have been created.",
+        ),
     ]
 )
 
@@ -297,26 +341,37 @@ LOST = cases(
         {"status": "starting"},
         {"id": "p1"},
         {"id": 5, "status": "starting"},
-        *({"id": name, "status": "starting"} for name in ("", "../x", "p1?a=b", "%2e%2e%2fx", "p1\n", "a" * 101)),
+        *(
+            {"id": name, "status": "starting"}
+            for name in ("", "../x", "p1?a=b", "%2e%2e%2fx", "p1\n", "a" * 101)
+        ),
     ],
 )
 def test_a_prediction_needs_a_status_and_a_valid_id(payload):
     """Without an id that can stand in a path it can neither be polled nor cancelled."""
-    assert main.prediction_in(payload) is None
+    assert main.parse_prediction(payload) is None
 
 
 @pytest.mark.parametrize(("outcome", "message"), LOST)
-async def test_a_lost_create_is_searched_for_and_not_retried(monkeypatch, client, replicate, outcome, message):
+async def test_a_lost_create_is_searched_for_and_not_retried(
+    monkeypatch, client, replicate, outcome, message
+):
     """Several searches are made; the error names the call in doubt."""
     use_settings(monkeypatch, PATIENCE_SECONDS="8")
     replicate.create.mock(side_effect=[outcome])
     assert await failed(client) == (500, message, {})
-    assert (replicate.create.call_count, replicate.read.called, replicate.cancel.called) == (1, False, False)
+    assert (replicate.create.call_count, replicate.read.called, replicate.cancel.called) == (
+        1,
+        False,
+        False,
+    )
     assert replicate.list.call_count > 2
 
 
 @pytest.mark.parametrize(("outcome", "message"), LOST)
-async def test_a_prediction_whose_create_response_is_lost_is_found(monkeypatch, client, replicate, outcome, message):
+async def test_a_prediction_whose_create_response_is_lost_is_found(
+    monkeypatch, client, replicate, outcome, message
+):
     """The job continues with it as soon as Replicate lists it."""
     use_settings(monkeypatch, PATIENCE_SECONDS="40")
     replicate.create.mock(side_effect=[outcome])
@@ -330,7 +385,7 @@ async def test_a_prediction_whose_create_response_is_lost_is_found(monkeypatch, 
 
 OTHERS = [
     ("another input", {"input": {**INPUT, "prompt": "The dog talks"}}),
-    ("an input that is gone", {"input": {}}),
+    ("an input that has expired", {"input": {}}),
     ("another model", {"model": "some/model"}),
     ("no id", {"id": "../x"}),
     ("another job's of this process", {"id": "held"}),
@@ -352,10 +407,14 @@ async def test_the_list_is_read_page_by_page(client, replicate):
     replicate.create.mock(side_effect=httpx.ReadError("reset"))
     first = {"results": [prediction("starting", input={})] * 100, "next": f"{LIST_URL}?cursor=abc"}
     last = {"results": [prediction("starting")], "next": "https://elsewhere.example/v1/predictions"}
-    replicate.list.mock(side_effect=[httpx.Response(200, json=first), httpx.Response(200, json=last)])
+    replicate.list.mock(
+        side_effect=[httpx.Response(200, json=first), httpx.Response(200, json=last)]
+    )
     assert await post(client) == (200, {"video_url": VIDEO_URL})
     assert dict(replicate.list.calls.last.request.url.params) == {"cursor": "abc"}
-    replicate.list.mock(side_effect=lambda request: httpx.Response(200, json={**last, "results": []}))
+    replicate.list.mock(
+        side_effect=lambda request: httpx.Response(200, json={**last, "results": []})
+    )
     assert (await failed(client))[::2] == (500, {})
 
 
@@ -378,13 +437,12 @@ async def ended_while_waiting(replicate: Replicate) -> None:
     """Start a job and cancel it while its video is being made."""
     replicate.reads(prediction("processing"))
     job = main.Job("-")
-    heard, (scope, task) = job.listen(), cancellable(main.hailuo_video_from_prompt(JOB, job))
+    heard, (scope, task) = job.subscribe(), cancellable(main.hailuo_video_from_prompt(JOB, job))
     while (event := await asyncio.wait_for(heard.get(), 5)) is None or event.status != "processing":
         pass
     scope.cancel()
     assert await asyncio.wait_for(task, 5)
-    assert main._running is not None
-    assert main._running.polls == 0
+    assert main.app_state().active_polls == 0
 
 
 async def test_a_cancelled_job_cancels_its_prediction(replicate, caplog):
@@ -408,7 +466,11 @@ async def test_a_shutdown_is_answered_and_logged(client, replicate, caplog):
         await asyncio.sleep(0.001)
     asking.cancel()
     answer = (await asking).json()
-    assert (answer["category"], answer["retryable"], answer["partial"]) == ("internal", True, {"prediction_id": "p1"})
+    assert (answer["category"], answer["retryable"], answer["partial"]) == (
+        "internal",
+        True,
+        {"prediction_id": "p1"},
+    )
     assert answer["detail"] == "The service is restarting and could not finish the job; try again."
     assert re.fullmatch(r"job outcome=shutdown ms=\d+ prediction_id=p1", log_lines(caplog)[-1])
 
@@ -416,7 +478,11 @@ async def test_a_shutdown_is_answered_and_logged(client, replicate, caplog):
 CANCELS: list[tuple[Any, ...]] = [
     ("no answer", [httpx.ReadTimeout("slow")], "cancelled"),
     ("busy", [httpx.Response(503), httpx.Response(429)], "cancelled"),
-    ("refused", [httpx.Response(404, text="Gone.")], "not cancelled: Replicate answered 404: Gone."),
+    (
+        "refused",
+        [httpx.Response(404, text="Gone.")],
+        "not cancelled: Replicate answered 404: Gone.",
+    ),
     ("never reached", [httpx.ConnectError("refused")] * 99, "not cancelled: no answer in time"),
 ]
 
@@ -441,7 +507,9 @@ ON_ITS_WAY: list[tuple[Any, ...]] = [
 
 
 @pytest.mark.parametrize(("outcome", "cancels"), cases(ON_ITS_WAY))
-async def test_a_create_in_flight_is_awaited_and_its_prediction_cancelled(replicate, outcome, cancels):
+async def test_a_create_in_flight_is_awaited_and_its_prediction_cancelled(
+    replicate, outcome, cancels
+):
     """Only its response, or else the list, has the id to cancel."""
     replicate.lists([prediction("starting")])
     is_sent, may_answer = asyncio.Event(), asyncio.Event()
@@ -459,29 +527,40 @@ async def test_a_create_in_flight_is_awaited_and_its_prediction_cancelled(replic
     assert not task.done()
     may_answer.set()
     await asyncio.wait_for(task, 5)
-    assert (replicate.create.call_count, replicate.cancel.call_count, replicate.read.called) == (1, cancels, False)
+    assert (replicate.create.call_count, replicate.cancel.call_count, replicate.read.called) == (
+        1,
+        cancels,
+        False,
+    )
 
 
 @pytest.mark.parametrize("ticks", range(6))
 async def test_a_cancelled_stream_stops_the_job_and_loses_no_event(ticks):
     """In whichever tick of the event loop the request is cancelled."""
     job = main.Job("-")
-    task = asyncio.create_task(main.next_part(job, events := job.listen()))
+    task = asyncio.create_task(main.next_sse_chunk(job, events := job.subscribe()))
     for _ in range(4):
         await asyncio.sleep(0)
-    job.tell("started")
+    job.emit("started")
     for _ in range(ticks):
         await asyncio.sleep(0)
     is_heard = task.cancel()
-    parts = [await task, *([await main.next_part(job, events)] if is_heard else [])]
-    assert (job.scope.cancel_called, sum(b"started" in part for part in parts if part)) == (is_heard, 1)
+    parts = [await task, *([await main.next_sse_chunk(job, events)] if is_heard else [])]
+    assert (job.scope.cancel_called, sum(b"started" in part for part in parts if part)) == (
+        is_heard,
+        1,
+    )
 
 
-async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatch, client, tmp_path: Path):
+async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(
+    monkeypatch, client, tmp_path: Path
+):
     """A download that is cancelled ends cancelled, and its connection is idle or closed."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):  # whoever was cancelled has gone
+        with suppress(
+            ConnectionError, asyncio.IncompleteReadError
+        ):  # whoever was cancelled has gone
             while await reader.readuntil(b"\r\n\r\n"):
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
                 await asyncio.sleep(0)
@@ -490,7 +569,11 @@ async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatc
 
     use_settings(monkeypatch, ALLOW_PRIVATE_URLS="true")
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    url, is_ended, moments = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/video", False, 0
+    url, is_ended, moments = (
+        f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/video",
+        False,
+        0,
+    )
     while not is_ended:
         scope, task = cancellable(main.download(url, tmp_path / "video"))
         for _ in range(moments):
@@ -498,8 +581,7 @@ async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatc
         is_ended, moments = task.done(), moments + 1
         scope.cancel()
         assert await asyncio.wait_for(task, 5) != is_ended
-        assert main._running is not None
-        pool = main._running.http._transport.trusted._pool
+        pool = main.app_state().http._transport.trusted
         assert [kept for kept in pool.connections if not (kept.is_idle() or kept.is_closed())] == []
     server.close()  # its connections are kept by the client, and Python 3.12 would wait for them
     assert moments > 10

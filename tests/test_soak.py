@@ -22,8 +22,15 @@ from tests.support.application import running_application
 pytestmark = pytest.mark.anyio
 
 ROUNDS, WARM_UP_ROUNDS, AT_ONCE = 5, 2, 8
-QUICK = {**PACE, "POLL_MIN_SECONDS": "0.005", "RETRY_FIRST_SECONDS": "0.005", "PATIENCE_SECONDS": "0.6"}
-THREAD_POOL = min(32, (os.cpu_count() or 1) + 4)  # asyncio's own, which grows to its size as it is used
+QUICK = {
+    **PACE,
+    "POLL_MIN_SECONDS": "0.005",
+    "RETRY_FIRST_SECONDS": "0.005",
+    "PATIENCE_SECONDS": "0.6",
+}
+THREAD_POOL = min(
+    32, (os.cpu_count() or 1) + 4
+)  # asyncio's own, which grows to its size as it is used
 GROWTH_KB = 4_000  # a job that kept 14 kB for good would show
 
 
@@ -61,7 +68,18 @@ def requests_of_a_round(sandbox: Sandbox) -> list[dict[str, Any]]:
     left = {**silent, "timeout": 0.01}
     other = {**silent, "json": requests.prompt_job(sandbox, model="kwaivgi/kling-v2.1")}
     look = {"url": "/debug/head", "json": {"url": sandbox.image_url}}
-    return [talking, silent, streamed, left, silent, bad, look, other, bad, {**talking, "timeout": 0.03}] * 10
+    return [
+        talking,
+        silent,
+        streamed,
+        left,
+        silent,
+        bad,
+        look,
+        other,
+        bad,
+        {**talking, "timeout": 0.03},
+    ] * 10
 
 
 async def run_round(client: httpx.AsyncClient, sandbox: Sandbox) -> Counter[str]:
@@ -88,7 +106,10 @@ async def run_round(client: httpx.AsyncClient, sandbox: Sandbox) -> Counter[str]
 def held_by(pid: int) -> dict[str, int]:
     """What a process holds now; its memory in kB."""
     files, sockets = len(processes.open_files(pid)), processes.socket_count(pid)
-    process = {"threads": processes.status_number(pid, "Threads"), "memory": processes.status_number(pid, "VmRSS")}
+    process = {
+        "threads": processes.status_number(pid, "Threads"),
+        "memory": processes.status_number(pid, "VmRSS"),
+    }
     return {"files": files - sockets, "sockets": sockets, **process}
 
 
@@ -109,7 +130,9 @@ async def test_hundreds_of_jobs_leave_nothing_behind(instant: Sandbox, tmp_path:
         assert "Traceback" not in service.log
         assert "never retrieved" not in service.log
     assert outcomes.total() == 100 * ROUNDS
-    assert min(outcomes[outcome] for outcome in ("200", "400", "500", "left")) >= 5 * ROUNDS, outcomes
+    assert min(outcomes[outcome] for outcome in ("200", "400", "500", "left")) >= 5 * ROUNDS, (
+        outcomes
+    )
     assert after["files"] == before["files"]
     assert after["sockets"] <= 3 * AT_ONCE, "what its pool keeps open for the next jobs"
     assert after["threads"] <= 5 + THREAD_POOL
@@ -124,4 +147,6 @@ async def test_jobs_leave_no_task_behind(instant: Sandbox, monkeypatch: pytest.M
     before = len(asyncio.all_tasks())
     async with running_application() as client:
         await run_round(client, instant)
-        assert await processes.wait_until(lambda: len(asyncio.all_tasks()) == before, 1), asyncio.all_tasks()
+        assert await processes.wait_until(lambda: len(asyncio.all_tasks()) == before, 1), (
+            asyncio.all_tasks()
+        )

@@ -49,7 +49,9 @@ class Paced(NamedTuple):
     def share_missing(self) -> float:
         """The share of the job's time that no stage accounts for."""
         return abs(
-            1 - sum(stage["seconds"] for stage in stages(self.events) if stage["state"] == "done") / self.seconds
+            1
+            - sum(stage["seconds"] for stage in stages(self.events) if stage["state"] == "done")
+            / self.seconds
         )
 
 
@@ -98,17 +100,27 @@ def names(events: list[Event]) -> list[str]:
     [
         pytest.param("/jobs_prompt_tts", {}, STAGES, id="a talking video"),
         pytest.param("/jobs_prompt_only", {}, ("video",), id="a silent video"),
-        pytest.param("/jobs_prompt_tts", SPEAKING, (*STAGES[:4], STAGES[5]), id="a model that speaks"),
+        pytest.param(
+            "/jobs_prompt_tts", SPEAKING, (*STAGES[:4], STAGES[5]), id="a model that speaks"
+        ),
     ],
 )
 async def test_stage_events_come_in_order_before_the_result(
-    client: httpx.AsyncClient, sandbox: Sandbox, path: str, changes: dict[str, Any], expected_stages: tuple[str, ...]
+    client: httpx.AsyncClient,
+    sandbox: Sandbox,
+    path: str,
+    changes: dict[str, Any],
+    expected_stages: tuple[str, ...],
 ) -> None:
     """Each stage starts and is done before the next; the video has progress; the fields are known ones."""
     events = await stream_events(client, path, speech_job(sandbox, **changes))
     changed = list(dict.fromkeys((one["stage"], one["state"]) for one in stages(events)))
     states = {"video": ("started", "progress", "done")}
-    assert changed == [(stage, state) for stage in expected_stages for state in states.get(stage, ("started", "done"))]
+    assert changed == [
+        (stage, state)
+        for stage in expected_stages
+        for state in states.get(stage, ("started", "done"))
+    ]
     assert names(events)[-1] == "result"
     for one in stages(events):
         more = {"status", "percent"} if one["state"] == "progress" else set()
@@ -119,13 +131,19 @@ async def test_stage_events_come_in_order_before_the_result(
 def test_the_videos_status_and_percent_are_passed_on(paced: Paced) -> None:
     """The progress events have Replicate's status and percentage."""
     progress = [one for one in stages(paced.events) if one["state"] == "progress"]
-    assert list(dict.fromkeys(one["status"] for one in progress)) == ["starting", "processing", "succeeded"]
+    assert list(dict.fromkeys(one["status"] for one in progress)) == [
+        "starting",
+        "processing",
+        "succeeded",
+    ]
     percents = [one["percent"] for one in progress if "percent" in one]
     assert (percents, percents[-1], len(set(percents)) > 3) == (sorted(percents), 100, True)
 
 
 @pytest.mark.parametrize("path", ["/jobs_prompt_only", "/jobs_prompt_tts"])
-async def test_the_result_is_the_json_answer(client: httpx.AsyncClient, sandbox: Sandbox, path: str) -> None:
+async def test_the_result_is_the_json_answer(
+    client: httpx.AsyncClient, sandbox: Sandbox, path: str
+) -> None:
     """Both forms are equal byte for byte, except for the addresses of the two jobs' own files."""
     answer = await client.post(path, json=speech_job(sandbox))
     result = (await stream_events(client, path, speech_job(sandbox)))[-1].text
@@ -136,10 +154,18 @@ async def test_the_result_is_the_json_answer(client: httpx.AsyncClient, sandbox:
 async def test_the_headers_of_an_event_stream(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
     """No cache and no proxy buffers it, and a page of another origin can read it."""
     headers = {**EVENT_STREAM, "Origin": "https://app.example.com", "X-Request-ID": "a-stream"}
-    stream_headers = (await client.post("/jobs_prompt_only", json=prompt_job(sandbox), headers=headers)).headers
+    stream_headers = (
+        await client.post("/jobs_prompt_only", json=prompt_job(sandbox), headers=headers)
+    ).headers
     assert stream_headers["content-type"].startswith("text/event-stream")
-    assert (stream_headers["cache-control"], stream_headers["x-accel-buffering"]) == ("no-cache", "no")
-    assert (stream_headers["access-control-allow-origin"], stream_headers["x-request-id"]) == ("*", "a-stream")
+    assert (stream_headers["cache-control"], stream_headers["x-accel-buffering"]) == (
+        "no-cache",
+        "no",
+    )
+    assert (stream_headers["access-control-allow-origin"], stream_headers["x-request-id"]) == (
+        "*",
+        "a-stream",
+    )
     assert {"content-length", "idempotency-replayed"}.isdisjoint(stream_headers)
 
 
@@ -152,7 +178,9 @@ async def test_the_headers_of_an_event_stream(client: httpx.AsyncClient, sandbox
         pytest.param("text/event-stream, application/json;q=0.5", True, id="rather events"),
         pytest.param("text/event-stream;q=0.5, application/json", False, id="rather JSON"),
         pytest.param("text/event-stream;q=0.4, */*;q=0.8", False, id="rather anything else"),
-        pytest.param("text/event-stream, application/json;q=0.1, */*", True, id="the nearest name counts"),
+        pytest.param(
+            "text/event-stream, application/json;q=0.1, */*", True, id="the nearest name counts"
+        ),
         pytest.param("text/event-stream;q=0", False, id="no events"),
         pytest.param("*/*", False, id="anything"),
         pytest.param("", False, id="nothing"),
@@ -163,7 +191,9 @@ async def test_accept_decides_between_events_and_json(
 ) -> None:
     """Events if the Accept header prefers them, JSON otherwise."""
     sandbox.reads_to_finish = 1
-    response = await client.post("/jobs_prompt_only", json=prompt_job(sandbox), headers={"accept": accept})
+    response = await client.post(
+        "/jobs_prompt_only", json=prompt_job(sandbox), headers={"accept": accept}
+    )
     assert response.headers["content-type"].startswith("text/event-stream") == is_stream
 
 
@@ -179,7 +209,9 @@ def test_events_come_as_they_happen(paced: Paced) -> None:
     assert came["video", "done"] - paced.created_at == pytest.approx(VIDEO_S, abs=0.4)
     assert came["download", "started"] == pytest.approx(paced.fetched_at, abs=0.25)
     videos = [event.at for event in events if event.data["stage"] == "video"]
-    assert max(later - sooner for sooner, later in zip(videos, videos[1:], strict=False)) < VIDEO_S / 2
+    assert (
+        max(later - sooner for sooner, later in zip(videos, videos[1:], strict=False)) < VIDEO_S / 2
+    )
 
 
 def test_the_seconds_of_the_stages(paced: Paced) -> None:
@@ -189,11 +221,15 @@ def test_the_seconds_of_the_stages(paced: Paced) -> None:
         if event.name == "stage":
             since = event.at - started.setdefault(event.data["stage"], event.at)
             assert event.data["seconds"] == pytest.approx(since, abs=0.2)
-    assert {stage["seconds"] for stage in stages(paced.events) if stage["state"] == "started"} == {0}
+    assert {stage["seconds"] for stage in stages(paced.events) if stage["state"] == "started"} == {
+        0
+    }
     assert paced.share_missing() <= 0.05
 
 
-async def test_comments_come_while_nothing_happens(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
+async def test_comments_come_while_nothing_happens(
+    client: httpx.AsyncClient, sandbox: Sandbox
+) -> None:
     """A silent stage has a comment for each pause of KEEPALIVE_SECONDS, here 0.2 s."""
     sandbox.fault("speech", "slow", seconds=0.6)
     events = await stream_events(client, "/jobs_prompt_tts", speech_job(sandbox))
@@ -208,8 +244,12 @@ async def test_comments_come_while_nothing_happens(client: httpx.AsyncClient, sa
 @pytest.mark.parametrize(
     ("spoil", "status", "done"),
     [
-        pytest.param(methodcaller("fault", "speech", "status", times=2, status=401), 500, 0, id="no speech"),
-        pytest.param(methodcaller("outcome", "failed", "No face.", times=2), 400, 2, id="the video fails"),
+        pytest.param(
+            methodcaller("fault", "speech", "status", times=2, status=401), 500, 0, id="no speech"
+        ),
+        pytest.param(
+            methodcaller("outcome", "failed", "No face.", times=2), 400, 2, id="the video fails"
+        ),
         pytest.param(methodcaller("video", "noise"), 500, 3, id="the video is no video"),
     ],
 )
@@ -230,9 +270,16 @@ async def test_an_error_event_ends_the_stream(
     assert error == body
 
 
-async def test_an_invalid_request_is_answered_in_json(client: httpx.AsyncClient, sandbox: Sandbox) -> None:
+async def test_an_invalid_request_is_answered_in_json(
+    client: httpx.AsyncClient, sandbox: Sandbox
+) -> None:
     """An input error has its own status, even if events were requested."""
-    for path, changes in (("/jobs_prompt_tts", {"text": ""}), ("/jobs_prompt_only", {"model": "nobody/nothing"})):
-        response = await client.post(path, json=speech_job(sandbox, **changes), headers=EVENT_STREAM)
+    for path, changes in (
+        ("/jobs_prompt_tts", {"text": ""}),
+        ("/jobs_prompt_only", {"model": "nobody/nothing"}),
+    ):
+        response = await client.post(
+            path, json=speech_job(sandbox, **changes), headers=EVENT_STREAM
+        )
         assert (response.status_code, response.headers["content-type"]) == (400, "application/json")
         assert "status" not in response.json()

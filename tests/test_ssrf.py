@@ -14,7 +14,17 @@ import pytest
 import main
 from tests.support import network
 from tests.support.application import SECRETS, in_lifespan, log_lines, use_settings
-from tests.support.network import PATH, PUBLIC, URL, Answers, Internet, Server, debug_head, redirect, reply
+from tests.support.network import (
+    PATH,
+    PUBLIC,
+    URL,
+    Answers,
+    Internet,
+    Server,
+    debug_head,
+    redirect,
+    reply,
+)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
@@ -59,19 +69,35 @@ def refused(client: httpx.AsyncClient, internet: Internet, tmp_path: Path) -> Re
         pytest.param("169.254.0.0/16 fe80::/10 fec0::/10", id="link-local and site-local"),
         pytest.param("169.254.169.254 100.100.100.200 fd00:ec2::254", id="a cloud's metadata"),
         pytest.param("100.64.0.0/10", id="carrier-grade NAT"),
-        pytest.param("192.0.0.0/24 192.0.0.9 2001::/23 2001:1::1 2001:10::1 2001:20::1", id="protocol assignments"),
+        pytest.param(
+            "192.0.0.0/24 192.0.0.9 2001::/23 2001:1::1 2001:10::1 2001:20::1",
+            id="protocol assignments",
+        ),
         pytest.param("2001:0:4136:e378:8000:63bf:3fff:fdd2", id="Teredo"),
         pytest.param("2002::/16 2002:7f00:1::1 2002:808:808::1 192.88.99.0/24", id="6to4"),
-        pytest.param("192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32 3fff::/20", id="documentation"),
+        pytest.param(
+            "192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32 3fff::/20",
+            id="documentation",
+        ),
         pytest.param("224.0.0.0/4 239.255.255.250 ff00::/8 ff02::1 ff0e::1", id="multicast"),
-        pytest.param("198.18.0.0/15 240.0.0.0/4 100::/64 5f00::/16", id="benchmark, reserved, discarded, routing"),
-        pytest.param("::/96 ::8.8.8.8 ::ffff:0:0/96 ::ffff:8.8.8.8 ::ffff:0:127.0.0.1", id="IPv4 written as IPv6"),
+        pytest.param(
+            "198.18.0.0/15 240.0.0.0/4 100::/64 5f00::/16",
+            id="benchmark, reserved, discarded, routing",
+        ),
+        pytest.param(
+            "::/96 ::8.8.8.8 ::ffff:0:0/96 ::ffff:8.8.8.8 ::ffff:0:127.0.0.1",
+            id="IPv4 written as IPv6",
+        ),
         pytest.param("64:ff9b::/96 64:ff9b::8.8.8.8 64:ff9b:1::/48", id="NAT64"),
     ],
 )
 def test_private_networks_are_not_public(networks: str) -> None:
     """Both ends of each network are rejected, by every version of Python alike."""
-    ends = [str(network[end]) for network in map(ipaddress.ip_network, networks.split()) for end in (0, -1)]
+    ends = [
+        str(network[end])
+        for network in map(ipaddress.ip_network, networks.split())
+        for end in (0, -1)
+    ]
     assert [address for address in ends if main.is_public(address)] == []
 
 
@@ -98,7 +124,8 @@ REFUSED_HOSTS = {
 
 
 @pytest.mark.parametrize(
-    ("host", "reason"), [(host, reason) for reason, hosts in REFUSED_HOSTS.items() for host in hosts.split()]
+    ("host", "reason"),
+    [(host, reason) for reason, hosts in REFUSED_HOSTS.items() for host in hosts.split()],
 )
 async def test_a_url_to_a_private_address_is_rejected(
     host: str, reason: str, refused: Refused, pets: Server, internet: Internet
@@ -125,11 +152,13 @@ async def test_a_url_to_a_private_address_is_rejected(
         "http://pets.example\x00/",
     ],
 )
-async def test_an_invalid_url_is_rejected(url: str, refused: Refused, pets: Server, internet: Internet) -> None:
+async def test_an_invalid_url_is_rejected(
+    url: str, refused: Refused, pets: Server, internet: Internet
+) -> None:
     """What is not an absolute http(s) URL is invalid input, and no connection is made."""
     looked_at, downloaded = await refused(url)
     assert looked_at.startswith("url: ")
-    assert downloaded == "The address of a file to download makes no sense."
+    assert downloaded == "The URL of a file to download is invalid."
     assert internet.connected == []
 
 
@@ -142,7 +171,10 @@ NONSENSE = ("http://[::1", "http://xn--a/", "http://\xe4\xb8\x80\xff/")
     [
         pytest.param("http://silent.example/", "ConnectError ", id="nobody listens"),
         *((f"http://{host}/", f"ConnectError {host} has no address") for host in NOWHERE),
-        *(pytest.param(f"http://pets.example/{number}", "", id=to) for number, to in enumerate(NONSENSE)),
+        *(
+            pytest.param(f"http://pets.example/{number}", "", id=to)
+            for number, to in enumerate(NONSENSE)
+        ),
     ],
 )
 async def test_an_unreachable_url_is_a_failed_resource(
@@ -173,7 +205,9 @@ async def test_an_unreachable_url_is_a_failed_resource(
         "1.2.3.4.example",
     ],
 )
-async def test_public_urls_are_fetched(host: str, client: httpx.AsyncClient, pets: Server, internet: Internet) -> None:
+async def test_public_urls_are_fetched(
+    host: str, client: httpx.AsyncClient, pets: Server, internet: Internet
+) -> None:
     """The guard lets public addresses pass."""
     for name in ("my_pets.example", "xn--bcher-kva.example", "4pets.example", "1.2.3.4.example"):
         internet.add(name, pets)
@@ -206,7 +240,9 @@ async def test_a_name_with_one_private_address_is_rejected(
     assert internet.connected == []
 
 
-async def test_a_name_is_looked_up_once_and_that_address_used(pets: Server, internet: Internet, tmp_path: Path) -> None:
+async def test_a_name_is_looked_up_once_and_that_address_used(
+    pets: Server, internet: Internet, tmp_path: Path
+) -> None:
     """DNS rebinding has no effect: there is no second look-up between check and use."""
     internet.names["pets.example"] = [[PUBLIC], ["127.0.0.1"]]
     await main.download(URL, tmp_path / "video.mp4")
@@ -254,7 +290,11 @@ async def test_tls_uses_the_name(client: httpx.AsyncClient, internet: Internet) 
 
 
 async def test_a_name_look_up_counts_as_connecting(
-    serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    serve: Serve,
+    internet: Internet,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It takes no longer than the connect timeout, and fails as a connection that was not made."""
     internet.add("pets.example", serve({PATH: reply(200, b"video")}))
@@ -279,7 +319,10 @@ async def test_a_name_look_up_counts_as_connecting(
 @pytest.mark.parametrize(
     ("hop", "reason"),
     [
-        *((redirect("http://127.0.0.1/", status), NOT_PUBLIC) for status in (301, 302, 303, 307, 308)),
+        *(
+            (redirect("http://127.0.0.1/", status), NOT_PUBLIC)
+            for status in (301, 302, 303, 307, 308)
+        ),
         (redirect("http://169.254.169.254/latest/meta-data/"), NOT_PUBLIC),
         (redirect("http://[::ffff:7f00:1]/"), NOT_PUBLIC),
         (redirect("//127.0.0.1/"), NOT_PUBLIC),
@@ -303,7 +346,9 @@ async def test_a_redirect_to_a_private_address_is_rejected(
     assert internet.connected == [PUBLIC, PUBLIC]
 
 
-async def test_each_redirect_is_looked_up_again(client: httpx.AsyncClient, pets: Server, internet: Internet) -> None:
+async def test_each_redirect_is_looked_up_again(
+    client: httpx.AsyncClient, pets: Server, internet: Internet
+) -> None:
     """A name that was public before may be private now."""
     internet.names["pets.example"] = [[PUBLIC], [PUBLIC], ["127.0.0.1"]]
     pets.answers |= {PATH: [redirect("/2")], "/2": [redirect("/3")]}
@@ -312,7 +357,9 @@ async def test_each_redirect_is_looked_up_again(client: httpx.AsyncClient, pets:
     assert internet.internal_server.was_never_contacted()
 
 
-async def test_five_redirects_are_followed(client: httpx.AsyncClient, pets: Server, tmp_path: Path) -> None:
+async def test_five_redirects_are_followed(
+    client: httpx.AsyncClient, pets: Server, tmp_path: Path
+) -> None:
     """The fifth still leads to the file, for /debug/head and for a download."""
     pets.answers |= {f"/{n}": [redirect(f"/{n + 1}" if n < 4 else PATH)] for n in range(5)}
     assert (await debug_head(client, "http://pets.example/0")).json()["bytes"] == 5
@@ -358,10 +405,14 @@ async def test_the_owners_storage_is_trusted(
     """A storage at a private address works, however its URL is written."""
     path = httpx.URL(storage).path.rstrip("/") + "/storage/v1/object"
     stored, speech = reply(200, b'{"Key": "cats-2.x/a.mp3"}'), reply(200, b"ok")
-    server = serve({f"POST {path}/cats-2.x/a.mp3": stored, f"GET {path}/public/cats-2.x/a.mp3": speech})
+    server = serve(
+        {f"POST {path}/cats-2.x/a.mp3": stored, f"GET {path}/public/cats-2.x/a.mp3": speech}
+    )
     internet.addresses |= {"10.1.2.3": server.port, "storage.internal": server.port}
     use_settings(monkeypatch, SUPABASE_URL=storage, SUPABASE_BUCKET="cats-2.x")
-    await main.download(await main.supabase_upload("a.mp3", b"speech", "audio/mpeg"), tmp_path / "speech")
+    await main.download(
+        await main.supabase_upload("a.mp3", b"speech", "audio/mpeg"), tmp_path / "speech"
+    )
     assert (tmp_path / "speech").read_bytes() == b"ok"
     assert internet.internal_server.was_never_contacted()
 
@@ -373,7 +424,10 @@ async def test_the_owners_storage_is_trusted(
         *"http://10.1.2.3:9000/storage/v1/objects/x http://10.1.2.3:9000/storage/v1/object/../../../admin".split(),
         "http://10.1.2.3:9000/storage/v1/object/%2e%2e/%2E./.%2e/admin",
         *(f"http://10.1.2.3:9000/storage/v1/object/..%{slash}admin" for slash in ("2f", "5c")),
-        *(f"http://{host}/storage/v1/object/x" for host in ("10.1.2.3:9001", "10.1.2.3", "10.1.2.30:9000")),
+        *(
+            f"http://{host}/storage/v1/object/x"
+            for host in ("10.1.2.3:9001", "10.1.2.3", "10.1.2.30:9000")
+        ),
         *(f"http://{host}/storage/v1/object/x" for host in ("10.1.2.4:9000", "user@10.1.2.3:9000")),
         "http://10.1.2.3:9000@pets.example/storage/v1/object/x",
         "https://10.1.2.3:9000/storage/v1/object/x",
@@ -391,8 +445,12 @@ async def test_only_objects_of_the_owners_storage_are_trusted(
 # Keys go to their providers only
 
 JOB = main.JobPromptOnly(image_url="https://pets.example/pet.jpg", prompt="Talk")
-CALLS: dict[str, Callable[[], Awaitable[Any]]] = {  # each call with a key, by the path that it goes to
-    "/v1/text-to-speech/voice?output_format=mp3_44100_64": lambda: main.elevenlabs_tts_bytes("Hello", "voice"),
+CALLS: dict[
+    str, Callable[[], Awaitable[Any]]
+] = {  # each call with a key, by the path that it goes to
+    "/v1/text-to-speech/voice?output_format=mp3_44100_64": lambda: main.elevenlabs_tts_bytes(
+        "Hello", "voice"
+    ),
     "/v1/models/minimax/hailuo-02/predictions": lambda: main.hailuo_video_from_prompt(JOB),
     "/v1/models/owner/name": lambda: main.find_model("owner/name"),
     "/storage/v1/object/pets/a": lambda: main.supabase_upload("a", b"speech", "audio/mpeg"),
@@ -402,12 +460,18 @@ CALLS: dict[str, Callable[[], Awaitable[Any]]] = {  # each call with a key, by t
 
 @pytest.mark.parametrize("path", CALLS)
 async def test_no_key_follows_a_redirect(
-    path: str, serve: Serve, client: httpx.AsyncClient, internet: Internet, monkeypatch: pytest.MonkeyPatch
+    path: str,
+    serve: Serve,
+    client: httpx.AsyncClient,
+    internet: Internet,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The owner's base URLs are trusted, but where they redirect to gets no key."""
     thief = serve({})
     internet.add("thief.example", thief)
-    provider = serve({f"/api{path}": redirect("http://thief.example/", 307)})  # method, headers and body would go along
+    provider = serve(
+        {f"/api{path}": redirect("http://thief.example/", 307)}
+    )  # method, headers and body would go along
     bases = {"ELEVEN_BASE_URL": f"{provider.url}/api/", "REPLICATE_BASE_URL": f"{provider.url}/api"}
     use_settings(monkeypatch, **bases, SUPABASE_URL=f"{provider.url}/api")
     with pytest.raises((main.ProviderFailed, main.ResourceFailed), match="answered 307: "):
@@ -440,7 +504,8 @@ async def test_no_cookie_is_kept(client: httpx.AsyncClient, pets: Server) -> Non
 
 
 @pytest.mark.parametrize(
-    ("is_ours", "kind"), [(True, "usual"), (True, main.FRESH), (False, "usual"), (False, main.ASKED_FOR)]
+    ("is_ours", "kind"),
+    [(True, "usual"), (True, main.NEW_CONNECTION), (False, "usual"), (False, main.USER_SUPPLIED)],
 )
 async def test_the_end_of_the_lifespan_closes_every_connection(
     is_ours: bool, kind: str, serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch
@@ -458,8 +523,9 @@ async def test_the_end_of_the_lifespan_closes_every_connection(
     use_settings(monkeypatch, REPLICATE_BASE_URL=server.url)
     url = f"{server.url if is_ours else 'http://pets.example'}/v1/video"
     async with main.lifespan(main.app):
-        assert main._running is not None
-        http = main._running.http
-        answer = await http.send(http.build_request("GET", url, extensions={kind: True}), stream=True)
+        http = main.app_state().http
+        answer = await http.send(
+            http.build_request("GET", url, extensions={kind: True}), stream=True
+        )
     assert await asyncio.to_thread(left.wait, 2)
     await answer.aclose()

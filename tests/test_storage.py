@@ -9,7 +9,14 @@ import pytest
 import respx
 
 import main
-from tests.support.application import SECRETS, SUPABASE_URL, cases, error_from, error_kind, use_settings
+from tests.support.application import (
+    SECRETS,
+    SUPABASE_URL,
+    cases,
+    error_from,
+    error_kind,
+    use_settings,
+)
 
 PATH = "audio/0b1f3a52-8d6e-4c6f-9a53-2f4f3c1f7a10.mp3"
 UPLOAD_URL = f"{SUPABASE_URL}/storage/v1/object/pets/{PATH}"
@@ -68,7 +75,7 @@ async def test_a_video_is_read_piece_by_piece(tmp_path):
     """It is never held in memory as a whole."""
     video = tmp_path / "video.mp4"
     video.write_bytes(b"0123456789" * 350_000)
-    pieces = [piece async for piece in main.FileBody(video)]
+    pieces = [piece async for piece in main.FileStream(video)]
     assert b"".join(pieces) == video.read_bytes()
     assert max(map(len, pieces)) <= 1_000_000
 
@@ -101,7 +108,12 @@ async def test_every_error_of_the_storage(supabase, status, meant):
     body = {"statusCode": meant, "error": "any", "message": "Because.", "code": "Any"}
     supabase.respond(status, json=body, headers={"Location": "https://elsewhere.example/"})
     error = await error_from(upload())
-    assert (*error_kind(error), error.retryable) == (500, "resource", "supabase", meant == "409" or status == 301)
+    assert (*error_kind(error), error.retryable) == (
+        500,
+        "resource",
+        "supabase",
+        meant == "409" or status == 301,
+    )
     assert error.detail == f"Supabase Storage answered {status}: Because."
     assert supabase.call_count == 1
 

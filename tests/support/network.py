@@ -30,7 +30,9 @@ Answers = Mapping[str, Answer | Sequence[Answer]]
 def reply(status: int = 200, body: bytes = b"", **headers: str | None) -> bytes:
     """A whole HTTP answer; `content_type="text/html"` becomes Content-Type, None leaves a header out."""
     fields = {"content_length": str(len(body)), "connection": "close"} | headers
-    lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items() if value is not None]
+    lines = [
+        f"{name.replace('_', '-')}: {value}" for name, value in fields.items() if value is not None
+    ]
     return "\r\n".join([f"HTTP/1.1 {status} Any", *lines, "", ""]).encode("latin-1") + body
 
 
@@ -120,8 +122,13 @@ class Internet:
     def __init__(self, internal_server: Server) -> None:
         self.internal_server = internal_server
         # What each look-up in turn finds; the last one stays. Some systems know these two, all should.
-        self.names: dict[str, list[list[str]]] = {"localhost.": [["127.0.0.1"]], "127.0.0.1.": [["127.0.0.1"]]}
-        self.addresses: dict[str, int | None] = {}  # the local port behind an address; None: nobody listens
+        self.names: dict[str, list[list[str]]] = {
+            "localhost.": [["127.0.0.1"]],
+            "127.0.0.1.": [["127.0.0.1"]],
+        }
+        self.addresses: dict[
+            str, int | None
+        ] = {}  # the local port behind an address; None: nobody listens
         self.looked_up: list[str] = []
         self.connected: list[str] = []
         self._real_getaddrinfo = socket.getaddrinfo
@@ -140,7 +147,11 @@ class Internet:
         self.looked_up.append(name)
         if answers := self.names.get(name):
             found = answers.pop(0) if len(answers) > 1 else answers[0]
-            return [entry for ip in found for entry in self._real_getaddrinfo(ip, port, type=socket.SOCK_STREAM)]
+            return [
+                entry
+                for ip in found
+                for entry in self._real_getaddrinfo(ip, port, type=socket.SOCK_STREAM)
+            ]
         if name != "localhost":
             flags |= socket.AI_NUMERICHOST
         return self._real_getaddrinfo(host, port, family, type, proto, flags)
@@ -192,7 +203,9 @@ async def client(anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-def pets(serve: Callable[[Answers], Server], internet: Internet, client: httpx.AsyncClient) -> Server:
+def pets(
+    serve: Callable[[Answers], Server], internet: Internet, client: httpx.AsyncClient
+) -> Server:
     """A server with a video, reached under a public name and address; the application runs."""
     server = serve({PATH: reply(200, b"video", content_type="video/mp4")})
     internet.add("pets.example", server)

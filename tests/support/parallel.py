@@ -44,7 +44,10 @@ class Lanes:
         if count < 2 or session.testsfailed:
             return None
         with tempfile.TemporaryDirectory(prefix="test-lanes-") as claims, ExitStack() as stack:
-            others = [OtherLane(self.config, Path(claims, f"lane-{number}")) for number in range(2, count + 1)]
+            others = [
+                OtherLane(self.config, Path(claims, f"lane-{number}"))
+                for number in range(2, count + 1)
+            ]
             for lane in others:
                 stack.callback(lane.end)
             run_claimed(session, Path(claims))
@@ -75,10 +78,18 @@ class OtherLane:
         self.config, self.folder = config, folder
         folder.mkdir()
         # A folder of its own: two lanes must not clean up the same one at the same time.
-        command = [sys.executable, "-m", "pytest", *config.invocation_params.args, f"--basetemp={folder / 'files'}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *config.invocation_params.args,
+            f"--basetemp={folder / 'files'}",
+        ]
         environment, where = {**os.environ, LANE: str(folder)}, config.invocation_params.dir
         with (folder / "output").open("wb") as output:
-            self.process = subprocess.Popen(command, cwd=where, env=environment, stdout=output, stderr=output)
+            self.process = subprocess.Popen(
+                command, cwd=where, env=environment, stdout=output, stderr=output
+            )
 
     def end(self) -> None:
         """End the process, which has ended by itself unless the first lane was interrupted."""

@@ -10,7 +10,9 @@ from typing import Any
 import anyio
 import pytest
 
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at the process through Linux's /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="looks at the process through Linux's /proc"
+)
 
 
 def files_in(folder: Path) -> list[str]:

@@ -103,10 +103,19 @@ class JobOutcome(NamedTuple):
 
 async def send_job(url: str, path: str, body: dict[str, Any], headers: Any) -> JobOutcome:
     """Send a job to a service and return its outcome, in either form."""
-    async with service_client(url) as client, client.stream("POST", path, json=body, headers=headers) as response:
+    async with (
+        service_client(url) as client,
+        client.stream("POST", path, json=body, headers=headers) as response,
+    ):
         is_replayed = response.headers.get("idempotency-replayed") == "true"
         if response.headers["content-type"] == "application/json":
-            return JobOutcome(response.status_code, (await response.aread()).decode(), [], is_replayed)
+            return JobOutcome(
+                response.status_code, (await response.aread()).decode(), [], is_replayed
+            )
         *stages, last = [event async for event in read_events(response) if event.name != "comment"]
-    changed = [(one.data["stage"], one.data["state"]) for one in stages if one.data["state"] != "progress"]
-    return JobOutcome(last.data["status"] if last.name == "error" else 200, last.text, changed, is_replayed)
+    changed = [
+        (one.data["stage"], one.data["state"]) for one in stages if one.data["state"] != "progress"
+    ]
+    return JobOutcome(
+        last.data["status"] if last.name == "error" else 200, last.text, changed, is_replayed
+    )
