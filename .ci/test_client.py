@@ -17,10 +17,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from tests.jobs import short_video, speech_job
 
 from tests.conftest import StartService
 from tests.sandbox import Sandbox, Service
+from tests.support.requests import short_video, speech_job
 
 CLIENT = Path(__file__).parent.parent / "tests" / "sandbox" / "client.js"
 NODE_S = 60.0
