@@ -3209,7 +3209,10 @@ async def follow_log(job: Job) -> JobEntry | None:
         if position.number == 0:
             position = await read_legacy_record(log)
         elif position.number != log.number or log.entry is None:
-            log.entry = await read_entry(f"{log.folder}/{position.number:04}.json")
+            path = f"{log.folder}/{position.number:04}.json"
+            log.entry = await read_entry(path)
+            if log.entry is None:  # listed but missing does not mean that nothing was paid for
+                raise ResourceFailed(f"The file {path} in the bucket is missing.", "supabase")
             log.number = position.number
             seen_at = time.monotonic()
         if log.entry is None:
