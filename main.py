@@ -3134,27 +3134,33 @@ async def write_entry(
     job: Job, retry: RetryPolicy = UPLOAD_RETRY, *, given_up: bool = False, **contents: Any
 ) -> None:
     """Write the next entry of a job with a key. Raises ClaimLost if another has, ResourceFailed."""
-    log = job.log
-    assert log is not None
-    async with log.lock:
-        while not log.is_lost:
-            entry = JobEntry(
-                entry_id=uuid.uuid4().hex,
-                owner="" if given_up else log.owner,
-                request_digest=log.request_digest,
-                partial=job.partial,
-                **contents,
-            )
-            started_at = time.monotonic()
-            existing = await write_once(f"{log.folder}/{log.number + 1:04}.json", entry, retry)
-            log.number += 1
-            log.entry = existing
-            if existing.entry_id == entry.entry_id:
-                log.written_at = started_at
-                return
-            # Not lost if it is our own: an earlier write whose answer did not arrive.
-            log.is_lost = existing.owner != log.owner
-        raise ClaimLost
+    assert job.log is not None
+    async with job.log.lock:
+        await write_next_entry(job, job.log, retry, given_up, **contents)
+
+
+async def write_next_entry(
+    job: Job, log: JobLog, retry: RetryPolicy, given_up: bool = False, **contents: Any
+) -> None:
+    """Do what write_entry does; the caller holds the log's lock."""
+    while not log.is_lost:
+        entry = JobEntry(
+            entry_id=uuid.uuid4().hex,
+            owner="" if given_up else log.owner,
+            request_digest=log.request_digest,
+            partial=job.partial,
+            **contents,
+        )
+        started_at = time.monotonic()
+        existing = await write_once(f"{log.folder}/{log.number + 1:04}.json", entry, retry)
+        log.number += 1
+        log.entry = existing
+        if existing.entry_id == entry.entry_id:
+            log.written_at = started_at
+            return
+        # Not lost if it is our own: an earlier write whose answer did not arrive.
+        log.is_lost = existing.owner != log.owner
+    raise ClaimLost
 
 
 async def claim(job: Job, payment: Payment) -> None:
@@ -3166,8 +3172,20 @@ async def claim(job: Job, payment: Payment) -> None:
 async def confirm_claim(job: Job) -> None:
     """Just before paying, make sure that a claim which has become old is still ours. Raises ClaimLost."""
     log = job.log
-    if log and log.entry and time.monotonic() - log.written_at > patience_s(LEASE_SHARE) / 2:
-        await write_entry(job, claim=log.entry.claim)
+    if log is None:
+        return
+    while log.owns_claim():
+        if time.monotonic() - log.written_at <= patience_s(LEASE_SHARE) / 2:
+            return
+        await renew_claim(job, log)
+    raise ClaimLost
+
+
+async def renew_claim(job: Job, log: JobLog) -> None:
+    """Write the job's claim once more, if it holds one by the time that it can. Raises as write_entry."""
+    async with log.lock:
+        if log.entry and log.owns_claim():
+            await write_next_entry(job, log, UPLOAD_RETRY, claim=log.entry.claim)
 
 
 async def renew_claims(job: Job) -> None:
@@ -3177,8 +3195,7 @@ async def renew_claims(job: Job) -> None:
     while not log.is_lost and log.number < MAX_LOG_ENTRIES / 2:
         await asyncio.sleep(patience_s(LEASE_SHARE) / 3)
         try:
-            if log.entry and log.owns_claim():
-                await write_entry(job, claim=log.entry.claim)
+            await renew_claim(job, log)
         except ClaimLost:
             return  # the job's own next write says so, too
         except ServiceError as exc:
