@@ -1477,7 +1477,7 @@ class RawCodec(NamedTuple):
 RAW_CODECS = {"pcm": RawCodec(1, 2), "alaw": RawCodec(6, 1), "ulaw": RawCodec(7, 1)}
 
 
-async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
+async def elevenlabs_tts_bytes(text: str, voice_id: str, job: Job | None = None) -> bytes:
     """Return the text as speech, a playable file in TTS_OUTPUT_FORMAT.
 
     Raises ProviderRefused, ProviderFailed, SpeechTooLarge, MissingSetting.
@@ -1496,6 +1496,7 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
             max_bytes=MAX_SPEECH_BYTES,
             timeout=SPEECH_TIMEOUT,
             extensions={NEW_CONNECTION: True},
+            exchange=partial(speech_exchange, job or Job("-")),
         )
     except (ProviderRefused, ProviderFailed) as exc:
         if exc.response and not exc.response.complete and exc.response.status == 200:
@@ -1505,6 +1506,12 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
         name_speech_field(exc)
         raise
     return validate_speech(response.body, settings.tts_output_format)
+
+
+async def speech_exchange(job: Job, request: httpx.Request, max_bytes: int) -> ProviderResponse:
+    """Make one attempt, which may come long after the claim. Raises ClaimLost."""
+    await confirm_claim(job)
+    return await send_once(request, max_bytes)
 
 
 def name_speech_field(error: ServiceError) -> None:
@@ -3590,7 +3597,7 @@ async def make_speech(body: JobPromptTTS, job: Job, target: Path) -> str:
     if audio_url is None:
         with job.stage("speech"):
             await claim(job, "speech")
-            speech = await elevenlabs_tts_bytes(body.text, body.voice_id)
+            speech = await elevenlabs_tts_bytes(body.text, body.voice_id, job)
 
     with job.stage("audio_upload"):
         if audio_url is None and speech is not None:
