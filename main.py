@@ -3300,13 +3300,11 @@ async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
     finally:
         renewal.cancel()
 
-    # A result is a result, also at the deadline.
+    # A result is a result, also at the deadline; but only the one in the log is everybody's answer.
     with anyio.move_on_after(MAX_RESULT_WRITE_S, shield=True):
-        try:
-            await write_entry(job, PAID_UPLOAD_RETRY, result=result)
-        except ServiceError as exc:
-            logger.warning("the job's result was not recorded: %s", exc.detail)
-    return result
+        await write_entry(job, PAID_UPLOAD_RETRY, result=result)
+        return result
+    raise ResourceFailed("The result could not be recorded; send the same request again.", "supabase")
 
 
 async def record_end(job: Job, error: ServiceError) -> None:
