@@ -726,7 +726,8 @@ class Job:
         limit = f"The job was not done after {limit_s:g} s"
         detail = f"{limit} and was ended in the stage {stage or 'check'}."
         # The prediction of a job with a key was cancelled: sent again, the request would find it so.
-        is_final = bool(self.log and self.partial.prediction_id and stage == "video")
+        has_log = self.log is not None and not self.log.is_lost  # else the winner's entry decides
+        is_final = bool(has_log and self.partial.prediction_id and stage == "video")
         if provider in ("elevenlabs", "replicate"):
             return ProviderFailed(detail, provider, retryable=not is_final)
         return ResourceFailed(detail, provider)
