@@ -100,6 +100,7 @@ MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 SPEECH_TIMEOUT = httpx.Timeout(120.0, connect=10.0)  # ElevenLabs responds when all is spoken
 CREATE_TIMEOUT = httpx.Timeout(20.0, connect=10.0)  # Replicate responds at once
+ENTRY_TIMEOUT = httpx.Timeout(8.0)  # a small file; a claim is retried before its lease ends
 
 # Retry and wait limits as fractions of PATIENCE_SECONDS; beside each its default in seconds.
 PAID_SHARE = 1.0  # 120: retries of an upload or download after the video is paid for
@@ -1573,6 +1574,7 @@ async def supabase_upload(
     content_type: str,
     retry: RetryPolicy = UPLOAD_RETRY,
     cache_control: str = IMMUTABLE_CACHE,
+    timeout: httpx.Timeout = TIMEOUT,
 ) -> str:
     """Store bytes or a file and return its public URL. Raises ResourceFailed, MissingSetting."""
     body: bytes | FileStream
@@ -1591,7 +1593,9 @@ async def supabase_upload(
         "x-upsert": "true",  # makes a repeated upload safe
     }
     url = storage_url(path)
-    response = await call_provider("supabase", "POST", url, retry, headers=headers, content=body)
+    response = await call_provider(
+        "supabase", "POST", url, retry, headers=headers, content=body, timeout=timeout
+    )
     if not get_in(response.payload, "Key"):  # some other server's 200
         raise ResourceFailed(
             "Supabase Storage answered without having stored the file.", "supabase"
@@ -3044,7 +3048,9 @@ async def read_file(path: str, retry: RetryPolicy) -> bytes | None:
     """Return a file of the bucket, None if it does not exist. Raises ResourceFailed."""
     url = storage_url(path, "authenticated/")
     try:
-        response = await call_provider("supabase", "GET", url, retry, headers=storage_headers())
+        response = await call_provider(
+            "supabase", "GET", url, retry, headers=storage_headers(), timeout=ENTRY_TIMEOUT
+        )
     except ResourceFailed as exc:
         if exc.response and exc.response.effective_status == 404:
             return None
@@ -3083,6 +3089,7 @@ async def find_last_entry(folder: str) -> LogPosition:
         LIST_ENTRIES_RETRY,
         headers=storage_headers(),
         json={"prefix": folder, "limit": MAX_LOG_ENTRIES},
+        timeout=ENTRY_TIMEOUT,
     )
     now = parse_http_date(response.headers.get("date"))
     if not isinstance(response.payload, list):  # not "there is none": that would pay again
@@ -3116,7 +3123,7 @@ async def write_once(path: str, entry: JobEntry, retry: RetryPolicy) -> JobEntry
     settings = get_settings()
     source = f"jobs/new/{entry.entry_id}.json"
     content = entry.model_dump_json(exclude_none=True).encode()
-    await supabase_upload(source, content, "application/json", retry)
+    await supabase_upload(source, content, "application/json", retry, timeout=ENTRY_TIMEOUT)
     try:
         await call_provider(
             "supabase",
@@ -3129,6 +3136,7 @@ async def write_once(path: str, entry: JobEntry, retry: RetryPolicy) -> JobEntry
                 "sourceKey": source,
                 "destinationKey": path,
             },
+            timeout=ENTRY_TIMEOUT,
         )
     except ResourceFailed:
         existing = await read_entry(path)

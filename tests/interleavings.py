@@ -25,6 +25,7 @@ import logging
 import random
 import re
 import sys
+import tempfile
 import time
 import uuid
 import warnings
@@ -36,7 +37,7 @@ from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import formatdate
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -45,6 +46,7 @@ from urllib.parse import parse_qs, urlencode
 import httpx
 
 ROOT = Path(__file__).resolve().parent.parent
+MEMORY = Path("/dev/shm")  # where it exists, the jobs' folders are made there
 EPOCH = 1_800_000_000.0  # clock time at the start of each run
 SETTINGS = {
     "ELEVEN_API_KEY": "sk_0123456789abcdef",
@@ -57,6 +59,9 @@ LEASE_S = 30.0  # of a claim, with the default PATIENCE_SECONDS
 VIDEO = b"\0\0\0\x10ftypisom\0\0\0\0" + b"\0\0\0\x08mdat"
 MAX_PROCESSES = 7  # in a run, restarted ones included
 MAX_RUN_S = 3 * 3_600.0  # virtual seconds after which something waits for ever
+WEAK_SHARE = 0.4  # of the calls that fail often in a run
+LATE_S = 4.0  # the most by which a request is executed after its connection broke
+LATE_STORAGE_S = 60.0  # the same for the storage
 RECORDING_S = 15.0  # in which a speech without trouble is stored and in the log
 UPLOAD_ATTEMPTS = 4  # after which the service gives a call to the storage up
 TRACE_LINES = 120
@@ -234,6 +239,8 @@ def load_service(number: int) -> ModuleType:
     logging.getLogger("talking_pet").removeFilter(module.add_request_id_and_redact)
     module.logger = LOGGER  # type: ignore[attr-defined]
     module.uuid = SimpleNamespace(uuid4=random_uuid)  # type: ignore[attr-defined]
+    folder = partial(tempfile.TemporaryDirectory, dir=MEMORY if MEMORY.is_dir() else None)
+    module.tempfile = SimpleNamespace(TemporaryDirectory=folder)  # type: ignore[attr-defined]
     return module
 
 
@@ -312,6 +319,7 @@ class Call:
     path: str
     query: str
     body: Any  # JSON values or bytes
+    timeout_s: float
     sent_at: float
     fault: str | None
     is_abandoned: bool = False  # nobody waits for its answer any more
@@ -404,6 +412,7 @@ class World:
         pick = self.random
         self.storage_s = pick.choice([0.01, 0.05, 0.15, 0.4])
         self.fault_share = pick.choice([0.0, 0.0, 0.02, 0.1, 0.25])
+        self.weak_call = pick.choice([None, None, "create", "create", "move", "speech", "read", "upload"])  # fails often
         self.storage_skew_s = pick.uniform(-120, 120)
         self.replicate_skew_s = pick.uniform(-120, 120)
         self.settings = {"JOB_TIMEOUT_SECONDS": pick.choice(["600", "600", "600", "600", "90"])}
@@ -480,7 +489,8 @@ class World:
             return None
         if label in STORAGE_CALLS and process.no_storage[0] <= self.loop.now < process.no_storage[1]:
             return "refused"
-        if self.random.random() >= self.fault_share:
+        share = max(self.fault_share, WEAK_SHARE) if label == self.weak_call else self.fault_share
+        if self.random.random() >= share:
             return None
         fault = self.random.choice(FAULTS)
         if fault == "silent" and self.random.random() < 0.7:
@@ -521,15 +531,13 @@ class World:
             self.later(there_s, self.answer, call, answer, INTERNAL)
         elif call.fault == "late":
             self.later(there_s, fail, answer, httpx.RemoteProtocolError("cut off"))
-            self.later(there_s + self.random.uniform(0.1, 4), self.execute, call, answer)
+            latest_s = LATE_STORAGE_S if call.label in STORAGE_CALLS and self.random.random() < 0.3 else LATE_S
+            self.later(there_s + self.random.uniform(0.1, latest_s), self.execute, call, answer)
         else:
             self.later(there_s, self.begin, call)
             self.later(there_s + work_s, self.execute, call, answer)
-        timeout_s = call.process.module.TIMEOUT.read
-        if call.label == "create":
-            timeout_s = call.process.module.CREATE_TIMEOUT.read
         if call.fault == "silent":
-            self.later(timeout_s, fail, answer, httpx.ReadTimeout("silent"))
+            self.later(call.timeout_s, fail, answer, httpx.ReadTimeout("silent"))
 
     def begin(self, call: Call) -> None:
         """A move looks for its source a moment before it renames it."""
@@ -749,6 +757,7 @@ class LightRequest:
     url: httpx.URL
     body: Any
     extensions: dict[str, Any]
+    timeout_s: float
 
 
 @dataclass
@@ -784,7 +793,8 @@ class Network:
         if options.get("params"):
             url += "?" + urlencode(options["params"])
         body = options.get("content", options.get("json"))
-        return LightRequest(method, parse_url(url), body, options.get("extensions") or {})
+        timeout = options.get("timeout", self.process.module.TIMEOUT)
+        return LightRequest(method, parse_url(url), body, options.get("extensions") or {}, timeout.read)
 
     async def send(self, request: LightRequest, stream: bool) -> LightResponse:
         """Send one request into the world."""
@@ -795,7 +805,16 @@ class Network:
             body = b"".join([chunk async for chunk in body])
         label = label_of(request.method, request.url.host + request.url.path)
         fault = world.choose_fault(process, label)
-        call = Call(process, label, request.url.path, request.url.query.decode(), body, world.loop.now, fault)
+        call = Call(
+            process=process,
+            label=label,
+            path=request.url.path,
+            query=request.url.query.decode(),
+            body=body,
+            timeout_s=request.timeout_s,
+            sent_at=world.loop.now,
+            fault=fault,
+        )
         if fault and label in STORAGE_CALLS:
             process.storage_faults.append(world.loop.now)
 
@@ -822,6 +841,7 @@ class KeyedJob:
 
     number: int
     has_speech: bool
+    content: int  # jobs with the same content have equal bodies
     answers: list[bytes] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
     answered_at: float = 0.0
@@ -832,11 +852,11 @@ class KeyedJob:
 
     @property
     def prompt(self) -> str:
-        return f"prompt {self.number}"
+        return f"prompt {self.content}"
 
     @property
     def text(self) -> str:
-        return f"text {self.number}"
+        return f"text {self.content}"
 
     def request_for(self, module: Any) -> tuple[str, Any, Any]:
         """Path, body and work of the request."""
@@ -914,7 +934,9 @@ async def play(world: World) -> list[KeyedJob]:
     """One run: the clients, the end of what still runs, and a later request for each key."""
     for number in range(world.random.choice([2, 2, 3])):
         world.start(number)
-    jobs = [KeyedJob(number, world.random.random() < 0.6) for number in range(world.random.choice([1, 1, 2]))]
+    jobs = [KeyedJob(0, world.random.random() < 0.6, content=0)]
+    if world.random.random() < 0.3:
+        jobs.append(KeyedJob(1, world.random.random() < 0.6, content=world.random.choice([0, 1, 1])))
     clients = []
     for job in jobs:
         for _ in range(world.random.choice([1, 2, 2, 3])):
@@ -954,24 +976,23 @@ def check_books(world: World, jobs: list[KeyedJob]) -> None:
     if world.loop.errors:
         raise Violation(world.loop.errors[0])
     for job in jobs:
-        videos = [video for video in world.videos.values() if video.input["prompt"] == job.prompt]
-        if len(videos) > 1:
-            raise Violation(f"{len(videos)} videos were paid for {job.key}")
         if len(set(job.answers)) > 1:
             raise Violation(f"{job.key} has different answers")
         if job.answers and job.refusals:
             raise Violation(f"{job.key} was answered and refused: {job.refusals[0]}")
-        check_speeches(world, job)
+    for content in {job.content for job in jobs}:
+        check_payments(world, [job for job in jobs if job.content == content])
 
 
-def check_speeches(world: World, job: KeyedJob) -> None:
-    """At most one speech may have cost money without a reason. Raises Violation."""
-    speeches = [speech for speech in world.speeches if speech.text == job.text]
-    if speeches and not job.has_speech:
-        raise Violation(f"a speech was paid for {job.key}")
+def check_payments(world: World, jobs: list[KeyedJob]) -> None:
+    """Check what was paid for jobs of equal content. Raises Violation."""
+    videos = [video for video in world.videos.values() if video.input["prompt"] == jobs[0].prompt]
+    if len(videos) > len(jobs):
+        raise Violation(f"{len(videos)} videos were paid for {jobs[0].key}")
+    speeches = [speech for speech in world.speeches if speech.text == jobs[0].text]
     unexcused = [speech for speech in speeches if not is_excused(speech)]
-    if len(unexcused) > 1:
-        raise Violation(f"{len(speeches)} speeches were paid for {job.key}, {len(unexcused)} without a reason")
+    if len(unexcused) > sum(job.has_speech for job in jobs):
+        raise Violation(f"{len(speeches)} speeches were paid for {jobs[0].key}, {len(unexcused)} without a reason")
 
 
 def is_excused(speech: Speech) -> bool:
