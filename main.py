@@ -727,8 +727,7 @@ class Job:
         limit = f"The job was not done after {limit_s:g} s"
         detail = f"{limit} and was ended in the stage {stage or 'check'}."
         # The prediction of a job with a key was cancelled: sent again, the request would find it so.
-        has_log = self.log is not None and not self.log.is_lost  # else the winner's entry decides
-        is_final = bool(has_log and self.partial.prediction_id and stage == "video")
+        is_final = bool(self.log and self.partial.prediction_id and stage == "video")
         if provider in ("elevenlabs", "replicate"):
             return ProviderFailed(detail, provider, retryable=not is_final)
         return ResourceFailed(detail, provider)
@@ -3020,6 +3019,10 @@ class JobLog:
         """Return whether the last entry is a claim of this job."""
         return bool(self.entry and self.entry.claim and self.entry.owner == self.owner)
 
+    def is_refused(self) -> bool:
+        """Return whether the last entry says that the job has ended for good without a result."""
+        return bool(self.entry and self.entry.refusal)
+
 
 def keyed_digest(text: str) -> str:
     """Return an HMAC-SHA-256 that only the service role key can compute. Raises MissingSetting."""
@@ -3482,6 +3485,8 @@ async def run_job(job: Job, coro: Awaitable[BaseModel]) -> None:
     finally:
         if job.result is None:
             job.result = job.cancellation_error()
+            if job.log and not job.log.is_refused():  # another instance may still succeed, or has
+                job.result.retryable = True
         app_state().jobs.pop(job.name, None)  # from now on only its log knows of it
         job.finish()
 
