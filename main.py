@@ -100,6 +100,7 @@ MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 SPEECH_TIMEOUT = httpx.Timeout(120.0, connect=10.0)  # ElevenLabs responds when all is spoken
 CREATE_TIMEOUT = httpx.Timeout(20.0, connect=10.0)  # Replicate responds at once
+ENTRY_TIMEOUT = httpx.Timeout(8.0)  # a small file; a claim is retried before its lease ends
 
 # Retry and wait limits as fractions of PATIENCE_SECONDS; beside each its default in seconds.
 PAID_SHARE = 1.0  # 120: retries of an upload or download after the video is paid for
@@ -116,7 +117,8 @@ MAX_BACKOFF_S = 8.0  # 0.5 s, 1 s, 2 s, 4 s, 8 s, 8 s, ... from RETRY_FIRST_SECO
 # grace period (render.yaml), so the two waits together stay below that.
 SHUTDOWN_WAIT_S = 25.0  # for all jobs to end
 MAX_DRAIN_S = 20.0  # of it, for jobs with a key to end by themselves
-MAX_RECORD_SAVE_S = 4.0  # for a job that was stopped to write its record
+MAX_RECORD_SAVE_S = 4.0  # for a job that was stopped to write its last entry
+MAX_RESULT_WRITE_S = 20.0  # for a result to be written, also after the deadline
 
 # Polling (see poll_delay_s).
 POLL_SHARE = 0.025  # a wait as a share of the time waited so far
@@ -131,7 +133,9 @@ MAX_POLLS_PER_MINUTE = (
 )
 
 MIN_CANCEL_AFTER_S = 5  # the least that Replicate's Cancel-After takes (changelog 2025-10-16)
-CLOCK_SKEW_S = 5.0  # between this machine and Replicate
+CLOCK_TOLERANCE_S = 5.0  # a Date header has whole seconds, and arrives late
+MAX_LOG_ENTRIES = 1_000  # of one job: it writes four, and one every ten seconds while throttled
+VIDEO_URL_LIFETIME_S = 3_600.0  # of Replicate's URLs
 MAX_LIST_PAGES = 10  # of a hundred predictions each
 MAX_CLAIMED_PREDICTIONS = 10_000  # prediction ids that a process remembers as taken
 MODEL_TTL_S = 600.0
@@ -641,8 +645,8 @@ class Job:
     result: BaseModel | ServiceError | None = None
     replayed: bool = False  # the result is an earlier request's
     # Only with an Idempotency-Key:
-    record: "JobRecord | None" = None
-    search_window: "SearchWindow | None" = None
+    log: "JobLog | None" = None
+    search_from: float | None = None  # since when it may have an unrecorded prediction (monotonic)
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -717,7 +721,7 @@ class Job:
     def cancellation_error(self) -> ServiceError:
         """Return the error of a job that was cancelled, or has passed its deadline."""
         if self.cancel_reason or not self.past_deadline():
-            advice = "send the same request again" if self.record else "try again"
+            advice = "send the same request again" if self.log else "try again"
             return ServiceError(
                 f"The service is restarting and could not finish the job; {advice}."
             )
@@ -728,7 +732,7 @@ class Job:
         limit = f"The job was not done after {limit_s:g} s"
         detail = f"{limit} and was ended in the stage {stage or 'check'}."
         # The prediction of a job with a key was cancelled: sent again, the request would find it so.
-        is_final = bool(self.record and self.partial.prediction_id and stage == "video")
+        is_final = bool(self.log and self.partial.prediction_id and stage == "video")
         if provider in ("elevenlabs", "replicate"):
             return ProviderFailed(detail, provider, retryable=not is_final)
         return ResourceFailed(detail, provider)
@@ -1044,6 +1048,8 @@ class AppState:
     claimed_predictions: deque[tuple[str, str]] = field(  # prediction id, Job.name
         default_factory=lambda: deque(maxlen=MAX_CLAIMED_PREDICTIONS)
     )
+    creates_in_flight: Counter[str] = field(default_factory=Counter)  # by create_key()
+    replicate_clock_s: float | None = None  # how far Replicate's clock is ahead of ours
     active_polls: int = 0  # predictions that are being waited for
     recent_durations: dict[str, deque[float]] = field(default_factory=dict)  # seconds, by kind
     models: dict[str, ModelLookup] = field(default_factory=dict)  # by the name that was asked for
@@ -1132,6 +1138,13 @@ class ProviderResponse:
         with suppress(ValueError, TypeError, OverflowError):
             return max(0.0, parsedate_to_datetime(asked).timestamp() - now)
         return None
+
+
+def parse_http_date(header: str | None) -> float | None:
+    """Return a Date header as clock time in seconds, or None."""
+    with suppress(ValueError, TypeError, OverflowError):
+        return parsedate_to_datetime(str(header)).timestamp()
+    return None
 
 
 Attempt = ProviderResponse | httpx.RequestError
@@ -1223,6 +1236,10 @@ POLL_RETRY = RetryPolicy(
 )
 CANCEL_RETRY = RetryPolicy(
     statuses={429, *SERVER_ERRORS}, budget=UNTIL_DEADLINE, on_invalid_json=False, patient=True
+)
+ENTRY_RETRY = RetryPolicy(statuses={404, 429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT)
+LIST_ENTRIES_RETRY = RetryPolicy(
+    statuses={429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT, on_invalid_json=False
 )
 UPLOAD_RETRY = RetryPolicy(statuses={429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT)
 DOWNLOAD_RETRY = RetryPolicy(
@@ -1468,7 +1485,7 @@ class RawCodec(NamedTuple):
 RAW_CODECS = {"pcm": RawCodec(1, 2), "alaw": RawCodec(6, 1), "ulaw": RawCodec(7, 1)}
 
 
-async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
+async def elevenlabs_tts_bytes(text: str, voice_id: str, job: Job | None = None) -> bytes:
     """Return the text as speech, a playable file in TTS_OUTPUT_FORMAT.
 
     Raises ProviderRefused, ProviderFailed, SpeechTooLarge, MissingSetting.
@@ -1487,6 +1504,7 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
             max_bytes=MAX_SPEECH_BYTES,
             timeout=SPEECH_TIMEOUT,
             extensions={NEW_CONNECTION: True},
+            exchange=partial(speech_exchange, job or Job("-")),
         )
     except (ProviderRefused, ProviderFailed) as exc:
         if exc.response and not exc.response.complete and exc.response.status == 200:
@@ -1496,6 +1514,12 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
         name_speech_field(exc)
         raise
     return validate_speech(response.body, settings.tts_output_format)
+
+
+async def speech_exchange(job: Job, request: httpx.Request, max_bytes: int) -> ProviderResponse:
+    """Make one attempt, which may come long after the claim. Raises ClaimLost."""
+    await confirm_claim(job)
+    return await send_once(request, max_bytes)
 
 
 def name_speech_field(error: ServiceError) -> None:
@@ -1556,6 +1580,7 @@ async def supabase_upload(
     content_type: str,
     retry: RetryPolicy = UPLOAD_RETRY,
     cache_control: str = IMMUTABLE_CACHE,
+    timeout: httpx.Timeout = TIMEOUT,
 ) -> str:
     """Store bytes or a file and return its public URL. Raises ResourceFailed, MissingSetting."""
     body: bytes | FileStream
@@ -1574,7 +1599,9 @@ async def supabase_upload(
         "x-upsert": "true",  # makes a repeated upload safe
     }
     url = storage_url(path)
-    response = await call_provider("supabase", "POST", url, retry, headers=headers, content=body)
+    response = await call_provider(
+        "supabase", "POST", url, retry, headers=headers, content=body, timeout=timeout
+    )
     if not get_in(response.payload, "Key"):  # some other server's 200
         raise ResourceFailed(
             "Supabase Storage answered without having stored the file.", "supabase"
@@ -2081,13 +2108,15 @@ def vertical_pixels(size: Any) -> int:
 
 # ---- Replicate: create, poll, recover, cancel ------------------------------------------------------
 
+VIDEO_EXPIRED = "The video has expired: Replicate keeps it an hour. A new job makes a new one."
+PREDICTION_ID_PATTERN = r"^[A-Za-z0-9_-]{1,100}$"
 TERMINAL_STATUSES = ("succeeded", "failed", "canceled", "aborted")
 
 
 class Prediction(BaseModel):
     """What Replicate answers about one prediction; every other field is optional there."""
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")]
+    id: Annotated[str, Field(pattern=PREDICTION_ID_PATTERN)]
     status: str
     output: Any = None
     error: Any = None
@@ -2114,13 +2143,6 @@ class Prediction(BaseModel):
             with suppress(ValueError):
                 return check_http_url(match[1])
         return None
-
-
-class SearchWindow(NamedTuple):
-    """Clock times between which a prediction may have been created that no record names."""
-
-    since: float
-    until: float
 
 
 def poll_delay_s(waited_s: float, active_polls: int, durations: Collection[float] = ()) -> float:
@@ -2155,7 +2177,7 @@ async def call_replicate(
     """Call Replicate's API. Raises ProviderRefused, ProviderFailed, MissingSetting."""
     settings = get_settings()
     token = settings.required("replicate_api_token")
-    return await call_provider(
+    response = await call_provider(
         "replicate",
         method,
         f"{settings.replicate_base_url}/v1/{path}",
@@ -2163,6 +2185,10 @@ async def call_replicate(
         headers={"Authorization": f"Bearer {token}", **(headers or {})},
         **options,
     )
+    replicate_time = parse_http_date(response.headers.get("date"))
+    if replicate_time is not None:
+        app_state().replicate_clock_s = replicate_time - time.time()
+    return response
 
 
 def parse_prediction(value: Any) -> Prediction | None:
@@ -2261,7 +2287,7 @@ async def replicate_video_from_prompt(
             kind = video_kind(model, values)
             prediction = await wait_for_prediction(prediction, job, kind)
     except (asyncio.CancelledError, ServiceError):
-        if job.partial.prediction_id and (job.record is None or job.past_deadline()):
+        if job.partial.prediction_id and (job.log is None or job.past_deadline()):
             await cancel_prediction(job.partial.prediction_id)
         raise
     return video_url_or_raise(prediction)
@@ -2283,8 +2309,7 @@ def video_url_or_raise(prediction: Prediction) -> str:
     if video_url:
         return video_url
     if prediction.data_removed:
-        detail = "The video has expired: Replicate keeps it an hour. A new job makes a new one."
-        raise ProviderRefused(detail, "replicate")
+        raise ProviderRefused(VIDEO_EXPIRED, "replicate")
     detail = "The prediction succeeded, but Replicate names no video."
     raise ProviderFailed(detail, "replicate", retryable=False)
 
@@ -2294,12 +2319,12 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
 
     Raises ProviderRefused, ProviderFailed, MissingSetting.
     """
-    if job.search_window:
-        found = await find_unclaimed_prediction(model, values, job, job.search_window)
+    if job.search_from is not None:
+        found = await find_unclaimed_prediction(model, values, job, job.search_from)
         if found:
             return found
 
-    started_at = time.time()
+    started_at = time.monotonic()
     try:
         response = await send_create(model, values, job)
         prediction = parse_prediction(response.payload)
@@ -2313,10 +2338,10 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
         if was_not_created(exc):
             raise
         logger.warning("searching for a prediction whose create failed: %s", exc.detail)
-        window = SearchWindow(started_at, time.time() + patience_s(SEARCH_SHARE))
         # Without a key nobody comes back for it: what is found is cancelled even if nobody waits.
-        with anyio.CancelScope(shield=job.record is None):
-            found = await find_unclaimed_prediction(model, values, job, window)
+        with anyio.CancelScope(shield=job.log is None):
+            search_s = patience_s(SEARCH_SHARE)
+            found = await find_unclaimed_prediction(model, values, job, started_at, search_s)
             if found:
                 return found
         raise
@@ -2372,22 +2397,31 @@ async def send_create(model: VideoModel, values: dict[str, Any], job: Job) -> Pr
         json=body,
         timeout=CREATE_TIMEOUT,
         extensions={NEW_CONNECTION: True},
-        exchange=partial(create_exchange, job),
+        exchange=partial(create_exchange, job, create_key(model, values)),
     )
 
 
-async def create_exchange(job: Job, request: httpx.Request, max_bytes: int) -> ProviderResponse:
-    """Make one attempt to create, and claim what it created.
+async def create_exchange(
+    job: Job, key: str, request: httpx.Request, max_bytes: int
+) -> ProviderResponse:
+    """Make one attempt to create, and claim what it created. Raises ClaimLost.
 
     A cancelled job still waits for the response: only that says which prediction to cancel.
     """
-    await renew_record(job)
-    with anyio.CancelScope(shield=True):
-        response = await send_once(request, max_bytes)
-    prediction = parse_prediction(response.payload)
-    if prediction:
-        claim_prediction(job, prediction.id)
-    return response
+    await confirm_claim(job)
+    creates = app_state().creates_in_flight
+    creates[key] += 1
+    try:
+        with anyio.CancelScope(shield=True):
+            response = await send_once(request, max_bytes)
+        prediction = parse_prediction(response.payload)
+        if prediction:
+            claim_prediction(job, prediction.id)
+        return response
+    finally:
+        creates[key] -= 1
+        if not creates[key]:
+            del creates[key]
 
 
 def claim_prediction(job: Job, prediction_id: str) -> None:
@@ -2399,20 +2433,41 @@ def claim_prediction(job: Job, prediction_id: str) -> None:
 
 
 async def find_unclaimed_prediction(
-    model: VideoModel, values: dict[str, Any], job: Job, window: SearchWindow
+    model: VideoModel,
+    values: dict[str, Any],
+    job: Job,
+    since: float,
+    search_s: float = 0.0,
 ) -> Prediction | None:
-    """Search for a prediction of this input that no job has claimed: once, and until the window ends."""
+    """Search for a prediction of this input that no job has claimed: once, and for `search_s` seconds.
+
+    `since` (monotonic clock): no older prediction is the job's.
+    """
+    give_up_at = time.monotonic() + search_s
     while True:
-        async for listed in predictions_since(window.since):
+        await wait_for_equal_creates(model, values)
+        async for listed in predictions_since(since):
             prediction = parse_prediction(listed)
             if prediction is None or is_claimed_by_other(prediction.id, job):
                 continue
             if is_prediction_of(listed, model, values):
                 claim_prediction(job, prediction.id)  # before any other job searches
                 return prediction
-        if time.time() >= window.until:
+        if time.monotonic() >= give_up_at:
             return None
         await asyncio.sleep(patience_s(SEARCH_SHARE) / 10)
+
+
+def create_key(model: VideoModel, values: Mapping[str, Any]) -> str:
+    """Return what two creates have in common whose predictions cannot be told apart."""
+    return json.dumps([model.name, model.version, values], sort_keys=True)
+
+
+async def wait_for_equal_creates(model: VideoModel, values: Mapping[str, Any]) -> None:
+    """Wait while an equal create of another job has no response: its prediction is not ours to take."""
+    creates = app_state().creates_in_flight
+    while creates[create_key(model, values)]:  # noqa: ASYNC110  seldom, and for a moment
+        await asyncio.sleep(patience_s(SEARCH_SHARE) / 100)
 
 
 def is_prediction_of(listed: Any, model: VideoModel, values: dict[str, Any]) -> bool:
@@ -2430,9 +2485,13 @@ def is_claimed_by_other(prediction_id: str, job: Job) -> bool:
     return False
 
 
-async def predictions_since(moment: float) -> AsyncIterator[Any]:
-    """Yield the account's predictions since a clock time, newest first, a hundred a page."""
-    created_after = datetime.fromtimestamp(moment - CLOCK_SKEW_S, timezone.utc).isoformat()
+async def predictions_since(since: float) -> AsyncIterator[Any]:
+    """Yield the account's predictions, newest first, that are not older than `since` (monotonic clock)."""
+    if app_state().replicate_clock_s is None:  # learned from the response
+        await call_replicate("GET", "predictions", LIST_RETRY, max_bytes=MAX_PREDICTION_BYTES)
+    age_s = time.monotonic() - since + CLOCK_TOLERANCE_S
+    moment = time.time() + (app_state().replicate_clock_s or 0.0) - age_s
+    created_after = datetime.fromtimestamp(moment, timezone.utc).isoformat()
     base_url = f"{get_settings().replicate_base_url}/v1/"
     path = "predictions"
     params: dict[str, str] | None = {"created_after": created_after}
@@ -2670,7 +2729,7 @@ async def drain_jobs(state: AppState) -> None:
             logger.warning("%d jobs did not end in time", len(state.jobs))
             return
         for job in state.jobs.values():
-            if job.record is None or elapsed_s > drain_s:
+            if job.log is None or elapsed_s > drain_s:
                 job.cancel("shutdown")
         await asyncio.sleep(0.05)
 
@@ -2869,48 +2928,107 @@ app.add_middleware(
 app.add_middleware(RequestMiddleware)
 
 
-# ---- Idempotency: the job record -------------------------------------------------------------------
+# ---- Idempotency: the job log ----------------------------------------------------------------------
 #
-# A job with an Idempotency-Key keeps a record in the bucket, jobs/<HMAC of the key>.json: enough to resume,
-# and no user input. Within a process, requests with one key join one Job (AppState.jobs). Otherwise the
-# record decides:
+# A job with an Idempotency-Key keeps a log in the bucket: jobs/<HMAC of the key>/0001.json, 0002.json ...
+# An entry holds enough to resume and no user input. It is written once, never overwritten: uploaded under
+# a name of its own and moved to its number, which succeeds for exactly one caller (see write_once). Within
+# a process, requests with one key join one Job (AppState.jobs). Otherwise the last entry decides:
 #
-#   record                                  the request
-#   --------------------------------------  ------------------------------------------------------------
-#   none                                    begins: writes the record, then pays
-#   of another body                         400 on the header
-#   with a result                           is answered with it (replay)
-#   with a prediction id                    resumes: keeps the speech, polls the prediction
-#   without one, written by another         waits until that instance has written a prediction id, given
-#     instance within LEASE_SHARE           up, or written nothing for that long
-#   without one, older, or given up         resumes: keeps the speech, searches for a prediction that
-#     (owner is empty)                      nobody recorded, else creates one
+#   last entry                        a request with this key
+#   --------------------------------  -----------------------------------------------------------------
+#   none                              is checked, then claims what it pays for first
+#   claim, its owner at work          follows: waits for the next entry
+#   claim, silent for LEASE_SHARE     takes over: writes the next entry, a claim of its own, and searches
+#     or given up (owner is empty)      for a prediction that nobody recorded before it creates one
+#   prediction                        resumes: polls it (several instances may)
+#   result                            is answered with it
+#   refusal                           is refused with it
+#
+# Speech and video are each preceded by a claim. Whoever finds the next number taken by another owner has
+# lost the job (ClaimLost) and follows the log: so one speech and one video are paid for, and of two
+# instances that finish, the first result is the answer of both.
 
-INSTANCE_ID = uuid.uuid4().hex
 KEY_REUSED = "belongs to a request with another body; a new job needs a new key"
+Payment = Literal["speech", "video"]
+HexId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
-# As earlier versions store a record, which may read ours while a deploy overlaps them.
-STORED_NAMES = {
-    "request_digest": "body",
-    "created_at": "started",
-    "updated_at": "written",
-    "owner": "writer",
-    "result": "answer",
-}
+class ClaimLost(Exception):
+    """Another instance has written the job's next entry."""
 
 
-class JobRecord(
-    BaseModel, populate_by_name=True, alias_generator=lambda name: STORED_NAMES.get(name, name)
-):
-    """The idempotency record: enough to resume, and no user input."""
+class Refusal(BaseModel):
+    """An error that ended a job for good, after it had paid."""
 
-    request_digest: str  # keyed digest of the route and of the client's body
-    created_at: float  # clock time; no prediction of the job is older
-    updated_at: float
-    owner: str  # INSTANCE_ID; empty: it has given the job up
+    http_status: Literal[400, 500]
+    category: Category
+    provider: Provider | None
+    detail: Annotated[str, Field(max_length=1_000)]
+
+    def as_error(self) -> ServiceError:
+        """Return the same error again."""
+        error = ServiceError(self.detail, self.provider, retryable=False)
+        error.http_status = self.http_status
+        error.category = self.category
+        return error
+
+
+class JobEntry(BaseModel):
+    """One entry of a job's log: everything that is known of the job so far."""
+
+    entry_id: HexId
+    owner: HexId | Literal[""]  # JobLog.owner; empty: it has given the job up
+    request_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    claim: Payment | None = None  # what its owner is about to pay for
     partial: PartialResult = PartialResult()
     result: SpeechResult | VideoResult | None = None
+    refusal: Refusal | None = None
+
+    @model_validator(mode="after")
+    def check_contents(self) -> "JobEntry":
+        """Trust the bucket no more than a request. Raises ValueError."""
+        values = self.partial.model_dump(exclude_none=True)
+        if self.result:
+            values.update(self.result.model_dump(exclude_none=True))
+        for name, value in values.items():
+            if name.endswith("_url"):
+                check_http_url(value)
+        if not re.fullmatch(PREDICTION_ID_PATTERN, values.get("prediction_id", "-")):
+            raise ValueError("is not a prediction id")
+        return self
+
+    def can_resume(self) -> bool:
+        """Return whether nothing is left to be paid for."""
+        return bool(self.result or self.refusal or self.partial.prediction_id)
+
+    def is_unused(self) -> bool:
+        """Return whether the job was given up before anything was paid for."""
+        may_have_paid = self.claim or self.partial.audio_url or self.can_resume()
+        return self.owner == "" and not may_have_paid
+
+
+@dataclass
+class JobLog:
+    """The log of one idempotency key, as far as this job knows it."""
+
+    folder: str  # jobs/<HMAC of the key>
+    request_digest: str
+    legacy_digest: str  # as earlier versions computed it
+    owner: str = field(default_factory=lambda: uuid.uuid4().hex)
+    number: int = 0  # of the last known entry
+    entry: JobEntry | None = None  # the last known one
+    written_at: float = 0.0  # when our own last entry was (monotonic clock)
+    is_lost: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def owns_claim(self) -> bool:
+        """Return whether the last entry is a claim of this job."""
+        return bool(self.entry and self.entry.claim and self.entry.owner == self.owner)
+
+    def is_refused(self) -> bool:
+        """Return whether the last entry says that the job has ended for good without a result."""
+        return bool(self.entry and self.entry.refusal)
 
 
 def keyed_digest(text: str) -> str:
@@ -2919,139 +3037,352 @@ def keyed_digest(text: str) -> str:
     return hmac.new(key.encode(), text.encode(), "sha256").hexdigest()
 
 
-def record_path(key: str) -> str:
-    """Return where the record of an idempotency key is stored: the bucket is public, the name secret."""
-    return f"jobs/{keyed_digest(key)}.json"
+def new_log(route: str, body: BaseModel, key: str) -> JobLog:
+    """Return the log of a request's idempotency key. Raises MissingSetting.
 
-
-def new_record(route: str, body: BaseModel) -> JobRecord:
-    """Return the record of a job that begins. Raises MissingSetting."""
+    The bucket is public, but nobody can guess the folder's name.
+    """
     require_settings(VIDEO_JOB_SETTINGS + STORAGE_SETTINGS)
     if isinstance(body, JobPromptTTS):
         require_settings(SPEECH_JOB_SETTINGS)
-    request = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
-    now = time.time()
-    return JobRecord(
-        request_digest=keyed_digest(request), created_at=now, updated_at=now, owner=INSTANCE_ID
+    request = json.dumps([route, body.model_dump()], sort_keys=True)
+    legacy_request = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
+    return JobLog(
+        folder=f"jobs/{keyed_digest(key)}",
+        request_digest=keyed_digest(request),
+        legacy_digest=keyed_digest(legacy_request),
     )
 
 
-async def save_record(
-    job: Job,
-    retry: RetryPolicy = UPLOAD_RETRY,
-    *,
-    required: bool = True,
-    owner: str | None = None,
-    result: BaseModel | None = None,
-) -> None:
-    """Write how far a job with a key is. Raises ResourceFailed; unless `required`, that is only logged."""
-    if job.record is None:
-        return
-    changes: dict[str, Any] = {"updated_at": time.time(), "partial": job.partial}
-    if owner is not None:
-        changes["owner"] = owner
-    if result is not None:
-        changes["result"] = result
-    job.record = job.record.model_copy(update=changes)
-    content = job.record.model_dump_json(by_alias=True, exclude_none=True).encode()
-    try:
-        await supabase_upload(job.name, content, "application/json", retry, "max-age=0")
-    except ServiceError as exc:
-        if required:
-            raise
-        logger.warning("the job record was not written: %s", exc.detail)
-
-
-async def read_record(path: str) -> JobRecord | None:
-    """Return the record at a path of the bucket, or None. Raises ResourceFailed."""
+async def read_file(path: str, retry: RetryPolicy) -> bytes | None:
+    """Return a file of the bucket, None if it does not exist. Raises ResourceFailed."""
     url = storage_url(path, "authenticated/")
     try:
         response = await call_provider(
-            "supabase", "GET", url, UPLOAD_RETRY, headers=storage_headers()
+            "supabase", "GET", url, retry, headers=storage_headers(), timeout=ENTRY_TIMEOUT
         )
     except ResourceFailed as exc:
         if exc.response and exc.response.effective_status == 404:
             return None
         raise
+    return response.body
+
+
+async def read_entry(path: str) -> JobEntry | None:
+    """Return an entry of a log, or None if it does not exist. Raises ResourceFailed."""
+    content = await read_file(path, ENTRY_RETRY)
+    if content is None:
+        return None
     try:
-        return JobRecord.model_validate_json(response.body)
+        return JobEntry.model_validate_json(content)
     except ValidationError as exc:
         message = f"The file {path} in the bucket is not one of this service's; remove it."
         raise ResourceFailed(message, "supabase", retryable=False) from exc
 
 
-async def load_record(job: Job) -> JobRecord | None:
-    """Return the record of a job's key once no other instance is at work on it; None: there is none.
+class LogPosition(NamedTuple):
+    """The last entry of a log, and how old it and the first one are by the storage's own clock."""
 
-    Raises InvalidInput if it is of another body, ResourceFailed.
+    number: int  # 0: there is none
+    age_s: float
+    first_age_s: float
+
+
+async def find_last_entry(folder: str) -> LogPosition:
+    """List a log. Raises ResourceFailed."""
+    settings = get_settings()
+    base_url = settings.required("supabase_url")
+    response = await call_provider(
+        "supabase",
+        "POST",
+        f"{base_url}/storage/v1/object/list/{settings.supabase_bucket}",
+        LIST_ENTRIES_RETRY,
+        headers=storage_headers(),
+        json={"prefix": folder, "limit": MAX_LOG_ENTRIES},
+        timeout=ENTRY_TIMEOUT,
+    )
+    now = parse_http_date(response.headers.get("date"))
+    if not isinstance(response.payload, list):  # not "there is none": that would pay again
+        raise ResourceFailed("Supabase Storage answered without a list of files.", "supabase")
+    ages_s: dict[int, float] = {}
+    for item in response.payload:
+        match = re.fullmatch(r"(\d{4})\.json", str(get_in(item, "name")))
+        if match:
+            ages_s[int(match[1])] = age_of(get_in(item, "created_at"), now)
+    if not ages_s:
+        return LogPosition(0, 0.0, 0.0)
+    last = max(ages_s)
+    return LogPosition(last, ages_s[last], ages_s[min(ages_s)])
+
+
+def age_of(created_at: Any, now: float | None) -> float:
+    """Return the seconds since an ISO date; 0 if either is unknown: young is the safe side."""
+    with suppress(ValueError):
+        created = datetime.fromisoformat(str(created_at).replace("Z", "+00:00"))
+        if now is not None and created.tzinfo:
+            return max(0.0, now - created.timestamp())
+    return 0.0
+
+
+async def write_once(path: str, entry: JobEntry, retry: RetryPolicy) -> JobEntry:
+    """Write an entry unless the path exists; return the entry that is there. Raises ResourceFailed.
+
+    Of all who move a file to one path, exactly one succeeds. After any other answer the path itself says
+    who has: a move that was repeated because its answer was lost is refused as well.
     """
-    while job.record:
-        record = await read_record(job.name)
-        if record is None:
-            return None
-        if record.request_digest != job.record.request_digest:
-            raise invalid_field("Idempotency-Key", KEY_REUSED, "header")
-        is_fresh = abs(time.time() - record.updated_at) < patience_s(LEASE_SHARE)
-        is_others = record.owner not in ("", INSTANCE_ID)
-        can_resume = record.result or record.partial.prediction_id
-        if can_resume or not (is_others and is_fresh):
-            return record
-        await asyncio.sleep(patience_s(LEASE_SHARE) / 30)
-    return None
-
-
-def resume_from(job: Job, record: JobRecord) -> None:
-    """Continue a job from what an earlier request, or another instance, has left."""
-    job.record = record.model_copy(update={"owner": INSTANCE_ID})
-    job.partial = record.partial
-    # An owner that has not given up may have sent a create just after its last write.
-    grace_s = patience_s(SEARCH_SHARE) if record.owner else 0
-    job.search_window = SearchWindow(record.created_at, record.updated_at + grace_s)
-
-
-async def run_idempotent(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
-    """Answer a job with a key from its record if it is done, resume it, or begin it."""
-    record = await load_record(job)
-    if record:
-        resume_from(job, record)
-        if record.result:
-            job.replayed = True
-            return record.result
-    await save_record(job)
-
+    settings = get_settings()
+    source = f"jobs/new/{entry.entry_id}.json"
+    content = entry.model_dump_json(exclude_none=True).encode()
+    await supabase_upload(source, content, "application/json", retry, timeout=ENTRY_TIMEOUT)
     try:
-        result = await work()
-    except BaseException:
-        save_s = min(patience_s(SEARCH_SHARE), MAX_RECORD_SAVE_S)
-        with anyio.move_on_after(save_s, shield=True):  # other instances need not wait for us
-            await save_record(job, required=False, owner="")
-        raise
-    with suppress(asyncio.CancelledError):  # a result is a result, also at the deadline
-        await save_record(job, PAID_UPLOAD_RETRY, required=False, result=result)
-    return result
+        await call_provider(
+            "supabase",
+            "POST",
+            f"{settings.required('supabase_url')}/storage/v1/object/move",
+            retry,
+            headers=storage_headers(),
+            json={
+                "bucketId": settings.supabase_bucket,
+                "sourceKey": source,
+                "destinationKey": path,
+            },
+            timeout=ENTRY_TIMEOUT,
+        )
+    except ResourceFailed:
+        existing = await read_entry(path)
+        if existing is None:
+            raise
+        return existing
+    return entry
+
+
+async def write_entry(
+    job: Job, retry: RetryPolicy = UPLOAD_RETRY, *, given_up: bool = False, **contents: Any
+) -> None:
+    """Write the next entry of a job with a key. Raises ClaimLost if another has, ResourceFailed."""
+    assert job.log is not None
+    async with job.log.lock:
+        await write_next_entry(job, job.log, retry, given_up, **contents)
+
+
+async def write_next_entry(
+    job: Job, log: JobLog, retry: RetryPolicy, given_up: bool = False, **contents: Any
+) -> None:
+    """Do what write_entry does; the caller holds the log's lock."""
+    while not log.is_lost:
+        entry = JobEntry(
+            entry_id=uuid.uuid4().hex,
+            owner="" if given_up else log.owner,
+            request_digest=log.request_digest,
+            partial=job.partial,
+            **contents,
+        )
+        started_at = time.monotonic()
+        existing = await write_once(f"{log.folder}/{log.number + 1:04}.json", entry, retry)
+        log.number += 1
+        log.entry = existing
+        if existing.entry_id == entry.entry_id:
+            log.written_at = started_at
+            return
+        # Not lost if it is our own: an earlier write whose answer did not arrive.
+        log.is_lost = existing.owner != log.owner
+    raise ClaimLost
+
+
+async def claim(job: Job, payment: Payment) -> None:
+    """Claim the right to pay; a job without a key needs none. Raises ClaimLost, ResourceFailed."""
+    if job.log:
+        await write_entry(job, claim=payment)
+
+
+async def confirm_claim(job: Job) -> None:
+    """Just before paying, make sure that a claim which has become old is still ours. Raises ClaimLost."""
+    log = job.log
+    if log is None:
+        return
+    while log.owns_claim():
+        if time.monotonic() - log.written_at <= patience_s(LEASE_SHARE) / 2:
+            return
+        await renew_claim(job, log)
+    raise ClaimLost
+
+
+async def renew_claim(job: Job, log: JobLog) -> None:
+    """Write the job's claim once more, if it holds one by the time that it can. Raises as write_entry."""
+    async with log.lock:
+        if log.entry and log.owns_claim():
+            await write_next_entry(job, log, UPLOAD_RETRY, claim=log.entry.claim)
+
+
+async def renew_claims(job: Job) -> None:
+    """Show other instances, as long as the job holds a claim, that it is at work."""
+    log = job.log
+    assert log is not None
+    while not log.is_lost and log.number < MAX_LOG_ENTRIES / 2:
+        await asyncio.sleep(patience_s(LEASE_SHARE) / 3)
+        try:
+            await renew_claim(job, log)
+        except ClaimLost:
+            return  # the job's own next write says so, too
+        except ServiceError as exc:
+            logger.warning("the job's claim was not renewed: %s", exc.detail)
 
 
 async def record_prediction(job: Job) -> None:
-    """Record the prediction that was just created, also if the job is being cancelled."""
+    """Record the prediction that was just created, also if the job is being cancelled. Raises ClaimLost."""
+    if job.log is None:
+        return
     with anyio.move_on_after(patience_s(MAX_WAIT_SHARE), shield=True):
-        await save_record(job, required=False)
+        try:
+            await write_entry(job)
+        except ServiceError as exc:
+            logger.warning("the prediction was not recorded: %s", exc.detail)
 
 
-async def renew_record(job: Job) -> None:
-    """Show other instances, while a create is throttled, that this one is still at work."""
-    if job.record and time.time() - job.record.updated_at > patience_s(LEASE_SHARE) / 3:
-        await save_record(job, required=False)
+async def follow_log(job: Job) -> JobEntry | None:
+    """Wait until no other instance is at work, and take over what there is; return the last entry.
+
+    None: the job begins. Raises InvalidInput if the key belongs to another body, ResourceFailed.
+    """
+    log = job.log
+    assert log is not None
+    seen_at = time.monotonic()
+    while True:
+        position = await find_last_entry(log.folder)
+        if position.number == 0:
+            position = await read_legacy_record(log)
+        elif position.number != log.number or log.entry is None:
+            path = f"{log.folder}/{position.number:04}.json"
+            log.entry = await read_entry(path)
+            if log.entry is None:  # listed but missing does not mean that nothing was paid for
+                raise ResourceFailed(f"The file {path} in the bucket is missing.", "supabase")
+            log.number = position.number
+            seen_at = time.monotonic()
+        if log.entry is None:
+            return None
+
+        check_same_body(log, log.entry)
+        silent_s = max(position.age_s, time.monotonic() - seen_at)
+        is_at_work = log.entry.owner not in ("", log.owner)
+        if log.entry.can_resume() or not is_at_work or silent_s >= patience_s(LEASE_SHARE):
+            log.is_lost = False
+            if log.entry.claim == "video":  # its owner may have created a prediction
+                job.search_from = time.monotonic() - position.first_age_s
+            job.partial = log.entry.partial.model_copy()
+            return expire_video_result(log.entry, position.age_s)
+        await asyncio.sleep(patience_s(LEASE_SHARE) / 30)
 
 
-async def resume_newer_record(job: Job) -> None:
-    """Just before the video is paid for, continue from what another instance has recorded meanwhile."""
-    audio_url = job.partial.audio_url
-    record = await load_record(job)
-    if record and record.owner != INSTANCE_ID:
-        resume_from(job, record)
-        job.partial.audio_url = audio_url
-    elif audio_url:
-        await save_record(job)
+def check_same_body(log: JobLog, entry: JobEntry) -> None:
+    """Raise InvalidInput if the key was used for another body; one that paid for nothing is free."""
+    if entry.request_digest != log.request_digest and not entry.is_unused():
+        raise invalid_field("Idempotency-Key", KEY_REUSED, "header")
+
+
+def expire_video_result(entry: JobEntry, age_s: float) -> JobEntry:
+    """Return the entry; the result of a silent video becomes a refusal when its URL has expired."""
+    if isinstance(entry.result, VideoResult) and age_s >= VIDEO_URL_LIFETIME_S:
+        refusal = Refusal(
+            http_status=400, category="provider", provider="replicate", detail=VIDEO_EXPIRED
+        )
+        return entry.model_copy(update={"result": None, "refusal": refusal})
+    return entry
+
+
+async def run_idempotent(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
+    """Answer a job with a key from its log if it is done; else begin, resume or take over. Follow if lost."""
+    while True:
+        entry = await follow_log(job)
+        if entry and entry.refusal:
+            raise entry.refusal.as_error()
+        if entry and entry.result:
+            job.replayed = not job.timings
+            return entry.result
+        with suppress(ClaimLost):
+            return await run_and_record(job, work)
+        logger.info("another instance has taken the job over")
+
+
+async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
+    """Run a job's work, renewing its claims, and write how it ended. Raises ClaimLost, or as `work`."""
+    renewal = asyncio.create_task(renew_claims(job))
+    try:
+        result = await work()
+    except ClaimLost:
+        raise
+    except ServiceError as exc:
+        await record_end(job, exc)
+        raise
+    except asyncio.CancelledError:
+        await record_end(job, job.cancellation_error())
+        raise
+    finally:
+        renewal.cancel()
+
+    # A result is a result, also at the deadline; but only the one in the log is everybody's answer.
+    with anyio.move_on_after(MAX_RESULT_WRITE_S, shield=True):
+        await write_entry(job, PAID_UPLOAD_RETRY, result=result)
+        return result
+    raise ResourceFailed(
+        "The result could not be recorded; send the same request again.", "supabase"
+    )
+
+
+async def record_end(job: Job, error: ServiceError) -> None:
+    """Write that a job was refused for good, or that it has given its claim up: others need not wait."""
+    log = job.log
+    is_final = job.partial.prediction_id and not error.retryable and error.category == "provider"
+    if log is None or not (is_final or log.owns_claim()):
+        return
+    with anyio.move_on_after(MAX_RECORD_SAVE_S, shield=True):
+        try:
+            if is_final:
+                refusal = Refusal.model_validate(error, from_attributes=True)
+                await write_entry(job, refusal=refusal)
+            else:
+                await write_entry(job, given_up=True, claim=open_claim(job, error))
+        except ServiceError as exc:
+            logger.warning("the end of the job was not recorded: %s", exc.detail)
+
+
+def open_claim(job: Job, error: ServiceError) -> Payment | None:
+    """Return the claim that may have been paid for; None if a provider rejected the request."""
+    if job.log is None or job.log.entry is None or error.http_status == 400:
+        return None
+    return job.log.entry.claim
+
+
+class LegacyRecord(BaseModel):
+    """What earlier versions kept in one file, jobs/<HMAC of the key>.json; a deploy overlaps them."""
+
+    body: str
+    written: float
+    writer: HexId | Literal[""]
+    partial: PartialResult = PartialResult()
+    answer: SpeechResult | VideoResult | None = None
+
+
+async def read_legacy_record(log: JobLog) -> LogPosition:
+    """Read an earlier version's record, where there is no log, as if it were its last entry."""
+    content = await read_file(f"{log.folder}.json", UPLOAD_RETRY)
+    if content is None:
+        return LogPosition(0, 0.0, 0.0)
+    try:
+        record = LegacyRecord.model_validate_json(content)
+        digest = log.request_digest if record.body == log.legacy_digest else record.body
+        log.entry = JobEntry(
+            entry_id=uuid.uuid4().hex,
+            owner=record.writer,
+            request_digest=digest,
+            claim="video",
+            partial=record.partial,
+            result=record.answer,
+        )
+    except ValidationError as exc:
+        message = f"The file {log.folder}.json is not one of this service's; remove it."
+        raise ResourceFailed(message, "supabase", retryable=False) from exc
+    age_s = abs(time.time() - record.written)
+    return LogPosition(0, age_s, age_s + get_settings().job_timeout_seconds)
 
 
 # ---- Job runner: deadline, disconnects, JSON and SSE -----------------------------------------------
@@ -3138,11 +3469,11 @@ def start_job(request: Request, body: Body, key: str | None, work: Work[Body]) -
     if key is None:
         coro = work(body, job)
     else:
-        job.record = new_record(request.url.path, body)
-        job.name = record_path(key)
+        job.log = new_log(request.url.path, body, key)
+        job.name = job.log.folder
         running = state.jobs.get(job.name)
-        if running and running.record:
-            if running.record.request_digest != job.record.request_digest:
+        if running and running.log:
+            if running.log.request_digest != job.log.request_digest:
                 raise invalid_field("Idempotency-Key", KEY_REUSED, "header")
             logger.info("joins the job of request_id=%s", running.request_id)
             request.state.job = running
@@ -3163,7 +3494,9 @@ async def run_job(job: Job, coro: Awaitable[BaseModel]) -> None:
     finally:
         if job.result is None:
             job.result = job.cancellation_error()
-        app_state().jobs.pop(job.name, None)  # from now on only the record knows of it
+            if job.log and not job.log.is_refused():  # another instance may still succeed, or has
+                job.result.retryable = True
+        app_state().jobs.pop(job.name, None)  # from now on only its log knows of it
         job.finish()
 
 
@@ -3172,7 +3505,7 @@ async def watch_disconnect(request: Request, job: Job, events: Events) -> None:
     message = await request.receive()
     while message["type"] != "http.disconnect":
         message = await request.receive()
-    if job.record:
+    if job.log:
         job.unsubscribe(events)
         events.put_nowait(None)
     else:
@@ -3284,7 +3617,8 @@ async def make_speech(body: JobPromptTTS, job: Job, target: Path) -> str:
     audio_url = job.partial.audio_url
     if audio_url is None:
         with job.stage("speech"):
-            speech = await elevenlabs_tts_bytes(body.text, body.voice_id)
+            await claim(job, "speech")
+            speech = await elevenlabs_tts_bytes(body.text, body.voice_id, job)
 
     with job.stage("audio_upload"):
         if audio_url is None and speech is not None:
@@ -3324,7 +3658,8 @@ async def make_video(
 ) -> str:
     """Make the silent video, or resume the one that is recorded; return its URL."""
     with job.stage("video"):
-        await resume_newer_record(job)
+        if job.partial.prediction_id is None:
+            await claim(job, "video")
         video_url = await replicate_video_from_prompt(body, audio_url, job, model)
     job.partial.video_url = video_url
     return video_url
