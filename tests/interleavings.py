@@ -178,7 +178,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             if not task.done():
                 try:
                     task.get_coro().close()  # type: ignore[union-attr]
-                except (RuntimeError, BaseException):  # noqa: B014, BLE001  it wanted to clean up
+                except (RuntimeError, BaseException):  # noqa: BLE001  it wanted to clean up
                     continue
         self.tasks.clear()
 
@@ -186,7 +186,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 class Violation(Exception):
     """What must never happen; `trace` is what happened before."""
 
-    trace: list[str] = []  # noqa: RUF012
+    trace: list[str] = []
 
 
 def is_service_error(exc: BaseException) -> bool:
