@@ -416,8 +416,8 @@ class World:
         self.storage_skew_s = pick.uniform(-120, 120)
         self.replicate_skew_s = pick.uniform(-120, 120)
         self.settings = {"JOB_TIMEOUT_SECONDS": pick.choice(["600", "600", "600", "600", "90"])}
-        self.speech_s = pick.choice([(0.5, 4), (0.5, 4), (20, 110)])
-        self.video_s = pick.choice([(2, 10), (20, 90)])
+        self.speech_s = pick.choice([(0.5, 4)] * 5 + [(20, 70)])
+        self.video_s = pick.choice([(1, 6)] * 4 + [(20, 80)])
         self.fails = pick.random() < 0.05  # the predictions end so
         self.disturbances = [self.plan_disturbance() for _ in range(pick.choice([0, 1, 1, 2, 3]))]
         self.context = Context()  # the world's own: nobody's process
