@@ -178,7 +178,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             if not task.done():
                 try:
                     task.get_coro().close()  # type: ignore[union-attr]
-                except (RuntimeError, BaseException):  # noqa: B014, BLE001  it wanted to clean up
+                except BaseException:  # noqa: BLE001  it wanted to clean up
                     continue
         self.tasks.clear()
 
@@ -186,7 +186,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
 class Violation(Exception):
     """What must never happen; `trace` is what happened before."""
 
-    trace: list[str] = []  # noqa: RUF012
+    trace: list[str] = []
 
 
 def is_service_error(exc: BaseException) -> bool:
@@ -522,22 +522,22 @@ class World:
         if self.is_traced:
             self.log(call.process, f"{call.label} {short(call)} {call.fault or ''}")
         if call.fault == "refused":
-            self.later(there_s, fail, answer, httpx.ConnectError("refused"))
+            self.later(there_s, self.fail, call, answer, httpx.ConnectError("refused"))
         elif call.fault == "broken":
-            self.later(there_s, fail, answer, httpx.ReadError("broken"))
+            self.later(there_s, self.fail, call, answer, httpx.ReadError("broken"))
         elif call.fault == "throttled":
             self.later(there_s, self.answer, call, answer, (429, {"detail": "slow down"}))
         elif call.fault == "error":
             self.later(there_s, self.answer, call, answer, INTERNAL)
         elif call.fault == "late":
-            self.later(there_s, fail, answer, httpx.RemoteProtocolError("cut off"))
+            self.later(there_s, self.fail, call, answer, httpx.RemoteProtocolError("cut off"))
             latest_s = LATE_STORAGE_S if call.label in STORAGE_CALLS and self.random.random() < 0.3 else LATE_S
             self.later(there_s + self.random.uniform(0.1, latest_s), self.execute, call, answer)
         else:
             self.later(there_s, self.begin, call)
             self.later(there_s + work_s, self.execute, call, answer)
         if call.fault == "silent":
-            self.later(call.timeout_s, fail, answer, httpx.ReadTimeout("silent"))
+            self.later(call.timeout_s, self.fail, call, answer, httpx.ReadTimeout("silent"))
 
     def begin(self, call: Call) -> None:
         """A move looks for its source a moment before it renames it."""
@@ -552,7 +552,7 @@ class World:
         self.disturb(call, "executed")
         back_s = self.delay_s(call.label)
         if call.fault == "lost":
-            self.later(back_s, fail, answer, httpx.ReadError("lost"))
+            self.later(back_s, self.fail, call, answer, httpx.ReadError("lost"))
         elif call.fault == "error after":
             self.later(back_s, self.answer, call, answer, INTERNAL)
         elif call.fault != "silent":
@@ -564,6 +564,12 @@ class World:
         if not answer.done():
             call.arrived_at = self.loop.now
             answer.set_result(told)
+
+    def fail(self, call: Call, answer: asyncio.Future[Answer], error: Exception) -> None:
+        """End a call without an answer."""
+        self.disturb(call, "answered")
+        if not answer.done():
+            answer.set_exception(error)
 
     # ElevenLabs
 
@@ -685,12 +691,6 @@ def model_schemas() -> dict[str, Any]:
     """The models that the sandbox knows."""
     schemas: dict[str, Any] = json.loads((ROOT / "tests/sandbox/models.json").read_text())
     return schemas
-
-
-def fail(answer: asyncio.Future[Answer], error: Exception) -> None:
-    """End a call without an answer."""
-    if not answer.done():
-        answer.set_exception(error)
 
 
 def short(call: Call) -> str:
