@@ -120,6 +120,7 @@ MAX_DRAIN_S = 20.0  # of it, for jobs with a key to end by themselves
 MAX_RECORD_SAVE_S = 4.0  # for a job that was stopped to write its record
 
 # Lines at the providers (see ProviderLine).
+MAX_CREATES = 64  # at once: so many in a second, and more would hold up /health by their handshakes
 PROBE_ROUNDS = 8  # successes for each call under way, after a refusal, before one more goes at once
 LINE_SPEED_S = 120.0  # of turns, by which a wait is estimated: providers' limits are by minute
 LINE_STEP_S = 2.0  # between two looks at a job in line: its event, its record, its deadline
@@ -1065,7 +1066,9 @@ class AppState:
     http: httpx.AsyncClient
     ffmpeg_slots: asyncio.Semaphore
     speech_line: "ProviderLine" = field(default_factory=lambda: ProviderLine("elevenlabs"))
-    create_line: "ProviderLine" = field(default_factory=lambda: ProviderLine("replicate"))
+    create_line: "ProviderLine" = field(
+        default_factory=lambda: ProviderLine("replicate", MAX_CREATES)
+    )
     open_requests: int = 0  # that have no response yet
     jobs: dict[str, Job] = field(default_factory=dict)  # running ones, by Job.name
     claimed_predictions: deque[tuple[str, str]] = field(  # prediction id, Job.name
@@ -1487,21 +1490,22 @@ def one_line(message: str) -> str:
 class Pace(NamedTuple):
     """How many calls may be under way at once, and how many must succeed until it is one more."""
 
-    at_once: float = math.inf
-    needed: int = 1
+    at_once: int
+    needed: int
     succeeded: int = 0
 
-    def after_refusal(self, under_way: int) -> "Pace":
+    @classmethod
+    def after_refusal(cls, under_way: int) -> "Pace":
         """Return the pace once a call was refused while `under_way` others had no answer yet."""
-        return Pace(max(1, under_way), max(1, PROBE_ROUNDS * under_way))
+        return cls(max(1, under_way), max(1, PROBE_ROUNDS * under_way))
 
     def after_success(self) -> "Pace":
         """Return the pace once a call succeeded; each step up needs half as many as the one before."""
         succeeded = self.succeeded + 1
-        if math.isinf(self.at_once) or succeeded < self.needed:
+        if succeeded < self.needed:
             return self._replace(succeeded=succeeded)
         at_once = self.at_once + 1
-        return Pace(at_once, max(int(at_once), self.needed // 2))
+        return Pace(at_once, max(at_once, self.needed // 2))
 
 
 @dataclass(eq=False)
@@ -1523,12 +1527,13 @@ class ProviderLine:
     that is cancelled while it waits holds nothing.
     """
 
-    def __init__(self, provider: Provider) -> None:
+    def __init__(self, provider: Provider, at_most: float = math.inf) -> None:
         self.provider = provider
-        self.pace = Pace()
+        self.at_most = at_most  # calls under way, line or not
+        self.pace: Pace | None = None  # of a line; None: there is none
         self.waiting: list[LinePlace] = []  # by number
         self.under_way = 0
-        self.formed_at: float | None = None  # None: there is no line
+        self.formed_at = 0.0
         self.refusals = 0
         self.refusals_in_a_row = 0  # not counting calls that were under way at the one before
         self.refused_at = 0.0
@@ -1564,7 +1569,7 @@ class ProviderLine:
             self._note_refusal(place, response)
         else:
             self.turn_ends.append(time.monotonic())
-            if response.status < 300:
+            if response.status < 300 and self.pace:
                 self.refusals_in_a_row = 0
                 self.pace = self.pace.after_success()
             self._end_if_empty()
@@ -1572,7 +1577,7 @@ class ProviderLine:
 
     def check_turn(self, job: Job, ahead: int | None = None) -> None:
         """Raise ProviderBusy if a job would not get its turn before its deadline; None: it comes last."""
-        if self.formed_at is None:
+        if self.pace is None:
             return
         if ahead is None:
             ahead = len(self.waiting)
@@ -1601,18 +1606,20 @@ class ProviderLine:
 
     def _may_go(self, place: LinePlace) -> bool:
         """Return whether it is this place's turn."""
+        at_once = self.at_most
+        if self.pace:
+            at_once = min(at_once, self.pace.at_once)
         is_paused = time.monotonic() < self.paused_until
-        has_room = self.under_way < self.pace.at_once
-        return self.waiting[0] is place and has_room and not is_paused
+        return self.waiting[0] is place and self.under_way < at_once and not is_paused
 
     def _ahead_of(self, place: LinePlace) -> int:
         """Return how many wait before a place."""
         return bisect.bisect_left(self.waiting, place.number, key=line_number)
 
     def _tell_ahead(self, place: LinePlace) -> None:
-        """Tell the client how many are before it, if that has changed."""
+        """Tell the client how many are before it in a line, if that has changed."""
         ahead = self._ahead_of(place)
-        if ahead != place.ahead:
+        if self.pace and ahead != place.ahead:
             place.ahead = ahead
             place.job.emit("progress", "queued", ahead=ahead)
 
@@ -1635,7 +1642,7 @@ class ProviderLine:
     def _begin_turn(self, place: LinePlace) -> None:
         """Count a call as under way."""
         place.turn_began_at = time.monotonic()
-        if self.under_way == 0 and self.formed_at is None:
+        if self.under_way == 0 and self.pace is None:
             self.busy_since = place.turn_began_at
             self.turn_ends.clear()
         self.under_way += 1
@@ -1645,7 +1652,7 @@ class ProviderLine:
     def _note_refusal(self, place: LinePlace, response: ProviderResponse) -> None:
         """Form a line if there is none, let fewer go at once, and pause as long as the provider asks."""
         now = time.monotonic()
-        if self.formed_at is None:
+        if self.pace is None:
             self.formed_at = now
             self.refusals = 0
             logger.warning("a line forms at %s: %s", self.provider, describe(response))
@@ -1654,7 +1661,7 @@ class ProviderLine:
         if place.turn_began_at >= self.refused_at:
             self.refusals_in_a_row += 1
         self.refused_at = now
-        self.pace = self.pace.after_refusal(self.under_way)
+        self.pace = Pace.after_refusal(self.under_way)
         asked_s = response.retry_after_s(time.time())
         # While calls are under way, the end of one is the sign to ask again.
         if asked_s is not None or self.under_way == 0:
@@ -1663,14 +1670,13 @@ class ProviderLine:
 
     def _end_if_empty(self) -> None:
         """Forget the line once nobody waits and no call is under way."""
-        if self.formed_at is None or self.waiting or self.under_way:
+        if self.pace is None or self.waiting or self.under_way:
             return
         seconds = time.monotonic() - self.formed_at
         logger.info(
             "the line at %s is gone: s=%.1f refusals=%d", self.provider, seconds, self.refusals
         )
-        self.pace = Pace()
-        self.formed_at = None
+        self.pace = None
         self.refusals_in_a_row = 0
         self.paused_until = 0.0
 
