@@ -56,6 +56,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import anyio
+import anyio.lowlevel
 import httpcore
 import httpx
 import imageio_ffmpeg  # type: ignore[import-untyped]
@@ -123,7 +124,7 @@ MAX_RECORD_SAVE_S = 4.0  # for a job that was stopped to write its record
 MAX_CREATES = 64  # at once: so many in a second, and more would hold up /health by their handshakes
 PROBE_ROUNDS = 8  # successes for each call under way, after a refusal, before one more goes at once
 LINE_SPEED_S = 120.0  # of turns, by which a wait is estimated: providers' limits are by minute
-LINE_STEP_S = 2.0  # between two looks at a job in line: its event, its record, its deadline
+LINE_STEP_S = 2.0  # between two looks at a job in line: its event, its deadline, its record
 MAX_BUSY_S = 3_600.0  # the longest Retry-After of our own
 
 # Polling (see poll_delay_s).
@@ -1547,6 +1548,7 @@ class ProviderLine:
         joined_at = time.monotonic()
         bisect.insort(self.waiting, place, key=line_number)
         try:
+            await anyio.lowlevel.checkpoint()  # a job that was cancelled goes no further
             while not self._may_go(place):
                 self.check_turn(place.job, self._ahead_of(place))
                 self._tell_ahead(place)
@@ -1625,7 +1627,8 @@ class ProviderLine:
 
     async def _sleep(self, place: LinePlace) -> None:
         """Wait to be woken, or until it is time to look; the record of a job with a key is kept fresh."""
-        seconds = LINE_STEP_S * random.uniform(0.75, 1.25)  # so that not all look in one moment
+        seconds = min(LINE_STEP_S, patience_s(LEASE_SHARE) / 6)
+        seconds *= random.uniform(0.75, 1.25)  # so that not all look in one moment
         pause_s = self.paused_until - time.monotonic()
         if pause_s > 0 and self.waiting[0] is place:
             seconds = min(seconds, pause_s)
@@ -1652,11 +1655,11 @@ class ProviderLine:
     def _note_refusal(self, place: LinePlace, response: ProviderResponse) -> None:
         """Form a line if there is none, let fewer go at once, and pause as long as the provider asks."""
         now = time.monotonic()
+        self.last_refusal = f"{response.status}: {provider_message(response)}".rstrip(".")
         if self.pace is None:
             self.formed_at = now
             self.refusals = 0
-            logger.warning("a line forms at %s: %s", self.provider, describe(response))
-        self.last_refusal = f"{response.status}: {provider_message(response)}".rstrip(".")
+            logger.warning("a line forms at %s: %s", self.provider, self.last_refusal)
         self.refusals += 1
         if place.turn_began_at >= self.refused_at:
             self.refusals_in_a_row += 1
