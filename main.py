@@ -17,10 +17,12 @@ Without keys: python -m tests.sandbox      (local stand-ins of the three provide
 """
 
 import asyncio
+import bisect
 import errno
 import hmac
 import html
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -54,6 +56,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 import anyio
+import anyio.lowlevel
 import httpcore
 import httpx
 import imageio_ffmpeg  # type: ignore[import-untyped]
@@ -104,7 +107,6 @@ ENTRY_TIMEOUT = httpx.Timeout(8.0)  # a small file; a claim is retried before it
 
 # Retry and wait limits as fractions of PATIENCE_SECONDS; beside each its default in seconds.
 PAID_SHARE = 1.0  # 120: retries of an upload or download after the video is paid for
-THROTTLE_SHARE = 1 / 2  # 60: retries of a 429, which costs nothing
 MAX_WAIT_SHARE = 1 / 4  # 30: the longest single wait between two attempts
 CANCEL_SHARE = 1 / 4  # 30: cancelling a prediction
 REJECTED_POLL_SHARE = 1 / 4  # 30: polls that are answered 401, 403 or 404
@@ -119,6 +121,13 @@ SHUTDOWN_WAIT_S = 25.0  # for all jobs to end
 MAX_DRAIN_S = 20.0  # of it, for jobs with a key to end by themselves
 MAX_RECORD_SAVE_S = 4.0  # for a job that was stopped to write its last entry
 MAX_RESULT_WRITE_S = 20.0  # for a result to be written, also after the deadline
+
+# Lines at the providers (see ProviderLine).
+MAX_CREATES = 64  # at once: so many in a second, and more would hold up /health by their handshakes
+PROBE_ROUNDS = 8  # successes for each call under way, after a refusal, before one more goes at once
+LINE_SPEED_S = 120.0  # of turns, by which a wait is estimated: providers' limits are by minute
+LINE_STEP_S = 2.0  # between two looks at a job in line: its event, its deadline
+MAX_BUSY_S = 3_600.0  # the longest Retry-After of our own
 
 # Polling (see poll_delay_s).
 POLL_SHARE = 0.025  # a wait as a share of the time waited so far
@@ -473,7 +482,12 @@ class StageEvent(BaseModel):
     stage: Stage
     state: StageState
     seconds: float = Field(description="since the stage started")
-    status: str | None = Field(default=None, description="of the prediction, in the stage video")
+    status: str | None = Field(
+        default=None, description="of the prediction, in the stage video; queued: waits in line"
+    )
+    ahead: int | None = Field(
+        default=None, description="how many calls are before it in line, while it is queued"
+    )
     percent: int | None = Field(default=None, description="of the video, where the model logs it")
 
 
@@ -486,6 +500,7 @@ class StageEvent(BaseModel):
 #       PrivateAddress      400 validation     ... to an address inside a network
 #   ProviderRefused         400 provider       ElevenLabs or Replicate reject the request's content
 #   ProviderFailed          500 provider       ElevenLabs or Replicate fail, or reject our key or plan
+#     ProviderBusy          500 provider       the line at a provider is too long for the job's deadline
 #   SpeechTooLarge          400 resource       the speech is larger than the service carries
 #   ResourceFailed          500 resource       storage, a download, this machine, or unusable media
 
@@ -558,6 +573,14 @@ class ProviderFailed(ServiceError):
     """ElevenLabs or Replicate reject the service's key or plan, fail, or do not respond."""
 
     category = "provider"
+
+
+class ProviderBusy(ProviderFailed):
+    """The line at a provider is too long for the job's deadline; nothing was asked for."""
+
+    def __init__(self, detail: str, provider: Provider, retry_after_s: float) -> None:
+        super().__init__(detail, provider)
+        self.retry_after_s = retry_after_s
 
 
 class SpeechTooLarge(ServiceError):
@@ -636,6 +659,7 @@ class Job:
     timings: dict[Stage, float] = field(default_factory=dict)  # seconds, in the order of the stages
     stage_started_at: float = 0.0
     current_stage: Stage | None = None
+    queued_s: float = 0.0  # in lines at the providers
     partial: PartialResult = field(default_factory=PartialResult)
     event_history: list[StageEvent] = field(default_factory=list)
     subscribers: list[Events] = field(default_factory=list)
@@ -668,7 +692,11 @@ class Job:
         self.current_stage = None  # after a failure it stays: cancellation_error() names it
 
     def emit(
-        self, state: StageState, status: str | None = None, percent: int | None = None
+        self,
+        state: StageState,
+        status: str | None = None,
+        percent: int | None = None,
+        ahead: int | None = None,
     ) -> None:
         """Send an event to all subscribers, and keep it for those who join; of progress, only the last."""
         event = StageEvent(
@@ -677,6 +705,7 @@ class Job:
             seconds=round(time.monotonic() - self.stage_started_at, 3),
             status=status,
             percent=percent,
+            ahead=ahead,
         )
         if state == "progress" and self.event_history and self.event_history[-1].state == state:
             self.event_history.pop()
@@ -714,9 +743,14 @@ class Job:
         for queue in self.subscribers:
             queue.put_nowait(None)
 
+    @property
+    def deadline(self) -> float:
+        """When JOB_TIMEOUT_SECONDS have passed, on the monotonic clock."""
+        return self.started_at + get_settings().job_timeout_seconds
+
     def past_deadline(self) -> bool:
         """Return whether JOB_TIMEOUT_SECONDS have passed."""
-        return time.monotonic() - self.started_at >= get_settings().job_timeout_seconds
+        return time.monotonic() >= self.deadline
 
     def cancellation_error(self) -> ServiceError:
         """Return the error of a job that was cancelled, or has passed its deadline."""
@@ -1043,6 +1077,10 @@ class AppState:
 
     http: httpx.AsyncClient
     ffmpeg_slots: asyncio.Semaphore
+    speech_line: "ProviderLine" = field(default_factory=lambda: ProviderLine("elevenlabs"))
+    create_line: "ProviderLine" = field(
+        default_factory=lambda: ProviderLine("replicate", MAX_CREATES)
+    )
     open_requests: int = 0  # that have no response yet
     jobs: dict[str, Job] = field(default_factory=dict)  # running ones, by Job.name
     claimed_predictions: deque[tuple[str, str]] = field(  # prediction id, Job.name
@@ -1163,7 +1201,6 @@ class RetryBudget(NamedTuple):
 SPEECH_ATTEMPTS = RetryBudget(attempts=3)
 BEFORE_PAYMENT = RetryBudget(attempts=4)  # a job can still be given up
 AFTER_PAYMENT = RetryBudget(patience_share=PAID_SHARE)  # what is paid for is waited for
-WHILE_THROTTLED = RetryBudget(patience_share=THROTTLE_SHARE)
 WHILE_REJECTED = RetryBudget(patience_share=REJECTED_POLL_SHARE)
 UNTIL_DEADLINE = RetryBudget()
 
@@ -1174,16 +1211,16 @@ class RetryPolicy:
 
     A connection that could not be made is always retried. `on_broken_connection`: also one that broke
     after sending, so that the work may have been done. `on_invalid_json`: also a success whose body is
-    not a JSON object. `patient`: what the call is about is paid for, so a longer Retry-After than the
+    not a JSON object. `in_line`: a 429 is no failure, its exchange waits in line. `patient`: what the call is about is paid for, so a longer Retry-After than the
     longest wait is cut to it, and an untrusted certificate is retried; else the call gives up.
     """
 
     statuses: Collection[int]
     budget: RetryBudget
-    throttle_budget: RetryBudget | None = None  # for 429; None: `budget`
     rejection_budget: RetryBudget | None = None  # for 401, 403 and 404; None: `budget`
     on_broken_connection: bool = True
     on_invalid_json: bool = True
+    in_line: bool = False
     patient: bool = False
 
     def budget_for(self, attempt: Attempt) -> RetryBudget | None:
@@ -1196,8 +1233,6 @@ class RetryPolicy:
         status = attempt.effective_status
         if status not in self.statuses:
             return None
-        if status == 429:
-            return self.throttle_budget or self.budget
         if status in (401, 403, 404):
             return self.rejection_budget or self.budget
         return self.budget
@@ -1213,18 +1248,18 @@ class RetryPolicy:
 # A speech after a 5xx may be paid twice, some cents: most are not charged, and a person waits. A video
 # costs more, so after a 5xx or a broken connection its prediction is searched for instead.
 SPEECH_RETRY = RetryPolicy(
-    statuses={429, 500, 502, 503, 504},
+    statuses={500, 502, 503, 504},
     budget=SPEECH_ATTEMPTS,
-    throttle_budget=WHILE_THROTTLED,
     on_broken_connection=False,
     on_invalid_json=False,
+    in_line=True,
 )
 CREATE_RETRY = RetryPolicy(
-    statuses={429},
+    statuses=(),
     budget=BEFORE_PAYMENT,
-    throttle_budget=WHILE_THROTTLED,
     on_broken_connection=False,
     on_invalid_json=False,
+    in_line=True,
 )
 MODEL_RETRY = RetryPolicy(statuses={408, 429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT)
 LIST_RETRY = RetryPolicy(statuses={408, 429, *SERVER_ERRORS}, budget=WHILE_REJECTED, patient=True)
@@ -1266,15 +1301,19 @@ def retry_delay_s(
     """
     if attempts >= budget.attempts or failing_s >= patience_s(budget.patience_share):
         return None
-    first_s = get_settings().retry_first_seconds
-    backoff_s = min(first_s * 2.0 ** min(attempts - 1, 10), MAX_BACKOFF_S)
-    if asked_s is None:
-        return backoff_s * random.uniform(0.75, 1)
-
     longest_s = patience_s(MAX_WAIT_SHARE)
-    if asked_s > longest_s:
+    if asked_s is not None and asked_s > longest_s:
         return longest_s if retry.patient else None
-    return max(asked_s, backoff_s) * random.uniform(1, 1.1)
+    return backoff_s(attempts, asked_s)
+
+
+def backoff_s(attempts: int, asked_s: float | None) -> float:
+    """Return the exponential delay after so many failed attempts, or `asked_s` if that is longer."""
+    first_s = get_settings().retry_first_seconds
+    delay_s = min(first_s * 2.0 ** min(attempts - 1, 10), MAX_BACKOFF_S)
+    if asked_s is None:
+        return delay_s * random.uniform(0.75, 1)
+    return max(asked_s, delay_s) * random.uniform(1, 1.1)
 
 
 async def send_once(request: httpx.Request, max_bytes: int) -> ProviderResponse:
@@ -1317,6 +1356,8 @@ async def send_with_retry(
     while True:
         request = app_state().http.build_request(method, url, **request_options)
         attempt = await attempt_exchange(exchange, request, max_bytes)
+        if retry.in_line and is_throttled(attempt):
+            continue
         budget = retry.budget_for(attempt)
         if budget is None:
             break
@@ -1344,6 +1385,11 @@ async def send_with_retry(
     if isinstance(attempt, httpx.RequestError):
         raise attempt
     return attempt
+
+
+def is_throttled(attempt: Attempt | None) -> bool:
+    """Return whether the provider refused the call as one too many."""
+    return isinstance(attempt, ProviderResponse) and attempt.status == 429
 
 
 async def attempt_exchange(exchange: Exchange, request: httpx.Request, max_bytes: int) -> Attempt:
@@ -1455,6 +1501,230 @@ def one_line(message: str) -> str:
     return redact(" ".join(message.split()))[:MAX_DETAIL_CHARS]
 
 
+# ---- Lines at the providers ------------------------------------------------------------------------
+#
+# A 429 of a speech or of a create costs nothing and concerns every job, so the jobs of this process wait
+# in a line at each of the two, first come first served. Without a 429 there is no line: nobody waits.
+#
+# ElevenLabs limits how many calls are under way, Replicate how many come in a minute. One rule fits both
+# (see Pace): after a refusal, as many go at once as are under way by then. At ElevenLabs that is what the
+# plan allows, and the next goes when one ends. At Replicate it is soon none: the first in line asks again
+# when Replicate said, and every round of successes lets one more go at once.
+
+
+class Pace(NamedTuple):
+    """How many calls may be under way at once, and how many must succeed until it is one more."""
+
+    at_once: int
+    needed: int
+    succeeded: int = 0
+
+    @classmethod
+    def after_refusal(cls, under_way: int) -> "Pace":
+        """Return the pace once a call was refused while `under_way` others had no answer yet."""
+        return cls(max(1, under_way), max(1, PROBE_ROUNDS * under_way))
+
+    def after_success(self) -> "Pace":
+        """Return the pace once a call succeeded; each step up needs half as many as the one before."""
+        succeeded = self.succeeded + 1
+        if succeeded < self.needed:
+            return self._replace(succeeded=succeeded)
+        at_once = self.at_once + 1
+        return Pace(at_once, max(at_once, self.needed // 2))
+
+
+@dataclass(eq=False)
+class LinePlace:
+    """The place of one call, kept from its first attempt to its last."""
+
+    line: "ProviderLine"
+    job: Job
+    number: int = field(default_factory=itertools.count().__next__)
+    turn_began_at: float = 0.0
+    ahead: int | None = None  # as the client was told; None: it is not queued
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ProviderLine:
+    """Who may call a provider now. After a 429 jobs wait here for their turn, up to their deadline.
+
+    Only a job itself takes its turn, awake and without an await between the look and the taking, so one
+    that is cancelled while it waits holds nothing.
+    """
+
+    def __init__(self, provider: Provider, at_most: float = math.inf) -> None:
+        self.provider = provider
+        self.at_most = at_most  # calls under way, line or not
+        self.pace: Pace | None = None  # of a line; None: there is none
+        self.waiting: list[LinePlace] = []  # by number
+        self.under_way = 0
+        self.formed_at = 0.0
+        self.refusals = 0
+        self.refusals_in_a_row = 0  # not counting calls that were under way at the one before
+        self.refused_at = 0.0
+        self.last_refusal = ""
+        self.paused_until = 0.0
+        self.busy_since = 0.0
+        self.turn_ends: deque[float] = deque()  # since then, of the last LINE_SPEED_S
+
+    async def wait_for_turn(self, place: LinePlace) -> None:
+        """Return when the call may be made; `end_turn` must follow. Raises ProviderBusy."""
+        joined_at = time.monotonic()
+        bisect.insort(self.waiting, place, key=line_number)
+        try:
+            await anyio.lowlevel.checkpoint()  # a job that was cancelled goes no further
+            while not self._may_go(place):
+                self.check_turn(place.job, self._ahead_of(place))
+                self._tell_ahead(place)
+                await self._sleep(place)
+            self._begin_turn(place)
+        finally:
+            self.waiting.remove(place)
+            if place.ahead is not None:
+                place.job.queued_s += time.monotonic() - joined_at
+                place.ahead = None
+            self._wake_first()
+            self._end_if_empty()
+
+    def end_turn(self, place: LinePlace, response: ProviderResponse | None) -> None:
+        """Make room for the next, and adapt to what the provider answered; None: it did not."""
+        self.under_way -= 1
+        if response is None:
+            self._end_if_empty()
+        elif is_throttled(response):
+            self._note_refusal(place, response)
+        else:
+            self.turn_ends.append(time.monotonic())
+            if response.status < 300 and self.pace:
+                self.refusals_in_a_row = 0
+                self.pace = self.pace.after_success()
+            self._end_if_empty()
+        self._wake_first()
+
+    def check_turn(self, job: Job, ahead: int | None = None) -> None:
+        """Raise ProviderBusy if a job would not get its turn before its deadline; None: it comes last."""
+        if self.pace is None:
+            return
+        if ahead is None:
+            ahead = len(self.waiting)
+        too_long_s = self._expected_wait_s(ahead) - (job.deadline - time.monotonic())
+        if too_long_s <= 0:
+            return
+        retry_after_s = min(max(1.0, too_long_s), MAX_BUSY_S)
+        name = PROVIDER_NAMES[self.provider]
+        detail = (
+            f"{name} answered {self.last_refusal}, and the line there, {ahead} jobs long, takes longer"
+            f" than this job has; try again in {retry_after_s:.0f} s."
+        )
+        raise ProviderBusy(detail, self.provider, retry_after_s)
+
+    def _expected_wait_s(self, ahead: int) -> float:
+        """Return how long a job waits at the line's present speed; while none is known, for the pause."""
+        now = time.monotonic()
+        while self.turn_ends and self.turn_ends[0] < now - LINE_SPEED_S:
+            self.turn_ends.popleft()
+        pause_s = max(0.0, self.paused_until - now)
+        turns = len(self.turn_ends) + self.under_way
+        if turns == 0:
+            return pause_s
+        seconds = min(now - self.busy_since, LINE_SPEED_S)
+        return max(pause_s, ahead * seconds / turns)
+
+    def _may_go(self, place: LinePlace) -> bool:
+        """Return whether it is this place's turn."""
+        at_once = self.at_most
+        if self.pace:
+            at_once = min(at_once, self.pace.at_once)
+        is_paused = time.monotonic() < self.paused_until
+        return self.waiting[0] is place and self.under_way < at_once and not is_paused
+
+    def _ahead_of(self, place: LinePlace) -> int:
+        """Return how many wait before a place."""
+        return bisect.bisect_left(self.waiting, place.number, key=line_number)
+
+    def _tell_ahead(self, place: LinePlace) -> None:
+        """Tell the client how many are before it in a line, if that has changed."""
+        ahead = self._ahead_of(place)
+        if self.pace and ahead != place.ahead:
+            place.ahead = ahead
+            place.job.emit("progress", "queued", ahead=ahead)
+
+    async def _sleep(self, place: LinePlace) -> None:
+        """Wait to be woken, or until it is time to look."""
+        seconds = min(LINE_STEP_S, patience_s(LEASE_SHARE) / 6)
+        seconds *= random.uniform(0.75, 1.25)  # so that not all look in one moment
+        pause_s = self.paused_until - time.monotonic()
+        if pause_s > 0 and self.waiting[0] is place:
+            seconds = min(seconds, pause_s)
+        place.woken.clear()
+        with anyio.move_on_after(seconds):
+            await place.woken.wait()
+
+    def _wake_first(self) -> None:
+        """Let the first in line look whether it may go."""
+        if self.waiting:
+            self.waiting[0].woken.set()
+
+    def _begin_turn(self, place: LinePlace) -> None:
+        """Count a call as under way."""
+        place.turn_began_at = time.monotonic()
+        if self.under_way == 0 and self.pace is None:
+            self.busy_since = place.turn_began_at
+            self.turn_ends.clear()
+        self.under_way += 1
+        if place.ahead is not None:
+            place.job.emit("progress")
+
+    def _note_refusal(self, place: LinePlace, response: ProviderResponse) -> None:
+        """Form a line if there is none, let fewer go at once, and pause as long as the provider asks."""
+        now = time.monotonic()
+        self.last_refusal = f"{response.status}: {provider_message(response)}".rstrip(".")
+        if self.pace is None:
+            self.formed_at = now
+            self.refusals = 0
+            logger.warning("a line forms at %s: %s", self.provider, self.last_refusal)
+        self.refusals += 1
+        if place.turn_began_at >= self.refused_at:
+            self.refusals_in_a_row += 1
+        self.refused_at = now
+        self.pace = Pace.after_refusal(self.under_way)
+        asked_s = response.retry_after_s(time.time())
+        # While calls are under way, the end of one is the sign to ask again.
+        if asked_s is not None or self.under_way == 0:
+            pause_s = backoff_s(max(1, self.refusals_in_a_row), asked_s)
+            self.paused_until = max(self.paused_until, now + pause_s)
+
+    def _end_if_empty(self) -> None:
+        """Forget the line once nobody waits and no call is under way."""
+        if self.pace is None or self.waiting or self.under_way:
+            return
+        seconds = time.monotonic() - self.formed_at
+        logger.info(
+            "the line at %s is gone: s=%.1f refusals=%d", self.provider, seconds, self.refusals
+        )
+        self.pace = None
+        self.refusals_in_a_row = 0
+        self.paused_until = 0.0
+
+
+def line_number(place: LinePlace) -> int:
+    """Return by what a line is sorted."""
+    return place.number
+
+
+async def exchange_in_line(
+    place: LinePlace, exchange: Exchange, request: httpx.Request, max_bytes: int
+) -> ProviderResponse:
+    """Make one attempt when it is the call's turn. Raises ProviderBusy, httpx.RequestError."""
+    await place.line.wait_for_turn(place)
+    response = None
+    try:
+        response = await exchange(request, max_bytes)
+    finally:
+        place.line.end_turn(place, response)
+    return response
+
+
 # ---- ElevenLabs: text to speech --------------------------------------------------------------------
 
 
@@ -1491,6 +1761,8 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str, job: Job | None = None)
     Raises ProviderRefused, ProviderFailed, SpeechTooLarge, MissingSetting.
     """
     settings = get_settings()
+    job = job or Job("-")
+    place = LinePlace(app_state().speech_line, job)
     try:
         response = await call_provider(
             "elevenlabs",
@@ -1504,7 +1776,7 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str, job: Job | None = None)
             max_bytes=MAX_SPEECH_BYTES,
             timeout=SPEECH_TIMEOUT,
             extensions={NEW_CONNECTION: True},
-            exchange=partial(speech_exchange, job or Job("-")),
+            exchange=partial(exchange_in_line, place, partial(speech_exchange, job)),
         )
     except (ProviderRefused, ProviderFailed) as exc:
         if exc.response and not exc.response.complete and exc.response.status == 200:
@@ -2349,6 +2621,8 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
 
 def was_not_created(error: ProviderFailed) -> bool:
     """Return whether a failed create has certainly created nothing."""
+    if isinstance(error, ProviderBusy):
+        return True
     if error.response:
         return error.response.status < 500 and error.response.status not in (200, 201, 202, 408)
     return isinstance(error.__cause__, NOT_SENT)
@@ -2388,6 +2662,8 @@ async def send_create(model: VideoModel, values: dict[str, Any], job: Job) -> Pr
         path = "predictions"
         body["version"] = model.version
     cancel_after_s = max(MIN_CANCEL_AFTER_S, round(get_settings().job_timeout_seconds))
+    place = LinePlace(app_state().create_line, job)
+    create = partial(create_exchange, job, create_key(model, values))
     return await call_replicate(
         "POST",
         path,
@@ -2397,7 +2673,7 @@ async def send_create(model: VideoModel, values: dict[str, Any], job: Job) -> Pr
         json=body,
         timeout=CREATE_TIMEOUT,
         extensions={NEW_CONNECTION: True},
-        exchange=partial(create_exchange, job, create_key(model, values)),
+        exchange=partial(exchange_in_line, place, create),
     )
 
 
@@ -2760,7 +3036,7 @@ class RequestMiddleware:
                 headers["X-Request-ID"] = request_id
                 job = request_state.get("job")  # set by start_job: the job, or the one it joined
                 if job and job.timings:
-                    headers["Server-Timing"] = server_timing(job.timings)
+                    headers["Server-Timing"] = server_timing(job.timings, job.queued_s)
             await send(message)
 
         state = app_state()
@@ -2771,9 +3047,12 @@ class RequestMiddleware:
             state.open_requests -= 1
 
 
-def server_timing(timings: Mapping[Stage, float]) -> str:
-    """Return stages and their seconds as a Server-Timing header, in milliseconds."""
-    return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in timings.items())
+def server_timing(timings: Mapping[Stage, float], queued_s: float = 0.0) -> str:
+    """Return stages, and the time in line, as a Server-Timing header, in milliseconds."""
+    entries = [f"{name};dur={seconds * 1000:.1f}" for name, seconds in timings.items()]
+    if queued_s:
+        entries.append(f"queued;dur={queued_s * 1000:.1f}")
+    return ", ".join(entries)
 
 
 @dataclass(frozen=True)
@@ -2848,7 +3127,10 @@ def error_response(
 
 async def handle_service_error(request: Request, exc: ServiceError) -> Response:
     """Answer an error of the service's own."""
-    return error_response(request, exc)
+    headers = {}
+    if isinstance(exc, ProviderBusy):
+        headers["Retry-After"] = str(math.ceil(exc.retry_after_s))
+    return error_response(request, exc, headers)
 
 
 # Pydantic's error types in plain words.
@@ -2923,7 +3205,7 @@ app.add_middleware(
     allow_origins=get_settings().allowed_origin.split(","),
     allow_methods=["GET", "POST"],
     allow_headers=["*"],
-    expose_headers=["X-Request-ID", "Server-Timing", "Idempotency-Replayed"],
+    expose_headers=["X-Request-ID", "Server-Timing", "Idempotency-Replayed", "Retry-After"],
 )
 app.add_middleware(RequestMiddleware)
 
@@ -3607,6 +3889,9 @@ async def check_job(body: JobPromptOnly, job: Job, has_speech: bool = False) -> 
     audio_url = EXAMPLE_AUDIO_URL if has_speech else None  # the speech's own URL is not known yet
     build_model_input(model, body, audio_url)
     if job.partial.prediction_id is None:
+        app_state().create_line.check_turn(job)
+        if has_speech and job.partial.audio_url is None:
+            app_state().speech_line.check_turn(job)
         await check_picture(body.image_url)
     return model
 
