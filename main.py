@@ -2589,6 +2589,7 @@ async def replicate_video_from_prompt(
         else:
             prediction = await create_prediction(model, values, job)
             await record_prediction(job)
+            await asyncio.sleep(0)  # a job that was cancelled meanwhile ends here
             kind = video_kind(model, values)
             prediction = await wait_for_prediction(prediction, job, kind)
     except (asyncio.CancelledError, ServiceError):
