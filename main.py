@@ -30,6 +30,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import ssl
 import struct
@@ -48,7 +49,6 @@ from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
-from http.cookiejar import DefaultCookiePolicy
 from itertools import islice
 from pathlib import Path
 from subprocess import DEVNULL
@@ -69,6 +69,7 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Field,
     SecretStr,
     StringConstraints,
@@ -79,6 +80,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 current_request_id: ContextVar[str] = ContextVar("request_id", default="-")
 logger = logging.getLogger("talking_pet")
 
@@ -88,14 +94,24 @@ MAX_REQUEST_BYTES = 64 * 1024
 MAX_SPEECH_BYTES = 9_500_000
 MAX_DOWNLOAD_BYTES = 100_000_000  # a final video has no more either
 MAX_RESPONSE_BYTES = 2_000_000  # of a provider's JSON; the largest model schemas have some 100 kB
-MAX_PREDICTION_BYTES = 8_000_000  # of one prediction with its whole log, or of a hundred in a list
+MAX_PREDICTION_BYTES = 1_000_000  # of one prediction with its whole log
+MAX_LIST_BYTES = 8_000_000  # of a list of a hundred predictions
+MAX_JSON_VALUES = 100_000  # of one body: they take some 20 ms, in which nothing else runs, and 7 MB
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
+MAX_ERROR_CHARS = 1_000  # of an error's text as a client gets it, whoever wrote it
+MAX_LOG_CHARS = 20_000  # of one line of the log, its traceback included
 CHUNK_BYTES = 128 * 1024  # to and from disk at a time: each chunk takes a turn of a thread
 
 # What is read of a model's schema and output, which anybody may publish, and of its video.
 MAX_SCHEMA_PARTS = 4  # of one property: an enum stands behind one, a nullable value behind two
 MAX_SCHEMA_DEPTH = 4
 MAX_SCHEMA_FIELDS = 300  # well-known models have up to fifteen
+MAX_NAME_CHARS = 100  # of one of its fields
+MAX_ENUM_VALUES = 100  # of one of its fields, and of a default that is a list or an object
+MAX_VALUE_CHARS = 2_000  # of a default; an enum's values are shorter
+MAX_DESCRIPTION_CHARS = 300
+MAX_NUMBER = 1e15  # larger ones bound nothing
+MAX_FIELD_ERRORS = 20  # that Replicate reports about one input
 MAX_OUTPUT_URLS = 1_000  # the video's URL is among the first few
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
 
@@ -105,6 +121,11 @@ SPEECH_TIMEOUT = httpx.Timeout(120.0, connect=10.0)  # ElevenLabs responds when 
 CREATE_TIMEOUT = httpx.Timeout(20.0, connect=10.0)  # Replicate responds at once
 ENTRY_TIMEOUT = httpx.Timeout(8.0)  # a small file; a claim is retried before its lease ends
 
+# Seconds of a whole call, however slowly its response comes in.
+MAX_CREATE_S = 30.0
+CREATE_GRACE_S = 5.0  # of it, for a job that was cancelled meanwhile
+MAX_LOOKUP_S = 60.0  # of a model, with its retries
+
 # Retry and wait limits as fractions of PATIENCE_SECONDS; beside each its default in seconds.
 PAID_SHARE = 1.0  # 120: retries of an upload or download after the video is paid for
 MAX_WAIT_SHARE = 1 / 4  # 30: the longest single wait between two attempts
@@ -113,6 +134,7 @@ REJECTED_POLL_SHARE = 1 / 4  # 30: polls that are answered 401, 403 or 404
 LEASE_SHARE = 1 / 4  # 30: how long another instance counts as working after its last write
 DRAIN_SHARE = 1 / 6  # 20: jobs with a key at the end of the process
 SEARCH_SHARE = 1 / 12  # 10: the search for a prediction whose create had no response
+MAX_SEARCH_SHARE = 1 / 4  # 30: the same, however slowly the list of predictions comes in
 MAX_BACKOFF_S = 8.0  # 0.5 s, 1 s, 2 s, 4 s, 8 s, 8 s, ... from RETRY_FIRST_SECONDS on
 
 # Graceful shutdown, whatever PATIENCE_SECONDS is. Render kills the process 40 s after uvicorn's own
@@ -137,9 +159,12 @@ DUE_SHARE = 0.8  # of the shortest recent duration: from there on the video is e
 EARLY_SHARE = 0.1  # of the shortest recent duration: a wait before the video is expected
 DUE_STEP_SHARE = 0.012  # of the shortest recent duration: a wait once the video is expected
 DUE_STEP_MAX_S = 0.65
-MAX_POLLS_PER_MINUTE = (
-    2_400  # of one process; Replicate allows 3,000 (docs rate-limits, 2026-11-22)
-)
+# Of one process; Replicate allows 3,000 calls (docs rate-limits, 2026-11-22), and each of the look-ups
+# below may take four.
+MAX_POLLS_PER_MINUTE = 2_400
+MAX_LOOKUPS_PER_MINUTE = 30  # of models that this process does not know
+UNKNOWN_MODEL_TTL_S = 60.0
+MAX_DURATION_KINDS = 500
 
 MIN_CANCEL_AFTER_S = 5  # the least that Replicate's Cancel-After takes (changelog 2025-10-16)
 CLOCK_TOLERANCE_S = 5.0  # a Date header has whole seconds, and arrives late
@@ -158,9 +183,19 @@ FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of an 8K frame ha
 
 HEAD_TIMEOUT_S = 10.0
 PICTURE_TIMEOUT_S = 3.0
+MAX_HEADS = 8  # remote files that are looked at for /debug/head at once
+MAX_PICTURE_CHECKS = 32  # ... and for jobs
+MAX_HEAD_BYTES = 32 * 1024  # that the servers of one remote file may send, redirects included
+READ_BYTES = 4 * 1024  # of them at a time, so that little is read beyond the headers
 MAX_REDIRECTS = 5
 MAX_DNS_LOOKUPS = 16  # at once, of names that strangers gave
 MAX_ADDRESSES = 4  # of one name that are tried
+
+MAX_MISSPELLED = 50  # names in a body that are compared with ours
+SPENDING_WINDOW_S = 3_600.0  # of MAX_VIDEOS_PER_HOUR
+RETRY_RESERVED_S = 60  # Retry-After while jobs under way hold the last videos of the hour
+MACOS_DESCRIPTORS = 10_240  # the most that macOS takes, where it names no hard limit
+ACCEPT_LOG_S = 60.0  # between two lines of the log that say that there are no descriptors
 
 # ---- Settings --------------------------------------------------------------------------------------
 
@@ -213,6 +248,23 @@ def check_secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def check_tokens(secret: SecretStr) -> SecretStr:
+    """Return tokens separated by commas, without blanks. Raises ValueError unless each could be a key."""
+    tokens = [token.strip() for token in secret.get_secret_value().split(",")]
+    for token in tokens:
+        check_secret(SecretStr(token))
+    return SecretStr(",".join(tokens))
+
+
+def check_models(value: str) -> str:
+    """Return names of models separated by commas, without blanks. Raises ValueError."""
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if not re.fullmatch(MODEL_PATTERN, name):
+            raise ValueError("must be owner/name, or several separated by commas")
+    return ",".join(names)
+
+
 BaseUrl = Annotated[str, AfterValidator(check_base_url)]
 ApiKey = Annotated[SecretStr, AfterValidator(check_secret)]
 
@@ -231,6 +283,9 @@ class Settings(BaseModel, frozen=True):
     )
     tts_max_chars: Annotated[int, Field(ge=1)] = 600
     job_timeout_seconds: Annotated[float, Field(ge=1, le=86_400)] = 600
+    service_token: Annotated[SecretStr, AfterValidator(check_tokens)] | None = None
+    max_videos_per_hour: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    allowed_models: Annotated[str, AfterValidator(check_models)] | None = None
     eleven_base_url: BaseUrl = "https://api.elevenlabs.io"
     replicate_base_url: BaseUrl = "https://api.replicate.com"
     allow_private_urls: bool = False
@@ -248,13 +303,23 @@ class Settings(BaseModel, frozen=True):
             return value.get_secret_value()
         return str(value)
 
+    def tokens(self) -> list[str]:
+        """Return the tokens that SERVICE_TOKEN lists; empty: none is needed."""
+        return self.service_token.get_secret_value().split(",") if self.service_token else []
+
     def secrets(self) -> list[str]:
-        """Return every secret that is set."""
-        values = [value for _, value in self]
-        return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+        """Return every secret that is set, each token singly; the longest first, which may hold another."""
+        keys = (self.eleven_api_key, self.replicate_api_token, self.supabase_service_role)
+        secrets = [key.get_secret_value() for key in keys if key]
+        return sorted(secrets + self.tokens(), key=len, reverse=True)
 
 
-SECRET_SETTINGS = ("eleven_api_key", "replicate_api_token", "supabase_service_role")
+SECRET_SETTINGS = (
+    "eleven_api_key",
+    "replicate_api_token",
+    "supabase_service_role",
+    "service_token",
+)
 STORAGE_SETTINGS = ("supabase_url", "supabase_service_role")
 VIDEO_JOB_SETTINGS = ("replicate_api_token",)
 SPEECH_JOB_SETTINGS = (
@@ -382,7 +447,7 @@ class JobPromptOnly(BaseModel):
             return body
         known = {*JobPromptTTS.model_fields, *FIELD_ALIASES}
         errors: list[InputError] = []
-        for name in body:
+        for name in islice(body, MAX_MISSPELLED):
             if name in JobPromptTTS.model_fields:
                 continue
             for match in get_close_matches(name.lower(), known, n=1, cutoff=0.8):
@@ -496,6 +561,7 @@ class StageEvent(BaseModel):
 # ServiceError              500 internal       anything unforeseen
 #   MissingSetting          500 configuration  a variable is unset that this request needs
 #   InvalidInput            400 validation     the request can never succeed as it is
+#     Unauthorized          401 validation     it carries none of the tokens of SERVICE_TOKEN
 #     BlockedUrl            400 validation     the URL leads to where the service must not go
 #       PrivateAddress      400 validation     ... to an address inside a network
 #   ProviderRefused         400 provider       ElevenLabs or Replicate reject the request's content
@@ -503,18 +569,20 @@ class StageEvent(BaseModel):
 #     ProviderBusy          500 provider       the line at a provider is too long for the job's deadline
 #   SpeechTooLarge          400 resource       the speech is larger than the service carries
 #   ResourceFailed          500 resource       storage, a download, this machine, or unusable media
+#     SpendingLimitReached  429 resource       MAX_VIDEOS_PER_HOUR videos were paid for
 
 
 class ServiceError(Exception):
     """An error returned to the client; the base class is an internal 500.
 
     `detail` is safe to show. `response` is the provider's, if there was one. `errors` name the
-    invalid fields of the request.
+    invalid fields of the request. `headers` are the response's.
     """
 
     http_status: int = 500
     category: Category = "internal"
     retryable: bool = True
+    headers: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -525,8 +593,9 @@ class ServiceError(Exception):
         response: "ProviderResponse | None" = None,
         errors: "list[InputError] | None" = None,
     ) -> None:
+        detail = redact(detail)[:MAX_ERROR_CHARS]
         super().__init__(detail)
-        self.detail = redact(detail)
+        self.detail = detail
         self.provider = provider
         self.response = response
         self.errors = errors or []
@@ -535,7 +604,8 @@ class ServiceError(Exception):
 
     def add_field_error(self, name: str, message: str, place: str = "body") -> None:
         """Add what is wrong with one field of the request."""
-        self.errors.append(InputError(loc=[place, redact(name)], msg=redact(message)))
+        message = redact(message)[:MAX_ERROR_CHARS]
+        self.errors.append(InputError(loc=[place, redact(name)], msg=message))
 
 
 class MissingSetting(ServiceError):
@@ -551,6 +621,13 @@ class InvalidInput(ServiceError):
     http_status = 400
     category = "validation"
     retryable = False
+
+
+class Unauthorized(InvalidInput):
+    """The request carries none of the tokens of SERVICE_TOKEN."""
+
+    http_status = 401
+    headers = {"WWW-Authenticate": "Bearer"}
 
 
 class BlockedUrl(InvalidInput):
@@ -597,6 +674,16 @@ class ResourceFailed(ServiceError):
     category = "resource"
 
 
+class SpendingLimitReached(ResourceFailed):
+    """This process has paid for MAX_VIDEOS_PER_HOUR videos within the last hour."""
+
+    http_status = 429
+
+    def __init__(self, detail: str, retry_after_s: float) -> None:
+        super().__init__(detail)
+        self.headers = {"Retry-After": str(math.ceil(retry_after_s))}
+
+
 def invalid_field(name: str, message: str, place: str = "body") -> InvalidInput:
     """Return the error for one invalid field of the request, or for an invalid header."""
     error = InvalidInput(f"{name}: {message}.")
@@ -612,12 +699,16 @@ def redact(text: str) -> str:
 
 
 def add_request_id_and_redact(record: logging.LogRecord) -> bool:
-    """Start a log line with its request id, and keep secrets out of it."""
+    """Start a log line with its request id, keep secrets out of it, and bound its length."""
     prefix = f"request_id={current_request_id.get()} "
     message = record.getMessage()
-    if not message.startswith(prefix):  # it does where this file was imported twice
-        record.msg = redact(prefix + message)
-        record.args = ()
+    if message.startswith(prefix):  # this file was imported twice
+        return True
+    line = redact(prefix + message)
+    if len(line) > MAX_LOG_CHARS:  # a traceback says most at its end
+        line = f"{line[: MAX_LOG_CHARS // 2]} ... {line[-MAX_LOG_CHARS // 2 :]}"
+    record.msg = line
+    record.args = ()
     return True
 
 
@@ -799,6 +890,7 @@ def error_body(error: ServiceError, request_id: str, job: Job | None) -> dict[st
 # Addresses that ipaddress.is_global lets pass in one Python version or another, or that lead inside.
 BLOCKED_NETWORKS = [
     ipaddress.ip_network("100.64.0.0/10"),  # carrier-grade NAT
+    ipaddress.ip_network("168.63.129.16/32"),  # the host of a virtual machine in Azure
     ipaddress.ip_network("192.0.0.0/24"),  # IETF protocol assignments
     ipaddress.ip_network("192.88.99.0/24"),  # 6to4 relays
     ipaddress.ip_network("198.18.0.0/15"),  # benchmarks
@@ -909,6 +1001,47 @@ class DnsResolver:
         return await resolved
 
 
+# How much the servers of the remote file that is being looked at (see head) may still send, in bytes.
+head_bytes_left: ContextVar[int] = ContextVar("head_bytes_left", default=MAX_HEAD_BYTES)
+
+
+class MeteredStream(httpcore.AsyncNetworkStream):
+    """A connection to a server that a stranger named, which may send MAX_HEAD_BYTES for one request."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Return the next few bytes. Raises httpcore.RemoteProtocolError once there were too many."""
+        bytes_left = head_bytes_left.get()
+        if bytes_left <= 0:
+            raise httpcore.RemoteProtocolError("it sends too much")
+        received = await self._stream.read(min(max_bytes, READ_BYTES), timeout)
+        head_bytes_left.set(bytes_left - len(received))
+        return received
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send all these bytes."""
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Return the encrypted connection, metered as well."""
+        return MeteredStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return what the connection says about itself."""
+        return self._stream.get_extra_info(info)
+
+
 class PublicOnlyBackend(httpcore.AnyIOBackend):
     """Connects to public addresses only: the name is resolved once, checked, and then used."""
 
@@ -1003,6 +1136,14 @@ class HttpcoreStream(httpx.AsyncByteStream):
         await self._stream.aclose()
 
 
+class UserSuppliedBackend(PublicOnlyBackend):
+    """Connects to servers that strangers name: public ones, and what they send is metered."""
+
+    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        """Connect as PublicOnlyBackend does."""
+        return MeteredStream(await super().connect_tcp(*args, **options))
+
+
 class GuardedTransport(httpx.AsyncBaseTransport):
     """Sends each request through a pool: two for the owner's own addresses, two guarded ones for all others."""
 
@@ -1010,7 +1151,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         self.trusted = connection_pool(httpcore.AnyIOBackend())
         self.new_connections = connection_pool(httpcore.AnyIOBackend(), max_idle=0)
         self.public = connection_pool(PublicOnlyBackend())
-        self.user_supplied = connection_pool(PublicOnlyBackend())
+        self.user_supplied = connection_pool(UserSuppliedBackend())
 
     def pool_for(self, request: httpx.Request) -> httpcore.AsyncConnectionPool:
         """Return the pool for a request. Raises BlockedUrl."""
@@ -1040,9 +1181,11 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         )
         with httpcore_errors_as_httpx():
             response = await pool.handle_async_request(raw_request)
+        # No server is told another one's cookies, and reading them would take long.
+        headers = [header for header in response.headers if header[0].lower() != b"set-cookie"]
         return httpx.Response(
             response.status,
-            headers=response.headers,
+            headers=headers,
             stream=HttpcoreStream(response.stream),
             extensions=response.extensions,
         )
@@ -1072,6 +1215,50 @@ class ModelLookup(NamedTuple):
 
 
 @dataclass
+class VideoBudget:
+    """The videos of the last hour, by Job.name, of which there may be MAX_VIDEOS_PER_HOUR.
+
+    A job reserves its video before it pays for anything, so that none pays for a speech in vain.
+    """
+
+    reserved: set[str] = field(default_factory=set)
+    paid_at: dict[str, float] = field(default_factory=dict)  # time.monotonic(), the oldest first
+
+    def reserve(self, job_name: str) -> None:
+        """Keep a video for a job, unless it has one. Raises SpendingLimitReached."""
+        limit = get_settings().max_videos_per_hour
+        if limit is None or job_name in self.reserved or job_name in self.paid_at:
+            return
+        now = time.monotonic()
+        while self.paid_at and next(iter(self.paid_at.values())) <= now - SPENDING_WINDOW_S:
+            del self.paid_at[next(iter(self.paid_at))]
+        if len(self.paid_at) + len(self.reserved) < limit:
+            self.reserved.add(job_name)
+            return
+
+        retry_after_s: float = RETRY_RESERVED_S
+        if self.paid_at:
+            retry_after_s = next(iter(self.paid_at.values())) + SPENDING_WINDOW_S - now
+        detail = f"The service makes at most {limit} videos an hour; try again later."
+        raise SpendingLimitReached(detail, retry_after_s)
+
+    def pay(self, job_name: str) -> None:
+        """Count a job's video, whose create is about to be sent. Raises SpendingLimitReached."""
+        self.reserve(job_name)
+        if job_name in self.reserved:
+            self.reserved.remove(job_name)
+            self.paid_at[job_name] = time.monotonic()
+
+    def release(self, job_name: str) -> None:
+        """Give back what a job has reserved and not used."""
+        self.reserved.discard(job_name)
+
+    def refund(self, job_name: str) -> None:
+        """Forget a video that was certainly not created."""
+        self.paid_at.pop(job_name, None)
+
+
+@dataclass
 class AppState:
     """What all requests of this process share; the lifespan holds it."""
 
@@ -1080,6 +1267,10 @@ class AppState:
     speech_line: "ProviderLine" = field(default_factory=lambda: ProviderLine("elevenlabs"))
     create_line: "ProviderLine" = field(
         default_factory=lambda: ProviderLine("replicate", MAX_CREATES)
+    )
+    head_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_HEADS))
+    picture_slots: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(MAX_PICTURE_CHECKS)
     )
     open_requests: int = 0  # that have no response yet
     jobs: dict[str, Job] = field(default_factory=dict)  # running ones, by Job.name
@@ -1091,6 +1282,11 @@ class AppState:
     active_polls: int = 0  # predictions that are being waited for
     recent_durations: dict[str, deque[float]] = field(default_factory=dict)  # seconds, by kind
     models: dict[str, ModelLookup] = field(default_factory=dict)  # by the name that was asked for
+    unknown_models: dict[str, ModelLookup] = field(default_factory=dict)
+    lookups_at: deque[float] = field(  # time.monotonic() of those that count
+        default_factory=lambda: deque(maxlen=MAX_LOOKUPS_PER_MINUTE)
+    )
+    video_budget: VideoBudget = field(default_factory=VideoBudget)
 
 
 _state: AppState | None = None  # set by the lifespan
@@ -1110,8 +1306,6 @@ async def open_app_state() -> AsyncIterator[AppState]:
     await transport.check_guard()
     headers = {"Accept-Encoding": "identity"}  # nothing is unpacked: a small body stays small
     async with httpx.AsyncClient(transport=transport, timeout=TIMEOUT, headers=headers) as http:
-        # No server is told another one's cookies.
-        http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         ffmpeg_slots = asyncio.Semaphore(min(os.cpu_count() or 1, MAX_FFMPEG))
         yield AppState(http, ffmpeg_slots)
 
@@ -1123,6 +1317,7 @@ PROVIDER_NAMES = {
     "replicate": "Replicate",
     "supabase": "Supabase Storage",
 }
+REDIRECTS = frozenset(range(300, 400))
 SERVER_ERRORS = frozenset(range(500, 600))  # Supabase has a 544
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -1147,7 +1342,9 @@ class ProviderResponse:
 
     @cached_property
     def payload(self) -> Any:
-        """The body as JSON values; None if it is not JSON."""
+        """The body as JSON values; None if it is not JSON, or of more values than the service reads."""
+        if sum(map(self.body.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+            return None
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -1264,7 +1461,7 @@ CREATE_RETRY = RetryPolicy(
 MODEL_RETRY = RetryPolicy(statuses={408, 429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT)
 LIST_RETRY = RetryPolicy(statuses={408, 429, *SERVER_ERRORS}, budget=WHILE_REJECTED, patient=True)
 POLL_RETRY = RetryPolicy(
-    statuses={401, 403, 404, 408, 429, *SERVER_ERRORS},
+    statuses={401, 403, 404, 408, 429, *REDIRECTS, *SERVER_ERRORS},
     budget=UNTIL_DEADLINE,
     rejection_budget=WHILE_REJECTED,
     patient=True,
@@ -1318,9 +1515,19 @@ def backoff_s(attempts: int, asked_s: float | None) -> float:
 
 async def send_once(request: httpx.Request, max_bytes: int) -> ProviderResponse:
     """Send one request, and read its response's body up to `max_bytes`. Raises httpx.RequestError."""
-    response = await app_state().http.send(request, stream=True)
-    async with aclosing(response):
+    async with open_response(request) as response:
         return await read_response(response, max_bytes)
+
+
+@asynccontextmanager
+async def open_response(request: httpx.Request) -> AsyncIterator[httpx.Response]:
+    """Yield the unread response to one request. Raises httpx.RequestError, BlockedUrl."""
+    try:
+        response = await app_state().http.send(request, stream=True)
+    except (httpx.InvalidURL, UnicodeError) as exc:
+        raise httpx.RemoteProtocolError("a redirect to an invalid URL") from exc
+    async with aclosing(response):
+        yield response
 
 
 async def read_response(response: httpx.Response, max_bytes: int) -> ProviderResponse:
@@ -1398,6 +1605,36 @@ async def attempt_exchange(exchange: Exchange, request: httpx.Request, max_bytes
         return await exchange(request, max_bytes)
     except httpx.RequestError as exc:
         return exc
+    except OSError as exc:
+        if not is_out_of_descriptors(exc):
+            raise
+        return httpx.NetworkError(str(exc))
+
+
+def is_out_of_descriptors(error: OSError) -> bool:
+    """Return whether the process, or the system, has no file descriptor left."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+Result = TypeVar("Result")
+
+
+async def wait_out_descriptors(work: Callable[[], Awaitable[Result]]) -> Result:
+    """Do work on a paid video, again as long as there are no file descriptors, as a download is retried.
+
+    Raises OSError, and whatever the work raises.
+    """
+    started_at = time.monotonic()
+    while True:
+        try:
+            return await work()
+        except OSError as exc:
+            waited_s = time.monotonic() - started_at
+            if not is_out_of_descriptors(exc) or waited_s >= patience_s(PAID_SHARE):
+                raise
+        delay_s = min(max(waited_s, get_settings().retry_first_seconds), MAX_BACKOFF_S)
+        logger.warning("no file descriptors, retry in %.1f s", delay_s)
+        await asyncio.sleep(delay_s)
 
 
 async def call_provider(
@@ -1453,7 +1690,7 @@ def invalid_response(provider: Provider, missing: str) -> ProviderFailed:
 def describe(attempt: Attempt) -> str:
     """Describe the outcome of an attempt in a few words."""
     if isinstance(attempt, httpx.RequestError):
-        return redact(f"{type(attempt).__name__} {attempt}".strip().rstrip("."))
+        return one_line(f"{type(attempt).__name__} {attempt}").rstrip(".")
     description = f"{attempt.status}: {provider_message(attempt)}"
     asked_s = attempt.retry_after_s(time.time()) or 0
     if asked_s > patience_s(MAX_WAIT_SHARE):
@@ -1486,7 +1723,7 @@ def message_in(value: Any, depth: int = 5) -> str:
     if depth == 0:
         return ""
     if isinstance(value, list):
-        messages = [message_in(item, depth - 1) for item in value]
+        messages = [message_in(item, depth - 1) for item in value[:MAX_FIELD_ERRORS]]
         return "; ".join(filter(None, messages))
     if isinstance(value, dict):
         for key in ("detail", "message", "msg", "error", "title"):
@@ -1497,8 +1734,13 @@ def message_in(value: Any, depth: int = 5) -> str:
 
 
 def one_line(message: str) -> str:
-    """Return a provider's message on one line, without secrets, at most MAX_DETAIL_CHARS characters."""
-    return redact(" ".join(message.split()))[:MAX_DETAIL_CHARS]
+    """Return a text of another server on one line, printable, without secrets.
+
+    It has at most MAX_DETAIL_CHARS characters.
+    """
+    start = redact(message)[: 20 * MAX_DETAIL_CHARS]
+    printable = "".join(char if char.isprintable() else " " for char in start)
+    return " ".join(printable.split())[:MAX_DETAIL_CHARS]
 
 
 # ---- Lines at the providers ------------------------------------------------------------------------
@@ -1950,11 +2192,7 @@ async def follow_redirects(request: httpx.Request) -> AsyncIterator[httpx.Respon
     httpx's own redirects would read each body on the way whole.
     """
     for _ in range(MAX_REDIRECTS + 1):
-        try:
-            response = await app_state().http.send(request, stream=True)
-        except (httpx.InvalidURL, UnicodeError) as exc:
-            raise httpx.RemoteProtocolError("a redirect to an invalid URL") from exc
-        async with aclosing(response):
+        async with open_response(request) as response:
             if response.next_request is None:
                 yield response
                 return
@@ -1977,20 +2215,26 @@ def content_length(response: httpx.Response) -> int | None:
 # ---- Remote file checks: /debug/head and the picture -----------------------------------------------
 
 
-async def head(url: str, timeout_s: float) -> HeadResult:
-    """Return status, type and whole size of a remote file.
+async def head(url: str, timeout_s: float, slots: asyncio.Semaphore) -> HeadResult:
+    """Return status, type and whole size of a remote file, once one of `slots` is free.
 
     Raises BlockedUrl; ResourceFailed, also after `timeout_s` seconds.
     """
+    head_bytes_left.set(MAX_HEAD_BYTES)
+    is_waiting = True
     try:
         with anyio.fail_after(timeout_s):
-            result = await head_once("HEAD", url)
-            if result.status >= 400:  # a server that refuses HEAD is asked for the first byte
-                result = await head_once("GET", url)
-            return result
+            async with slots:
+                is_waiting = False
+                result = await head_once("HEAD", url)
+                if result.status >= 400:  # a server that refuses HEAD is asked for the first byte
+                    result = await head_once("GET", url)
+                return result
     except httpx.RequestError as exc:
         raise ResourceFailed(f"The URL did not answer: {describe(exc)}.") from exc
     except TimeoutError as exc:
+        if is_waiting:
+            raise ResourceFailed("The service looks at too many files; try again.") from exc
         raise ResourceFailed(f"The URL did not answer within {timeout_s:g} s.") from exc
 
 
@@ -2006,7 +2250,7 @@ async def head_once(method: Literal["HEAD", "GET"], url: str) -> HeadResult:
             content_range = response.headers.get("content-range", "")
             match = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", content_range)
             size = int(match[1]) if match else None
-        content_type = response.headers.get("content-type", "")[:200]
+        content_type = one_line(response.headers.get("content-type", ""))[:200]
         return HeadResult(
             status=response.status_code, content_type=content_type or None, bytes=size
         )
@@ -2015,7 +2259,7 @@ async def head_once(method: Literal["HEAD", "GET"], url: str) -> HeadResult:
 async def check_picture(url: str) -> None:
     """Refuse, before anything is paid for, what certainly is no picture. Raises InvalidInput."""
     try:
-        result = await head(url, PICTURE_TIMEOUT_S)
+        result = await head(url, PICTURE_TIMEOUT_S, app_state().picture_slots)
     except PrivateAddress as exc:
         reason = exc.detail.rstrip(".")
         message = f"{reason}; the picture must be on the public internet"
@@ -2057,21 +2301,7 @@ FPS_NAMES = ("frames_per_second", "fps", "frame_rate", "framerate", "video_fps")
 SIZE_NAMES = tuple(
     "resolution video_resolution output_resolution quality video_quality size video_size".split()
 )
-# Anybody may publish a model: of a property only these keywords are read, if they have this type.
-SCHEMA_KEYWORDS: dict[str, Any] = {
-    "type": object,
-    "format": object,
-    "description": object,
-    "default": object,
-    "deprecated": object,
-    "$ref": object,
-    "enum": list,
-    "allOf": list,
-    "anyOf": list,
-    "oneOf": list,
-    "minimum": (int, float),
-    "maximum": (int, float),
-}
+ENUM_NAMES = frozenset(LENGTH_NAMES + FPS_NAMES + SIZE_NAMES)  # whose allowed values are read
 
 
 @dataclass(frozen=True)
@@ -2157,22 +2387,64 @@ def is_first_picture(name: str, prop: Property) -> bool:
     return bool(description & PICTURE_TOKENS) and not description & excluded
 
 
+def is_small(value: Any) -> bool:
+    """Return whether a value of a schema is one that a person could have written."""
+    if isinstance(value, str):
+        return len(value) <= MAX_VALUE_CHARS
+    if isinstance(value, (int, float)):
+        return abs(value) <= MAX_NUMBER  # NaN is not either
+    if isinstance(value, (list, dict)):
+        parts = value if isinstance(value, list) else [*value, *value.values()]
+        return len(parts) <= MAX_ENUM_VALUES and all(
+            is_small(part) and not isinstance(part, (list, dict)) for part in parts
+        )
+    return False
+
+
+def is_choice(value: Any) -> bool:
+    """Return whether an enum's value is one that a person could choose."""
+    if isinstance(value, str):
+        return len(value) <= MAX_NAME_CHARS
+    return isinstance(value, (int, float)) and is_small(value)
+
+
+def read_property(schema: dict[str, Any]) -> Property:
+    """Return what is read of a property by itself: anybody may publish a model, so only what is small."""
+    prop: Property = {}
+    kind = schema.get("type")
+    if isinstance(kind, list):  # OpenAPI 3.1 writes a nullable type as a list
+        kind = next((name for name in kind[:MAX_SCHEMA_PARTS] if name != "null"), None)
+    for keyword, text in (("type", kind), ("format", schema.get("format"))):
+        if isinstance(text, str) and len(text) <= MAX_NAME_CHARS:
+            prop[keyword] = text
+    if isinstance(schema.get("description"), str):
+        prop["description"] = schema["description"][:MAX_DESCRIPTION_CHARS]
+    if schema.get("deprecated"):
+        prop["deprecated"] = True
+    if "default" in schema and is_small(schema["default"]):
+        prop["default"] = schema["default"]
+    for keyword in ("minimum", "maximum"):
+        number = schema.get(keyword)
+        if isinstance(number, (int, float)) and is_small(number):
+            prop[keyword] = number
+    if isinstance(schema.get("enum"), list):
+        values = schema["enum"][:MAX_ENUM_VALUES]
+        prop["enum"] = [value for value in values if is_choice(value)]
+    return prop
+
+
 def resolve_schema(schema: Any, schemas: Any, depth: int = MAX_SCHEMA_DEPTH) -> Property:
     """Return a property with what its `$ref`, `allOf`, `anyOf` and `oneOf` add: Replicate keeps enums there."""
     if not isinstance(schema, dict) or depth == 0:
         return {}
-    prop: Property = {}
-    for keyword, kind in SCHEMA_KEYWORDS.items():
-        if keyword in schema and isinstance(schema[keyword], kind):
-            prop[keyword] = schema[keyword]
-    if isinstance(prop.get("type"), list):  # OpenAPI 3.1 writes a nullable type as a list
-        prop["type"] = next((name for name in prop["type"] if name != "null"), None)
-
+    prop = read_property(schema)
     parts: list[Any] = []
     for keyword in ("allOf", "anyOf", "oneOf"):
-        parts.extend(prop.get(keyword, []))
-    if "$ref" in prop:
-        parts.append(schemas.get(str(prop["$ref"]).rpartition("/")[2]))
+        if isinstance(schema.get(keyword), list):
+            parts.extend(schema[keyword][:MAX_SCHEMA_PARTS])
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        parts.append(schemas.get(reference[-MAX_NAME_CHARS:].rpartition("/")[2]))
     for part in parts[:MAX_SCHEMA_PARTS]:
         resolved = resolve_schema(part, schemas, depth - 1)
         if resolved.get("type") != "null":
@@ -2188,10 +2460,17 @@ def parse_model(name: str, version: str | None, schemas: Any) -> VideoModel:
         raise invalid_response(
             "replicate", f"an input schema of {name} that a person could fill in"
         )
-    fields = {key: resolve_schema(prop, schemas) for key, prop in properties.items()}
     if not isinstance(required, list):
         required = []
-    return VideoModel(name, version, fields, tuple(key for key in required if isinstance(key, str)))
+    required = [key for key in required[:MAX_SCHEMA_FIELDS] if isinstance(key, str)]
+    if any(len(key) > MAX_NAME_CHARS for key in (*properties, *required)):
+        raise invalid_response("replicate", f"names of {name}'s input that a person could read")
+
+    fields = {key: resolve_schema(prop, schemas) for key, prop in properties.items()}
+    for key, prop in fields.items():
+        if key not in ENUM_NAMES:
+            prop.pop("enum", None)
+    return VideoModel(name, version, fields, tuple(required))
 
 
 def build_model_input(
@@ -2224,7 +2503,8 @@ def build_model_input(
         reason = "this service has nothing for"
         if missing == [model.speech_field]:
             reason = "only /jobs_prompt_tts has"
-        message = f"{model.name} needs {', '.join(missing)}, which {reason}"
+        names = one_line(", ".join(missing))
+        message = f"{model.name} needs {names}, which {reason}"
         raise invalid_field("model", message)
     if model is HAILUO and values["duration"] == 10 and values["resolution"] == "1080p":
         raise invalid_field("resolution", "must be 512p or 768p with 10 seconds")
@@ -2337,7 +2617,7 @@ def choose_size(model: VideoModel, body: JobPromptOnly, choices: list[Any]) -> A
 
     nearest = min(choices, key=distance)
     if "resolution" in body.model_fields_set and vertical_pixels(nearest) != wanted:
-        allowed = " or ".join(map(str, choices))
+        allowed = one_line(" or ".join(map(str, choices)))
         raise invalid_field("resolution", f"{model.name} takes {allowed}")
     return nearest
 
@@ -2385,36 +2665,44 @@ PREDICTION_ID_PATTERN = r"^[A-Za-z0-9_-]{1,100}$"
 TERMINAL_STATUSES = ("succeeded", "failed", "canceled", "aborted")
 
 
+def last_percent(logs: Any) -> int | None:
+    """Return how far a prediction is, where its log contains a progress bar."""
+    end_of_log = logs[-2000:] if isinstance(logs, str) else ""
+    percents = re.findall(r"(?<![\d.])(\d{1,2}|100)(?:\.\d+)?%", end_of_log)
+    return int(percents[-1]) if percents else None
+
+
+def first_url(output: Any) -> str | None:
+    """Return the first URL in a prediction's output, which is a string, a list or an object."""
+    try:
+        text = json.dumps(output, ensure_ascii=False)
+    except RecursionError:  # nested deeper than any video's output
+        return None
+    # A quoted URL that is not an object's key.
+    urls = re.finditer(r'(?i)"(https?://[^"\s\\]+)"(?!: )', text)
+    for match in islice(urls, MAX_OUTPUT_URLS):
+        with suppress(ValueError):
+            return check_http_url(match[1])
+    return None
+
+
+def error_message(error: Any) -> str:
+    """Return a prediction's error on one line; empty if it gives none."""
+    return one_line(message_in(error))
+
+
 class Prediction(BaseModel):
-    """What Replicate answers about one prediction; every other field is optional there."""
+    """What Replicate answers about one prediction, of which only this is kept while the job waits.
+
+    Every field but the first two is optional there.
+    """
 
     id: Annotated[str, Field(pattern=PREDICTION_ID_PATTERN)]
-    status: str
-    output: Any = None
-    error: Any = None
-    logs: Any = None
-    data_removed: Any = None
-
-    @property
-    def percent(self) -> int | None:
-        """How far it is, where its log contains a progress bar."""
-        end_of_log = str(self.logs)[-2000:]
-        percents = re.findall(r"(?<![\d.])(\d{1,2}|100)(?:\.\d+)?%", end_of_log)
-        return int(percents[-1]) if percents else None
-
-    @property
-    def video_url(self) -> str | None:
-        """The video: the first URL in the output, which is a string, a list or an object."""
-        try:
-            output = json.dumps(self.output, ensure_ascii=False)
-        except RecursionError:  # nested deeper than any video's output
-            return None
-        # A quoted URL that is not an object's key.
-        urls = re.finditer(r'(?i)"(https?://[^"\s\\]+)"(?!: )', output)
-        for match in islice(urls, MAX_OUTPUT_URLS):
-            with suppress(ValueError):
-                return check_http_url(match[1])
-        return None
+    status: Annotated[str, Field(pattern=r"^[a-z_-]{1,40}$")]
+    video_url: Annotated[str | None, BeforeValidator(first_url), Field(alias="output")] = None
+    percent: Annotated[int | None, BeforeValidator(last_percent), Field(alias="logs")] = None
+    error: Annotated[str, BeforeValidator(error_message)] = ""
+    data_removed: Annotated[bool, BeforeValidator(bool)] = False
 
 
 def poll_delay_s(waited_s: float, active_polls: int, durations: Collection[float] = ()) -> float:
@@ -2474,31 +2762,74 @@ def parse_prediction(value: Any) -> Prediction | None:
 async def find_model(name: str | None) -> VideoModel:
     """Return a model by `owner/name` or `owner/name:version`, kept for ten minutes; None: the default one.
 
-    Jobs that ask for one model at the same time share one look-up. Raises ProviderRefused (unknown),
-    ProviderFailed.
+    Jobs that ask for one model at the same time share one look-up; an unknown model stays unknown for a
+    minute. Raises InvalidInput (not in ALLOWED_MODELS), ProviderRefused (unknown), ProviderFailed,
+    ResourceFailed.
     """
+    check_allowed_model(name or DEFAULT_MODEL)
     if name is None or name == DEFAULT_MODEL:
         return HAILUO
-    models = app_state().models
-    lookup = models.get(name)
-    if lookup is None or lookup.expires_at <= time.monotonic():
-        task = asyncio.create_task(look_up_model(name))
-        lookup = ModelLookup(task, time.monotonic() + MODEL_TTL_S)
-        models.pop(name, None)
-        models[name] = lookup
-        task.add_done_callback(partial(forget_failed_lookup, models, name))
-        if len(models) > MAX_MODELS:
-            models.pop(next(iter(models)))  # the oldest
-    return await asyncio.shield(lookup.task)
+    state = app_state()
+    now = time.monotonic()
+    lookup = state.models.get(name)
+    if lookup is None or lookup.expires_at <= now:
+        is_known = lookup is not None
+        lookup = state.unknown_models.get(name)
+        if lookup is None or lookup.expires_at <= now:
+            lookup = begin_lookup(name, is_known)
+    try:
+        return await asyncio.shield(lookup.task)
+    except ServiceError as exc:
+        raise exc.with_traceback(None)  # noqa: B904  else it grows with each job that gets it
 
 
-def forget_failed_lookup(
-    models: dict[str, ModelLookup], name: str, task: "asyncio.Task[VideoModel]"
-) -> None:
-    """Let the next job look a model up again."""
-    failed = task.cancelled() or task.exception() is not None
-    if failed and name in models and models[name].task is task:
-        del models[name]
+def check_allowed_model(name: str) -> None:
+    """Raise InvalidInput if ALLOWED_MODELS is set and does not list a model."""
+    allowed = get_settings().allowed_models
+    if allowed is not None and name not in allowed.split(","):
+        choices = one_line(allowed.replace(",", " or "))
+        raise invalid_field("model", f"must be {choices}")
+
+
+def begin_lookup(name: str, is_known: bool) -> ModelLookup:
+    """Start to look a model up. Raises ResourceFailed: too many that this process does not know."""
+    state = app_state()
+    now = time.monotonic()
+    if not is_known:
+        is_full = len(state.lookups_at) == MAX_LOOKUPS_PER_MINUTE
+        if is_full and now - state.lookups_at[0] < 60:
+            message = (
+                f"The service looks up {MAX_LOOKUPS_PER_MINUTE} new models a minute; try again."
+            )
+            raise ResourceFailed(message)
+        state.lookups_at.append(now)
+
+    task = asyncio.create_task(look_up_model(name))
+    lookup = ModelLookup(task, now + MODEL_TTL_S)
+    remember_lookup(state.models, name, lookup)
+    task.add_done_callback(partial(forget_failed_lookup, name))
+    return lookup
+
+
+def remember_lookup(lookups: dict[str, ModelLookup], name: str, lookup: ModelLookup) -> None:
+    """Add a look-up to those remembered, the oldest of which is forgotten."""
+    lookups.pop(name, None)
+    lookups[name] = lookup
+    if len(lookups) > MAX_MODELS:
+        del lookups[next(iter(lookups))]
+
+
+def forget_failed_lookup(name: str, task: "asyncio.Task[VideoModel]") -> None:
+    """Let the next job look a model up again, an unknown one in a minute."""
+    error = None if task.cancelled() else task.exception()
+    if error is None and not task.cancelled():
+        return
+    state = app_state()
+    if name in state.models and state.models[name].task is task:
+        del state.models[name]
+    if isinstance(error, ProviderRefused):
+        lookup = ModelLookup(task, time.monotonic() + UNKNOWN_MODEL_TTL_S)
+        remember_lookup(state.unknown_models, name, lookup)
 
 
 async def look_up_model(name: str) -> VideoModel:
@@ -2508,7 +2839,11 @@ async def look_up_model(name: str) -> VideoModel:
     if version:
         path += f"/versions/{version}"
     try:
-        response = await call_replicate("GET", path, MODEL_RETRY, about_content=True)
+        with anyio.fail_after(MAX_LOOKUP_S):
+            response = await call_replicate("GET", path, MODEL_RETRY, about_content=True)
+    except TimeoutError as exc:
+        message = f"Replicate did not describe {name} within {MAX_LOOKUP_S:g} s."
+        raise ProviderFailed(message, "replicate") from exc
     except ProviderRefused as exc:  # Replicate does not repeat the name
         error = ProviderRefused(f"model {name}: {exc.detail}", "replicate")
         error.add_field_error("model", exc.detail)
@@ -2521,10 +2856,13 @@ async def look_up_model(name: str) -> VideoModel:
         described = get_in(response.payload, "latest_version")
         runs_by = get_in(described, "id")
     is_official = not version and get_in(response.payload, "is_official") is True
-    if not is_official and not isinstance(runs_by, str):  # a community model runs by version only
+    # A community model runs by version only.
+    if not is_official and not re.fullmatch(r"[\w./:-]{1,300}", str(runs_by or "")):
         raise invalid_response("replicate", f"a version of {name}")
     schemas = get_in(described, "openapi_schema", "components", "schemas")
-    return parse_model(model_name, None if is_official else runs_by, schemas)
+    if is_official:
+        return await asyncio.to_thread(parse_model, model_name, None, schemas)
+    return await asyncio.to_thread(parse_model, model_name, str(runs_by), schemas)
 
 
 async def hailuo_video_from_prompt(body: JobPromptOnly, job: Job | None = None) -> str:
@@ -2556,6 +2894,7 @@ async def replicate_video_from_prompt(
         else:
             prediction = await create_prediction(model, values, job)
             await record_prediction(job)
+            await asyncio.sleep(0)  # a job that was cancelled meanwhile ends here
             kind = video_kind(model, values)
             prediction = await wait_for_prediction(prediction, job, kind)
     except (asyncio.CancelledError, ServiceError):
@@ -2574,12 +2913,11 @@ def video_kind(model: VideoModel, values: Mapping[str, Any]) -> str:
 def video_url_or_raise(prediction: Prediction) -> str:
     """Return the URL of a finished prediction's video. Raises ProviderRefused, ProviderFailed."""
     if prediction.status != "succeeded":
-        reason = one_line(message_in(prediction.error)) or "no reason given"
+        reason = prediction.error or "no reason given"
         detail = f"No video was made, the prediction ended as {prediction.status}: {reason}"
         raise ProviderRefused(detail, "replicate")
-    video_url = prediction.video_url
-    if video_url:
-        return video_url
+    if prediction.video_url:
+        return prediction.video_url
     if prediction.data_removed:
         raise ProviderRefused(VIDEO_EXPIRED, "replicate")
     detail = "The prediction succeeded, but Replicate names no video."
@@ -2596,6 +2934,7 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
         if found:
             return found
 
+    app_state().video_budget.pay(job.name)
     started_at = time.monotonic()
     try:
         response = await send_create(model, values, job)
@@ -2604,14 +2943,17 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
             return prediction
         raise invalid_response("replicate", "a prediction; one may have been created")
     except ProviderRefused as exc:
+        app_state().video_budget.refund(job.name)
         map_replicate_field_errors(model, exc)
         raise
     except ProviderFailed as exc:
         if was_not_created(exc):
+            app_state().video_budget.refund(job.name)
             raise
         logger.warning("searching for a prediction whose create failed: %s", exc.detail)
         # Without a key nobody comes back for it: what is found is cancelled even if nobody waits.
-        with anyio.CancelScope(shield=job.log is None):
+        limit_s = patience_s(MAX_SEARCH_SHARE)
+        with anyio.move_on_after(limit_s, shield=job.log is None):
             search_s = patience_s(SEARCH_SHARE)
             found = await find_unclaimed_prediction(model, values, job, started_at, search_s)
             if found:
@@ -2642,7 +2984,7 @@ def map_replicate_field_errors(model: VideoModel, error: ServiceError) -> None:
     payload = error.response.payload
     invalid_fields = get_in(payload, "invalid_fields")
     if isinstance(invalid_fields, list):
-        for invalid in invalid_fields:
+        for invalid in invalid_fields[:MAX_FIELD_ERRORS]:
             name = str(get_in(invalid, "field"))
             description = str(get_in(invalid, "description"))
             if name == "input":  # the description names the field: "prompt is required"
@@ -2682,14 +3024,13 @@ async def create_exchange(
 ) -> ProviderResponse:
     """Make one attempt to create, and claim what it created. Raises ClaimLost.
 
-    A cancelled job still waits for the response: only that says which prediction to cancel.
+    A cancelled job still waits a moment for the response: only that says which prediction to cancel.
     """
     await confirm_claim(job)
     creates = app_state().creates_in_flight
     creates[key] += 1
     try:
-        with anyio.CancelScope(shield=True):
-            response = await send_once(request, max_bytes)
+        response = await send_despite_cancellation(request, max_bytes)
         prediction = parse_prediction(response.payload)
         if prediction:
             claim_prediction(job, prediction.id)
@@ -2698,6 +3039,23 @@ async def create_exchange(
         creates[key] -= 1
         if not creates[key]:
             del creates[key]
+
+
+async def send_despite_cancellation(request: httpx.Request, max_bytes: int) -> ProviderResponse:
+    """Send a request, and wait CREATE_GRACE_S for its response also after a cancellation.
+
+    Raises httpx.RequestError, also if the whole response takes longer than MAX_CREATE_S.
+    """
+    sending = asyncio.create_task(send_once(request, max_bytes))
+    try:
+        await asyncio.wait([sending], timeout=MAX_CREATE_S)
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([sending], timeout=CREATE_GRACE_S)
+    if not sending.done():
+        sending.cancel()
+        raise httpx.ReadTimeout("the whole response did not come in time")
+    return sending.result()
 
 
 def claim_prediction(job: Job, prediction_id: str) -> None:
@@ -2773,7 +3131,7 @@ async def predictions_since(since: float) -> AsyncIterator[Any]:
     params: dict[str, str] | None = {"created_after": created_after}
     for _ in range(MAX_LIST_PAGES):
         response = await call_replicate(
-            "GET", path, LIST_RETRY, params=params, max_bytes=MAX_PREDICTION_BYTES
+            "GET", path, LIST_RETRY, params=params, max_bytes=MAX_LIST_BYTES
         )
         results = get_in(response.payload, "results")
         if isinstance(results, list):
@@ -2819,9 +3177,18 @@ async def wait_for_prediction(
         state.active_polls -= 1
 
     if kind and prediction.status == "succeeded":
-        durations = state.recent_durations.setdefault(kind, deque(maxlen=RECENT_DURATIONS))
-        durations.append(time.monotonic() - started_at)
+        remember_duration(kind, time.monotonic() - started_at)
     return prediction
+
+
+def remember_duration(kind: str, seconds: float) -> None:
+    """Add how long a video took; of too many kinds, the one that was seen longest ago is forgotten."""
+    recent = app_state().recent_durations
+    durations = recent.pop(kind, None) or deque(maxlen=RECENT_DURATIONS)
+    durations.append(seconds)
+    recent[kind] = durations
+    if len(recent) > MAX_DURATION_KINDS:
+        del recent[next(iter(recent))]
 
 
 async def cancel_prediction(prediction_id: str) -> None:
@@ -2965,14 +3332,16 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     global _state
     configure_logging()
     warn_about_missing_settings()
+    raise_descriptor_limit()
     await asyncio.to_thread(ffmpeg_path)  # fails here rather than after a video was paid for
-    async with open_app_state() as state:
-        _state = state
-        try:
-            yield
-        finally:
-            await drain_jobs(state)
-            _state = None
+    with hangup_as_termination():
+        async with open_app_state() as state:
+            _state = state
+            try:
+                yield
+            finally:
+                await drain_jobs(state)
+                _state = None
 
 
 def configure_logging() -> None:
@@ -2980,15 +3349,64 @@ def configure_logging() -> None:
     logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("asyncio").addFilter(log_accept_errors_seldom)
+
+
+last_accept_error_at = -math.inf
+
+
+def log_accept_errors_seldom(record: logging.LogRecord) -> bool:
+    """Let one line in ACCEPT_LOG_S say that no connection can be accepted: asyncio writes thousands."""
+    global last_accept_error_at
+    if not str(record.msg).startswith("socket.accept() out of system resource"):
+        return True
+    now = time.monotonic()
+    if now - last_accept_error_at < ACCEPT_LOG_S:
+        return False
+    last_accept_error_at = now
+    return True
+
+
+def raise_descriptor_limit() -> None:
+    """Let the process open as many files and connections as the system allows; each job takes a few."""
+    if resource is None:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (hard, MACOS_DESCRIPTORS):
+        if soft == wanted:
+            return
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return
+        except (OSError, ValueError):
+            continue
+    logger.warning("the limit of %d file descriptors could not be raised", soft)
+
+
+@contextmanager
+def hangup_as_termination() -> Iterator[None]:
+    """Let the end of its terminal end the process as SIGTERM does, unless that is ignored (nohup)."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    is_main = threading.current_thread() is threading.main_thread()
+    if hangup is None or not is_main or signal.getsignal(hangup) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(hangup, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(hangup, signal.SIG_DFL)
 
 
 def warn_about_missing_settings() -> None:
-    """Log one warning that names the variables without which requests fail."""
+    """Log what is missing: one warning for keys, one for the token that keeps strangers out."""
     settings = get_settings()
     missing = [name.upper() for name in SPEECH_JOB_SETTINGS if getattr(settings, name) is None]
     if missing:
         names = ", ".join(missing)
         logger.warning("not set: %s; requests that need them are answered 500", names)
+    if settings.service_token is None and (settings.eleven_api_key or settings.replicate_api_token):
+        logger.warning("SERVICE_TOKEN is not set: whoever reaches this service spends its money")
 
 
 async def drain_jobs(state: AppState) -> None:
@@ -3113,6 +3531,32 @@ class BodyLimitMiddleware:
         await self.app(scope, receive_with_limit, send)
 
 
+@dataclass(frozen=True)
+class TokenMiddleware:
+    """Refuses, before the body is read, what may cost money and carries no token of SERVICE_TOKEN."""
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request: reading (/health, /docs) and preflights are open."""
+        tokens = get_settings().tokens()
+        is_open = scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS")
+        if is_open or not tokens or has_token(Headers(scope=scope), tokens):
+            await self.app(scope, receive, send)
+            return
+        error = Unauthorized("The request needs a valid token: Authorization: Bearer ...")
+        response = error_response(Request(scope), error)
+        await response(scope, receive, send)
+
+
+def has_token(headers: Headers, tokens: Collection[str]) -> bool:
+    """Return whether a request carries one of these tokens, compared in constant time (RFC 6750)."""
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    given = credentials.strip().encode("utf-8")
+    matches = [hmac.compare_digest(given, token.encode()) for token in tokens]
+    return scheme.lower() == "bearer" and any(matches)
+
+
 BODY_TOO_LARGE = f"The request's body is larger than {MAX_REQUEST_BYTES // 1024} KiB"
 
 
@@ -3122,7 +3566,7 @@ def error_response(
     """Return the response for an error."""
     job = getattr(request.state, "job", None)
     body = error_body(error, request.state.request_id, job)
-    return JSONResponse(body, error.http_status, headers)
+    return JSONResponse(body, error.http_status, {**error.headers, **(headers or {})})
 
 
 async def handle_service_error(request: Request, exc: ServiceError) -> Response:
@@ -3200,6 +3644,7 @@ app.add_exception_handler(HTTPException, handle_http_error)  # type: ignore[arg-
 # The last one added is the outermost.
 app.add_middleware(BodyLimitMiddleware)
 app.add_middleware(ErrorMiddleware)
+app.add_middleware(TokenMiddleware)
 app.add_middleware(
     CORSMiddleware,
     allow_origins=get_settings().allowed_origin.split(","),
@@ -3680,10 +4125,23 @@ async def answer_job(request: Request, body: Body, key: str | None, work: Work[B
     # Starlette cancels no plain handler when its client disconnects.
     watcher = asyncio.create_task(watch_disconnect(request, job, events))
     if job.task:
-        job.task.add_done_callback(lambda _: watcher.cancel())
+        end_with_job(watcher, job.task)
     if prefers_event_stream(request.headers.get("accept", "")):
         return await stream_job(job, events)
     return await wait_for_job(job, events)
+
+
+def end_with_job(watcher: asyncio.Task[None], job_task: asyncio.Task[None]) -> None:
+    """Cancel a client's watcher when the job ends; a client that has left is forgotten at once."""
+
+    def cancel_watcher(_: object) -> None:
+        watcher.cancel()
+
+    def forget_watcher(_: object) -> None:
+        job_task.remove_done_callback(cancel_watcher)
+
+    job_task.add_done_callback(cancel_watcher)
+    watcher.add_done_callback(forget_watcher)
 
 
 async def wait_for_job(job: Job, events: Events) -> Response:
@@ -3779,6 +4237,7 @@ async def run_job(job: Job, coro: Awaitable[BaseModel]) -> None:
             if job.log and not job.log.is_refused():  # another instance may still succeed, or has
                 job.result.retryable = True
         app_state().jobs.pop(job.name, None)  # from now on only its log knows of it
+        app_state().video_budget.release(job.name)
         job.finish()
 
 
@@ -3852,8 +4311,7 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
     require_settings(SPEECH_JOB_SETTINGS)
     check_text(body.text)
     model = await check_job(body, job, has_speech=True)
-    with tempfile.TemporaryDirectory(prefix="talking-pet-") as folder_name:
-        folder = Path(folder_name)
+    async with job_folder() as folder:
         speech = folder / "speech"
         audio_url = await make_speech(body, job, speech)
         video_url = await make_video(body, model, job, audio_url)
@@ -3861,18 +4319,31 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
         video = folder / "video.mp4"
         with job.stage("download"):
             await download(video_url, video)
-            await asyncio.to_thread(check_mp4, video)
+            await wait_out_descriptors(partial(asyncio.to_thread, check_mp4, video))
 
         final = video
         if model.speech_field is None:  # else the model's video speaks by itself
             final = folder / "final.mp4"
             with job.stage("mux"):
-                await mux_video_audio(video, speech, final, body.fit)
+                mux = partial(mux_video_audio, video, speech, final, body.fit)
+                await wait_out_descriptors(mux)
 
         with job.stage("final_upload"):
             path = f"videos/{uuid.uuid4()}.mp4"
             final_url = await supabase_upload(path, final, "video/mp4", PAID_UPLOAD_RETRY)
     return SpeechResult(audio_url=audio_url, video_url=video_url, final_url=final_url)
+
+
+@asynccontextmanager
+async def job_folder() -> AsyncIterator[Path]:
+    """Yield a folder for a job's files, which is removed whatever happens."""
+    folder = tempfile.TemporaryDirectory(prefix="talking-pet-")
+    try:
+        yield Path(folder.name)
+    finally:
+        with anyio.CancelScope(shield=True):
+            # Reading the folder takes a descriptor.
+            await wait_out_descriptors(partial(asyncio.to_thread, folder.cleanup))
 
 
 def check_text(text: str) -> None:
@@ -3893,6 +4364,8 @@ async def check_job(body: JobPromptOnly, job: Job, has_speech: bool = False) -> 
         if has_speech and job.partial.audio_url is None:
             app_state().speech_line.check_turn(job)
         await check_picture(body.image_url)
+    if job.search_from is None and job.partial.prediction_id is None:  # else it may be paid for
+        app_state().video_budget.reserve(job.name)
     return model
 
 
@@ -4045,7 +4518,7 @@ async def jobs_prompt_tts(
 @app.post("/debug/head", responses=ERROR_RESPONSES)
 async def debug_head(body: HeadRequest) -> HeadResult:
     """Look at a remote file: status, content type and size of a file on the public internet."""
-    return await head(body.url, HEAD_TIMEOUT_S)
+    return await head(body.url, HEAD_TIMEOUT_S, app_state().head_slots)
 
 
 def openapi() -> dict[str, Any]:

@@ -284,7 +284,6 @@ def test_architecture_has_the_retry_policy_of_every_call(call: str) -> None:
     budgets = set()
     for policy in policies:
         budgets.add(policy.budget)
-        budgets.add(policy.throttle_budget or policy.budget)
         budgets.add(policy.rejection_budget or policy.budget)
     if call == "cancel":  # the whole cancel has its own end
         budgets = {main.RetryBudget(patience_share=0.25)}

@@ -119,7 +119,6 @@ ENDS = [
     ("the fourth", main.RetryBudget(attempts=4), 4, 0.0, False),
     ("two minutes, not over", main.RetryBudget(patience_share=main.PAID_SHARE), 1000, 119.9, True),
     ("two minutes, over", main.RetryBudget(patience_share=main.PAID_SHARE), 1000, 120.0, False),
-    ("a minute, over", main.RetryBudget(patience_share=main.THROTTLE_SHARE), 1000, 60.0, False),
     (
         "half a minute, over",
         main.RetryBudget(patience_share=main.MAX_WAIT_SHARE),
