@@ -10,7 +10,16 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SECRETS, SUPABASE_URL, error_of, rows, told, use_settings
+from tests.support.application import (
+    ELEVEN_URL,
+    REPLICATE_URL,
+    SECRETS,
+    SUPABASE_URL,
+    cases,
+    error_from,
+    error_kind,
+    use_settings,
+)
 
 PICTURE_URL = "https://example.com/pet.jpg"
 VOICE = "JBFqnCBsd6RMkjVDRZzb"
@@ -147,8 +156,8 @@ async def test_what_is_no_speech_is_refused(elevenlabs, monkeypatch, output_form
     """A 200 is not enough: it is neither stored nor muxed, and no video is bought."""
     use_settings(monkeypatch, TTS_OUTPUT_FORMAT=output_format)
     elevenlabs.respond(200, content=body, content_type="audio/mpeg")
-    error = await error_of(spoken())
-    assert told(error) == (500, "provider", "elevenlabs")
+    error = await error_from(spoken())
+    assert error_kind(error) == (500, "provider", "elevenlabs")
     assert error.detail == f"ElevenLabs answered without speech in the format {output_format}."
 
 
@@ -184,8 +193,8 @@ async def test_speech_of_9_500_000_bytes_is_the_most(elevenlabs, monkeypatch, ou
     if is_taken:
         assert len(await spoken()) >= size
         return
-    error = await error_of(spoken())
-    assert told(error) == (400, "resource", "elevenlabs")
+    error = await error_from(spoken())
+    assert error_kind(error) == (400, "resource", "elevenlabs")
     assert error.detail == "The speech is larger than 9.5 MB; use a shorter text."
 
 
@@ -210,13 +219,13 @@ REFUSALS = [  # what it is, the status, that of our answer, whether it can pass
 ]
 
 
-@pytest.mark.parametrize(("status", "outcome", "retryable"), rows(REFUSALS))
+@pytest.mark.parametrize(("status", "outcome", "retryable"), cases(REFUSALS))
 async def test_every_refusal(elevenlabs, status, outcome, retryable):
     """What is wrong with the text or voice is a 400; all else a 500. Either way in ElevenLabs' own words."""
     body = {"detail": {"status": "any", "message": "Because."}}
     headers = {"Location": "https://elsewhere.example/", "Retry-After": "3600"}  # a wait that no call makes
     elevenlabs.respond(status, json=body, headers=headers)
-    error = await error_of(spoken())
-    assert (*told(error), error.retryable) == (outcome, "provider", "elevenlabs", retryable)
+    error = await error_from(spoken())
+    assert (*error_kind(error), error.retryable) == (outcome, "provider", "elevenlabs", retryable)
     assert error.detail.startswith(f"ElevenLabs answered {status}: Because.")
     assert elevenlabs.call_count == 1

@@ -17,8 +17,17 @@ import pytest
 import respx
 
 import main
-from tests import network
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SECRETS, SUPABASE_URL, answer, error_of, rows, use_settings
+from tests.support import network
+from tests.support.application import (
+    ELEVEN_URL,
+    REPLICATE_URL,
+    SECRETS,
+    SUPABASE_URL,
+    cases,
+    error_from,
+    provider_response,
+    use_settings,
+)
 
 serve = network.serve
 NOW = 1_790_000_000.0  # a clock time
@@ -65,10 +74,10 @@ ASKED = [  # what it is, Retry-After, the body, seconds
 ]
 
 
-@pytest.mark.parametrize(("header", "body", "asked_s"), rows(ASKED))
+@pytest.mark.parametrize(("header", "body", "asked_s"), cases(ASKED))
 def test_the_wait_that_a_provider_asks_for(header, body, asked_s):
     """Read from the body's figure, the header or the words, whatever they hold."""
-    assert main.asked_wait_s(answer(429, body, retry_after=header), NOW) == asked_s
+    assert main.asked_wait_s(provider_response(429, body, retry_after=header), NOW) == asked_s
 
 
 CAPS = [
@@ -80,7 +89,7 @@ CAPS = [
 ]
 
 
-@pytest.mark.parametrize(("asked_s", "unpaid_s", "paid_s"), rows(CAPS))
+@pytest.mark.parametrize(("asked_s", "unpaid_s", "paid_s"), cases(CAPS))
 def test_a_providers_own_figure_is_kept_up_to_the_cap(monkeypatch, asked_s, unpaid_s, paid_s):
     """Half a minute: who asks for more is given up, or asked again after that if it is about what is paid for."""
     use_settings(monkeypatch, RETRY_FIRST_SECONDS="0.5", PATIENCE_SECONDS="")
@@ -100,7 +109,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.parametrize(("tries", "attempts", "failing_s", "goes_on"), rows(ENDS))
+@pytest.mark.parametrize(("tries", "attempts", "failing_s", "goes_on"), cases(ENDS))
 def test_trying_again_comes_to_an_end(monkeypatch, tries, attempts, failing_s, goes_on):
     """By the number of attempts, or by the time since the first failure, whatever the provider asks."""
     use_settings(monkeypatch, PATIENCE_SECONDS="")
@@ -244,7 +253,7 @@ SHARES = [
 ]
 
 
-@pytest.mark.parametrize(("call", "status", "patience_s"), rows(SHARES))
+@pytest.mark.parametrize(("call", "status", "patience_s"), cases(SHARES))
 async def test_how_long_patience_lasts(providers, calls, call, status, patience_s):
     """Each outcome has its share of PATIENCE_SECONDS, here 0.4."""
     url, work, _ = calls[call]
@@ -252,7 +261,7 @@ async def test_how_long_patience_lasts(providers, calls, call, status, patience_
     took_s = math.inf
     for _ in range(3):  # a busy machine makes it longer, never shorter
         started = time.monotonic()
-        error = await error_of(work())
+        error = await error_from(work())
         assert f"{status}: No." in error.detail
         took_s = min(took_s, time.monotonic() - started)
         if took_s < 1.9 * patience_s:
@@ -270,7 +279,7 @@ async def test_a_wait_that_is_too_long_ends_what_costs_nothing_to_end(providers,
         await work()
         assert (route.call_count, time.monotonic() - started >= 0.1) == (2, True)
         return
-    error = await error_of(work())
+    error = await error_from(work())
     assert route.call_count == 1
     assert error.detail.rstrip(".").endswith("429: Too many. (it asks to wait 31 s, longer than a job can)")
 
@@ -357,15 +366,18 @@ WORDS: list[tuple[str, int, str | bytes, str]] = [  # what it is, the status, th
 ]
 
 
-@pytest.mark.parametrize(("status", "body", "message"), rows(WORDS))
+@pytest.mark.parametrize(("status", "body", "message"), cases(WORDS))
 def test_a_providers_own_words_are_found(status, body, message):
     """Whatever shape its body has, a page without its tags; the status' own phrase if there is none."""
-    assert main.provider_message(answer(status, body)) == message
+    assert main.provider_message(provider_response(status, body)) == message
 
 
 def test_plain_text_is_a_message_too():
     """Proxies answer so."""
-    assert main.provider_message(answer(502, "error code: 1015\n", content_type="text/plain")) == "error code: 1015"
+    assert (
+        main.provider_message(provider_response(502, "error code: 1015\n", content_type="text/plain"))
+        == "error code: 1015"
+    )
 
 
 @pytest.mark.parametrize("shape", ['{{"detail": "{text}"}}', "<html><p>{text}</p></html>"], ids=["JSON", "HTML"])
@@ -377,7 +389,7 @@ async def test_a_key_that_a_provider_echoes_is_not_passed_on(providers, calls, c
     key = SECRETS["SUPABASE_SERVICE_ROLE"]
     body = shape.format(text=text.format(key=key))
     providers.route(url=url).mock(side_effect=[httpx.Response(status, html=body) for status in (429, 401)])
-    error = await error_of(work())
+    error = await error_from(work())
     assert "***" in error.detail or "x" * 200 in error.detail
     assert not [line for line in (error.detail, str(error), *caplog.messages) if key[:8] in line]
 
@@ -387,7 +399,7 @@ async def test_no_error_tells_a_key(providers, calls, caplog):
     key = SECRETS["ELEVEN_API_KEY"]
     url, work, _ = calls["speech"]
     providers.route(url=url).mock(side_effect=httpx.WriteError(f"cannot send {key}"))
-    assert (await error_of(work())).detail == "ElevenLabs did not answer: WriteError cannot send ***."
+    assert (await error_from(work())).detail == "ElevenLabs did not answer: WriteError cannot send ***."
     assert main.ServiceError(" and ".join(SECRETS.values())).detail == "*** and *** and ***"
     assert key not in main.as_service_error(RuntimeError(f"no place for {key}")).detail
     assert "RuntimeError: no place for ***" in caplog.text
@@ -416,7 +428,7 @@ async def test_a_refusal_without_end_is_not_read_to_its_end(providers, calls, ca
     url, work, _ = calls[call]
     body = Noise()
     providers.route(url=url).mock(side_effect=[httpx.Response(402, stream=body)])
-    error = await error_of(work())
+    error = await error_from(work())
     assert "402: Payment Required" in error.detail
     assert error.http_status == 500
     assert (body.sent <= 12_000_000, body.is_closed) == (True, True)

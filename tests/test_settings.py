@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import main
-from tests.inprocess import SECRETS, log_lines, running_application, use_settings
+from tests.support.application import SECRETS, log_lines, running_application, use_settings
 
 pytestmark = pytest.mark.anyio
 
@@ -142,8 +142,8 @@ def test_a_malformed_value_is_refused_in_one_line(name):
 @pytest.mark.parametrize("text", ["mp3", "mp3_44100_65", "mp3_44100_641", "opus_44100_64", "wav_8000_32", "xulaw_8000"])
 def test_a_speech_format_that_does_not_exist_is_refused_with_those_that_do(text):
     """How ElevenLabs' formats are written stands in the message."""
-    told = refusal("TTS_OUTPUT_FORMAT", text)
-    assert told.startswith(f"TTS_OUTPUT_FORMAT={text!r}: String should match pattern '^(mp3_22050_32|")
+    message = refusal("TTS_OUTPUT_FORMAT", text)
+    assert message.startswith(f"TTS_OUTPUT_FORMAT={text!r}: String should match pattern '^(mp3_22050_32|")
 
 
 @pytest.mark.parametrize("text", ["secret 123", "secret\n123", "secr\u00e9t123"])

@@ -9,7 +9,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, rows
+from tests.support.application import ELEVEN_URL, REPLICATE_URL, cases
 
 PICTURE_URL = "https://example.com/pet.jpg"
 VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
@@ -96,29 +96,33 @@ def check_refused(response: httpx.Response, router: respx.MockRouter) -> dict[st
     return body
 
 
-async def check_told(client: httpx.AsyncClient, router: respx.MockRouter, field: str, body: Any, told: str) -> None:
+async def check_field_refused(
+    client: httpx.AsyncClient, router: respx.MockRouter, field: str, body: Any, message: str
+) -> None:
     """Every route that has the field refuses this body, naming the field."""
     for path in routes_with(field):
         response = await client.post(path, content=json.dumps(body), headers=JSON_HEADERS)
         refused = check_refused(response, router)
-        assert refused["errors"] == [{"loc": ["body", field], "msg": told}], body
-        assert refused["detail"] == f"{field}: {told}."
+        assert refused["errors"] == [{"loc": ["body", field], "msg": message}], body
+        assert refused["detail"] == f"{field}: {message}."
 
 
 # What a request holds
 
 
-@pytest.mark.parametrize(("field", "told"), [(field, told) for field, words in REFUSED.items() for told in words])
-async def test_a_bad_value_is_refused(client, respx_mock, field, told):
+@pytest.mark.parametrize(
+    ("field", "message"), [(field, message) for field, words in REFUSED.items() for message in words]
+)
+async def test_a_bad_value_is_refused(client, respx_mock, field, message):
     """Every route refuses a value by its field's name, in words, before anything is bought."""
-    for value in REFUSED[field][told]:
-        await check_told(client, respx_mock, field, {**JOB, field: value}, told)
+    for value in REFUSED[field][message]:
+        await check_field_refused(client, respx_mock, field, {**JOB, field: value}, message)
 
 
 @pytest.mark.parametrize("field", [*JOB, "url"])
 async def test_a_missing_field_is_named(client, respx_mock, field):
     """What is required is said so."""
-    await check_told(client, respx_mock, field, {name: JOB[name] for name in JOB if name != field}, MISSING)
+    await check_field_refused(client, respx_mock, field, {name: JOB[name] for name in JOB if name != field}, MISSING)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +189,7 @@ TAKEN: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "expected"), rows(TAKEN))
+@pytest.mark.parametrize(("changes", "expected"), cases(TAKEN))
 async def test_what_a_picture_job_takes(client, respx_mock, changes, expected):
     """A sound value goes to the model as it is; what is left out has its default."""
     route = created(respx_mock)
@@ -237,7 +241,7 @@ BODIES: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("content", "detail"), rows(BODIES))
+@pytest.mark.parametrize(("content", "detail"), cases(BODIES))
 async def test_a_body_that_is_not_a_json_object(client, respx_mock, content, detail):
     """Whatever a body holds, the answer is a sentence about the body, in the one shape."""
     for path in ("/jobs_prompt_only", "/jobs_prompt_tts", "/debug/head"):
@@ -277,7 +281,7 @@ async def test_a_body_over_64_kib_is_refused(client, respx_mock):
     """The limit itself is read, one byte more is one too many; without a length, no more than that is asked for."""
     read, refused, sent = f"The body: {NOT_JSON}.", "The request's body is larger than 64 KiB.", list[int]()
     bodies = ((b" " * 65_536, read), (blanks(64, []), read), (b" " * 65_537, refused), (blanks(10_000, sent), refused))
-    for content, told in bodies:
+    for content, message in bodies:
         response = await client.post("/jobs_prompt_tts", content=content, headers=JSON_HEADERS)
-        assert check_refused(response, respx_mock)["detail"] == told
+        assert check_refused(response, respx_mock)["detail"] == message
     assert 0 < sum(sent) <= 66 * 1024

@@ -11,8 +11,8 @@ import pytest
 import respx
 
 import main
-from tests import network
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, told
+from tests.support import network
+from tests.support.application import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, error_kind, in_lifespan
 
 PICTURE_URL = "https://example.com/pet.jpg"
 SPEECH_URL = "https://example.com/speech.mp3"
@@ -419,7 +419,7 @@ def test_a_schema_that_makes_no_sense_is_the_providers_failure(schemas):
     """Told as such, naming the model."""
     with pytest.raises(main.ProviderFailed) as caught:
         main.video_model("some/model", None, schemas)
-    assert told(caught.value) == (500, "provider", "replicate")
+    assert error_kind(caught.value) == (500, "provider", "replicate")
     assert (
         caught.value.detail == "Replicate answered without an input schema of some/model that a person could fill in."
     )
@@ -463,7 +463,7 @@ def will_succeed(router: respx.MockRouter, path: str = f"models/{KLING}/predicti
     return router.post(f"{REPLICATE_URL}/v1/{path}").respond(201, json=done)
 
 
-async def test_the_default_model_is_not_looked_up(respx_mock):
+async def test_the_default_model_is_not_looked_up(client, respx_mock):
     """It is built in: respx would refuse the request."""
     assert await main.find_model(None) is await main.find_model("minimax/hailuo-02") is main.HAILUO
 
@@ -475,7 +475,7 @@ async def test_the_default_model_is_not_looked_up(respx_mock):
         pytest.param(False, "predictions", {"version": "0123abcd"}, id="community"),
     ],
 )
-async def test_a_model_runs_by_name_or_by_its_latest_version(respx_mock, is_official, path, runs_by):
+async def test_a_model_runs_by_name_or_by_its_latest_version(client, respx_mock, is_official, path, runs_by):
     """The look-up is a plain read with the token, and nothing else of ours."""
     look_up = respx_mock.get(KLING_URL).mock(return_value=publishes(version(KLING), is_official))
     create = will_succeed(respx_mock, path)
@@ -528,10 +528,10 @@ async def test_jobs_at_the_same_time_share_one_look_up(client, respx_mock):
     assert (len(set(map(id, found))), route.call_count) == (1, 1)
 
 
-async def test_a_model_can_be_found_without_a_running_service(respx_mock):
-    """The helper stands on its own, and keeps nothing then."""
+async def test_a_look_up_is_not_kept_beyond_the_lifespan(respx_mock):
+    """An application that starts again looks the model up again."""
     route = respx_mock.get(KLING_URL).mock(return_value=publishes(version(KLING)))
-    models = [await main.find_model(KLING) for _ in range(2)]
+    models = [await in_lifespan(main.find_model(KLING)) for _ in range(2)]
     assert [model.picture_field for model in models] == ["start_image"] * 2
     assert route.call_count == 2
 
