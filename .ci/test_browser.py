@@ -174,7 +174,7 @@ def test_models_and_voices_are_chosen_from_lists_or_typed(page: Page, sandbox: S
 
 
 def test_a_reload_goes_on_with_the_job(page: Page, sandbox: Sandbox) -> None:
-    """The new page sends the same job with the same key, shows the steps so far, and one video is bought."""
+    """The new page sends the same job with the same key, shows the steps so far, and one video is paid for."""
     slow_video(sandbox)
     with page.expect_request("**/jobs_prompt_tts") as first:
         make_video(page, text="Before and after.", seconds="10")

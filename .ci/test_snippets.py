@@ -109,7 +109,7 @@ def test_a_block_tells_every_step(block: str, start: Start, service: Service, sa
 
 
 def test_the_block_with_a_key_outlives_a_reload(start: Start, folder: Path, service: Service, sandbox: Sandbox) -> None:
-    """Killed in the middle and run again, it goes on: one video is bought, and nothing is left for the next one."""
+    """Killed in the middle and run again, it goes on: one video is paid for, and nothing is left for the next one."""
     sandbox.video_seconds = 1.5
     block = at_home(WITH_KEY[0], service, sandbox)
     gone = start(block)

@@ -132,7 +132,7 @@ async def test_a_client_that_leaves_ends_its_job(
     if stage in ("create", "video"):
         assert await wait_until(lambda: [video.status for video in videos] == ["canceled"], 1.5)
     assert await wait_until(lambda: children(running.service.pid) == files_in(running.folder) == [], 1)
-    assert await wait_until(lambda: " job outcome=left ms=" in running.service.log[log_before:], 1)
+    assert await wait_until(lambda: " job outcome=client_disconnected ms=" in running.service.log[log_before:], 1)
     assert time.monotonic() - left_at < (1.5 if stage == "create" else 1.0)
     bought = len(sandbox.requests)
     await anyio.sleep(0.08)  # four reads
@@ -288,15 +288,14 @@ async def test_a_client_that_leaves_an_ending_process_leaves_no_video(sandbox: S
 @pytest.mark.parametrize("is_native", [True, False], ids=["Ctrl-C twice", "unwatched"])
 async def test_the_end_of_the_process_ends_every_job(settings: None, is_native: bool) -> None:
     """Also one whose request has ended without a word; whoever still waits is told."""
-    job = main.Job("-", "-")
+    job = main.Job("-", name="-")
     async with main.lifespan(main.app):
-        assert main._running is not None
-        main._running.jobs["-"] = job
-        task = asyncio.create_task(main.run_job(job, asyncio.sleep(60), main._running))
+        main.app_state().jobs["-"] = job
+        task = asyncio.create_task(main.run_job(job, asyncio.sleep(60)))
         await asyncio.sleep(0)
         if is_native:
             task.cancel()
             await asyncio.wait({task})
     await asyncio.wait({task}, timeout=1)
     assert "the service is restarting" in str(job.result).lower()
-    assert (task.cancelled(), job.stopped) == (is_native, None if is_native else "shutdown")
+    assert (task.cancelled(), job.cancel_reason) == (is_native, None if is_native else "shutdown")

@@ -123,9 +123,9 @@ def test_documents_name_every_stage(document: str) -> None:
 
 def test_readme_has_every_kind_of_error() -> None:
     """Status, category and whether it is retryable: those of the classes, and of a provider that refuses the service."""
-    classes = [main.SettingMissing, main.InvalidInput, main.SpeechTooLarge, main.ServiceError]
+    classes = [main.MissingSetting, main.InvalidInput, main.SpeechTooLarge, main.ServiceError]
     errors = [kind("") for kind in (*classes, main.ProviderRefused, main.ProviderFailed, main.ResourceFailed)]
-    errors += [main.refusal(name, provider_response(403)) for name in ("elevenlabs", "replicate", "supabase")]
+    errors += [main.error_for_response(name, provider_response(403)) for name in ("elevenlabs", "replicate", "supabase")]
     known = {(str(error.http_status), error.category, "yes" if error.retryable else "no") for error in errors}
     table = find_table(README, "status", "category", "retryable")
     kinds = zip(table.column("status"), table.column("category"), table.column("retryable"), strict=True)
@@ -135,7 +135,7 @@ def test_readme_has_every_kind_of_error() -> None:
 
 def test_readme_has_every_field_of_an_error() -> None:
     """The one body, what `partial` and `errors` can hold, and what an event has besides."""
-    fields = [*main.ErrorEvent.model_fields, *main.Partial.model_fields, *main.InputError.model_fields]
+    fields = [*main.ErrorEvent.model_fields, *main.PartialResult.model_fields, *main.InputError.model_fields]
     named = set(re.findall(r'[`"](\w+)[`"]', README))
     assert [name for name in fields if name not in named] == []
 
@@ -204,12 +204,12 @@ def test_what_documents_name_exists(document: str) -> None:
 
 # How the table of retries may write how long a call is retried.
 LENGTHS = {
-    main.Tries(attempts=3): r"3 attempts",
-    main.Tries(attempts=4): r"4 attempts",
-    main.Tries(patience=0.25): r"half a minute|30 s\b",
-    main.Tries(patience=0.5): r"(?<!half )\ba minute|60 s\b",
-    main.Tries(patience=1): r"two minutes|120 s\b",
-    main.Tries(): r"until the (?:job's )?deadline",
+    main.RetryBudget(attempts=3): r"3 attempts",
+    main.RetryBudget(attempts=4): r"4 attempts",
+    main.RetryBudget(patience_share=0.25): r"half a minute|30 s\b",
+    main.RetryBudget(patience_share=0.5): r"(?<!half )\ba minute|60 s\b",
+    main.RetryBudget(patience_share=1): r"two minutes|120 s\b",
+    main.RetryBudget(): r"until the (?:job's )?deadline",
 }
 # By a word in the first cell of a row: the policies of the calls that the row is about.
 POLICIES = {
@@ -217,9 +217,9 @@ POLICIES = {
     "look-up": [main.MODEL_RETRY],
     "create": [main.CREATE_RETRY],
     "list": [main.LIST_RETRY],
-    "read|poll": [main.READ_RETRY],
+    "read|poll": [main.POLL_RETRY],
     "cancel": [main.CANCEL_RETRY],
-    "download": [main.STORE_RETRY, main.FETCH_RETRY, main.PAID_STORE_RETRY, main.PAID_FETCH_RETRY],
+    "download": [main.UPLOAD_RETRY, main.DOWNLOAD_RETRY, main.PAID_UPLOAD_RETRY, main.PAID_DOWNLOAD_RETRY],
 }
 
 
@@ -241,7 +241,7 @@ def test_architecture_has_the_retry_policy_of_every_call(call: str) -> None:
     assert ("transport error" in retried_on) == all(policy.broken for policy in policies)
     budgets = {budget for policy in policies for budget in (*policy.statuses.values(), policy.not_sent)}
     if call == "cancel":  # the whole cancel has its own end
-        budgets = {main.Tries(patience=0.25)}
+        budgets = {main.RetryBudget(patience_share=0.25)}
     assert {budget for budget, words in LENGTHS.items() if re.search(words, retried_on)} == budgets
 
 
@@ -249,7 +249,7 @@ def test_architecture_has_every_retry_policy() -> None:
     """The table has a row for each of them, and no other."""
     calls = [row[0] for row in retry_rows()]
     assert len(calls) == len(POLICIES)
-    known = {name for name, value in vars(main).items() if isinstance(value, main.Retry)}
+    known = {name for name, value in vars(main).items() if isinstance(value, main.RetryPolicy)}
     assert len(known) == sum(len(policies) for policies in POLICIES.values())
 
 

@@ -168,13 +168,13 @@ async def test_what_is_no_speech_is_refused(elevenlabs, monkeypatch, output_form
 def test_another_format_than_asked_for_is_refused(asked, came):
     """The stored file would have the wrong name and type."""
     with pytest.raises(main.ProviderFailed, match=f"without speech in the format {asked}"):
-        main.playable(as_sent(came), asked)
+        main.validate_speech(as_sent(came), asked)
 
 
 @pytest.mark.parametrize("sync", [b"ID3", *(b"\xff" + bytes([sync]) for sync in b"\xfb\xfa\xf3\xf2\xe3\xe2")])
 def test_mp3_begins_with_a_tag_or_a_frame(sync):
     """Layer III of MPEG 1, 2 and 2.5, with and without a checksum."""
-    assert main.playable(sync + bytes(100), "mp3_44100_64") == sync + bytes(100)
+    assert main.validate_speech(sync + bytes(100), "mp3_44100_64") == sync + bytes(100)
 
 
 @pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/html"}, {"Content-Type": "audio/L16;rate=16000"}])

@@ -135,9 +135,9 @@ PET = reply(200, b"\xff\xd8\xff", content_type="image/jpeg")
 LOOKS = [  # what comes, the picture's address if it is another one, and how it is refused; "": it is animated
     ("a picture", PET, "", ""),
     ("a picture whose HEAD is refused", [reply(405), PET], "", ""),
-    ("404", reply(404), "", "there is no picture at this address, it answers 404"),
+    ("404", reply(404), "", "there is no picture at this URL, it answers 404"),
     ("410", reply(410), "", "it answers 410"),
-    ("a web page", reply(200, content_type="Text/HTML; charset=utf-8"), "", "the address of a web page"),
+    ("a web page", reply(200, content_type="Text/HTML; charset=utf-8"), "", "the URL of a web page"),
     ("a redirect inwards", redirect("http://10.0.0.1/pet.jpg"), "", "an address that is not public"),
     ("a name that leads inside", PET, "http://inside.example/pet.jpg", "an address that is not public"),
     ("403, as a page", reply(403, content_type="text/html"), "", ""),

@@ -32,7 +32,7 @@ serve = network.serve
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 CANNOT_USE = "Video and speech could not be put together; ffmpeg cannot use one of them."
 NO_VIDEO = "What the model made is not an MP4 video."
-BREAKS_OFF = "The video that the model made breaks off."
+BREAKS_OFF = "The video that the model made is cut off."
 SPEECH_HZ, VIDEO_HZ = 440, 1000  # the tones of our speech, and of a video that brings its own sound
 
 
@@ -104,7 +104,7 @@ class Studio:
             muxer = RAW.get(codec, "ogg" if codec == "opus" else codec)
             tone = ("-f", "lavfi", "-i", f"sine={SPEECH_HZ}:d={seconds}:r={rate}")
             ffmpeg(*tone, "-ac", "1", "-ar", rate, *encoder, *bitrate, "-f", muxer, path)
-            path.write_bytes(main.playable(path.read_bytes(), output_format))
+            path.write_bytes(main.validate_speech(path.read_bytes(), output_format))
         return path
 
     async def clip(self, video: Video, speech_s: float, fit: main.Fit) -> Path:
@@ -416,7 +416,7 @@ async def test_a_heavy_video_does_not_fill_the_disk(studio, final, tmp_path):
         "-f", "lavfi", "-i", noise, "-c:v", "libx264", "-preset", "ultrafast", "-qp", 0, "-pix_fmt", "yuv420p", video
     )
     assert video.stat().st_size > 2_500_000
-    assert await refusal(video, studio.speech(9), final, "speech") == "The talking video is larger than 100 MB."
+    assert await refusal(video, studio.speech(9), final, "speech") == "The final video is larger than 100 MB."
     assert final.stat().st_size < 130_000_000
 
 
@@ -613,7 +613,7 @@ async def test_a_host_with_many_cores_is_not_filled(cores, slots, monkeypatch):
     """A container sees all of its host's, and has the memory of a few."""
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     async with main.lifespan(main.app):
-        places = main._running.ffmpeg_slots
+        places = main.app_state().ffmpeg_slots
         for _ in range(slots):
             assert not places.locked()
             await places.acquire()

@@ -1,4 +1,4 @@
-"""The same request again, over real sockets: whatever happened in between, one video is bought, and it is delivered."""
+"""The same request again, over real sockets: whatever happened in between, one video is paid for, and it is delivered."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ async def end_and_send_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], serv
 
 @pytest.mark.parametrize("stage", HOLDS)
 def test_a_job_outlives_its_process(resumed: Resumed, stage: str) -> None:
-    """The next process goes on from what exists: one video is bought, never cancelled, and delivered."""
+    """The next process goes on from what exists: one video is paid for, never cancelled, and delivered."""
     outcome = resumed.again[stage]
     assert (outcome.status, outcome.is_replayed) == (200, stage == "done"), outcome.text
     assert [prediction.status for prediction in resumed.sandbox.created(prompt=stage)] == ["succeeded"]
@@ -368,7 +368,7 @@ async def test_a_video_that_cannot_be_had_stays_refused(front: FrontEnd, outcome
     for _ in range(2):
         refused = await front.send(form=form)
         assert refused.kind == (400, "provider", False)
-        assert ("is gone" if outcome == "expired" else f"ended as {outcome}") in refused.data["detail"]
+        assert ("has expired" if outcome == "expired" else f"ended as {outcome}") in refused.data["detail"]
         assert set(refused.data["partial"]) >= {"audio_url", "prediction_id"}
     assert front.paid_for == (1, 1)
 
@@ -414,7 +414,7 @@ async def test_a_malformed_key_is_refused(front: FrontEnd, key: str | bytes) -> 
     """It is named, in words, and nobody is called; 255 characters are none too many."""
     for path in BODIES:
         outcome = await replace(front, key=key).send(path)
-        message = "should be 1 to 255 visible ASCII characters, such as a UUID"
+        message = "must be 1 to 255 visible ASCII characters, such as a UUID"
         assert outcome.kind == (400, "validation", False)
         assert outcome.data["errors"] == [{"loc": ["header", "Idempotency-Key"], "msg": message}]
     assert front.sandbox.requests == []
@@ -457,7 +457,7 @@ async def test_a_read_of_the_file_that_fails_is_repeated(front: FrontEnd) -> Non
 
 
 async def test_what_the_file_holds(front: FrontEnd) -> None:
-    """What is needed to go on, under a name that cannot be guessed; nothing of what was asked for, and no key."""
+    """What is required to go on, under a name that cannot be guessed; nothing of what was asked for, and no key."""
     private = {"text": "A private text", "prompt": "A private prompt"}
     outcome, stored = await front.send(**private), front.sandbox.objects[front.record_path]
     assert (stored.content_type, stored.cache_control) == ("application/json", "max-age=0")

@@ -52,7 +52,7 @@ def wait_for(
 
 
 def simulate(
-    durations: Durations, kept: int = main.KEPT_DURATIONS, videos: int = VIDEOS, seed: int = 1
+    durations: Durations, kept: int = main.RECENT_DURATIONS, videos: int = VIDEOS, seed: int = 1
 ) -> list[Polled]:
     """One video after the other, each known afterwards as long as it was waited for."""
     chance, known, polled = random.Random(seed), deque[float](maxlen=kept), list[Polled]()
@@ -219,8 +219,8 @@ class Replicate:
 async def replicate(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Replicate]:
     """Replicate, with reads that may follow each other at once, and the application, which knows of no video yet."""
     use_settings(monkeypatch, POLL_MIN_SECONDS="0.001")
-    with respx.mock(assert_all_called=False) as router:
-        async with main.lifespan(main.app):
+    async with main.lifespan(main.app):
+        with respx.mock(assert_all_called=False) as router:
             yield Replicate(router)
 
 
@@ -235,8 +235,8 @@ async def test_the_second_video_of_a_kind_is_left_alone_at_first(replicate):
     await video()
     assert replicate.first_read_s >= 0.9 * 0.1 * VIDEO_S
     await video(seconds=10)
-    assert [len(durations) for durations in main._running.durations.values()] == [2, 1]
-    assert all(0.9 * VIDEO_S <= took_s < 10 for durations in main._running.durations.values() for took_s in durations)
+    assert [len(durations) for durations in main.app_state().recent_durations.values()] == [2, 1]
+    assert all(0.9 * VIDEO_S <= took_s < 10 for durations in main.app_state().recent_durations.values() for took_s in durations)
 
 
 @pytest.mark.parametrize("outcome", ["failed", "canceled"])
@@ -245,7 +245,7 @@ async def test_what_makes_no_video_tells_nothing_of_how_long_videos_take(replica
     replicate.outcome, replicate.video_s = outcome, 0.05
     with pytest.raises(main.ProviderRefused):
         await video()
-    assert not main._running.durations
+    assert not main.app_state().recent_durations
 
 
 async def test_a_prediction_that_another_request_made_is_read_at_once(replicate):
@@ -255,4 +255,4 @@ async def test_a_prediction_that_another_request_made_is_read_at_once(replicate)
     job.partial.prediction_id = "p1"
     assert await main.hailuo_video_from_prompt(main.JobPromptOnly(**BODY), job)
     assert replicate.first_read_s < 0.1 * VIDEO_S
-    assert not main._running.durations
+    assert not main.app_state().recent_durations

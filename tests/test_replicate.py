@@ -76,8 +76,7 @@ class Replicate:
 @pytest.fixture
 def replicate(client: httpx.AsyncClient) -> Iterator[Replicate]:
     """Replicate, for the running service."""
-    assert main._running is not None
-    main._running.held.clear()  # of the jobs before
+    main.app_state().claimed_predictions.clear()  # of the jobs before
     with respx.mock(assert_all_called=False) as router:
         yield Replicate(router)
 
@@ -168,7 +167,7 @@ async def test_the_polls_of_a_process_are_counted(client, replicate):
     started = time.monotonic()
     answers = await asyncio.gather(*(post(client) for _ in range(20)))
     assert {status for status, _ in answers} == {200}
-    assert (replicate.read.call_count, main._running and main._running.polls) == (40, 0)
+    assert (replicate.read.call_count, main.app_state().active_polls) == (40, 0)
     assert time.monotonic() - started >= 40 / 2400 * 60 * 0.8
 
 
@@ -187,7 +186,7 @@ async def test_an_odd_prediction_does_not_end_the_job(replicate):
 async def test_a_prediction_beyond_all_bounds_ends_the_job(client, replicate):
     """At once, since it would be the same next time; it is not the client's fault, and the id says what was paid for."""
     replicate.reads({**DONE, "logs": "x" * 8_000_000})
-    message = "Replicate's answer is larger than the service takes in."
+    message = "Replicate's response is larger than the service reads."
     assert await failed(client) == (500, message, {"prediction_id": "p1"})
     assert replicate.read.call_count == 1
 
@@ -239,9 +238,9 @@ def test_the_video_is_found_in_the_output(output, video):
     assert made.video_url == video
     if video is None:
         with pytest.raises(
-            main.ProviderFailed, match="^The prediction succeeded, but Replicate tells no video"
+            main.ProviderFailed, match="^The prediction succeeded, but Replicate names no video"
         ) as failed:
-            main.video_of(made)
+            main.video_url_or_raise(made)
         assert (failed.value.provider, failed.value.retryable) == ("replicate", False)
 
 
@@ -280,7 +279,7 @@ LOST = cases(
         ("no answer in time", httpx.ReadTimeout("slow"), "Replicate did not answer: ReadTimeout slow."),
         ("a gateway's page", httpx.Response(502, html="<p>Bad</p>"), "Replicate answered 502: Bad"),
         ("408", httpx.Response(408), "Replicate answered 408: Request Timeout"),
-        ("no prediction", httpx.Response(201), "Replicate answered without a prediction; one may have been made."),
+        ("no prediction", httpx.Response(201), "Replicate answered without a prediction; one may have been created."),
     ]
 )
 
@@ -294,7 +293,7 @@ LOST = cases(
 )
 def test_what_is_no_prediction(payload):
     """Without an id that can stand in a path nothing can be read or cancelled."""
-    assert main.prediction_in(payload) is None
+    assert main.parse_prediction(payload) is None
 
 
 @pytest.mark.parametrize(("outcome", "message"), LOST)
@@ -322,7 +321,7 @@ async def test_a_create_whose_answer_is_lost_is_found(monkeypatch, client, repli
 
 OTHERS = [
     ("another input", {"input": {**INPUT, "prompt": "The dog talks"}}),
-    ("an input that is gone", {"input": {}}),
+    ("an input that has expired", {"input": {}}),
     ("another model", {"model": "some/model"}),
     ("no id", {"id": "../x"}),
     ("another job's of this process", {"id": "held"}),
@@ -370,13 +369,12 @@ async def ended_while_waiting(replicate: Replicate) -> None:
     """A video is asked for, and the asking ended while it is being made."""
     replicate.reads(prediction("processing"))
     job = main.Job("-")
-    heard, (scope, task) = job.listen(), cancellable(main.hailuo_video_from_prompt(JOB, job))
+    heard, (scope, task) = job.subscribe(), cancellable(main.hailuo_video_from_prompt(JOB, job))
     while (event := await asyncio.wait_for(heard.get(), 5)) is None or event.status != "processing":
         pass
     scope.cancel()
     assert await asyncio.wait_for(task, 5)
-    assert main._running is not None
-    assert main._running.polls == 0
+    assert main.app_state().active_polls == 0
 
 
 async def test_a_cancelled_caller_cancels_the_prediction(replicate, caplog):
@@ -458,14 +456,14 @@ async def test_a_create_that_is_on_its_way_is_waited_for_and_cancelled(replicate
 async def test_a_process_that_ends_while_an_event_comes_stops_the_job(ticks):
     """The job hears of it, whichever tick the end of its request comes in, and no event is lost."""
     job = main.Job("-")
-    task = asyncio.create_task(main.next_part(job, events := job.listen()))
+    task = asyncio.create_task(main.next_sse_chunk(job, events := job.subscribe()))
     for _ in range(4):
         await asyncio.sleep(0)
-    job.tell("started")
+    job.emit("started")
     for _ in range(ticks):
         await asyncio.sleep(0)
     is_heard = task.cancel()
-    parts = [await task, *([await main.next_part(job, events)] if is_heard else [])]
+    parts = [await task, *([await main.next_sse_chunk(job, events)] if is_heard else [])]
     assert (job.scope.cancel_called, sum(b"started" in part for part in parts if part)) == (is_heard, 1)
 
 
@@ -490,8 +488,7 @@ async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatc
         is_ended, moments = task.done(), moments + 1
         scope.cancel()
         assert await asyncio.wait_for(task, 5) != is_ended
-        assert main._running is not None
-        pool = main._running.http._transport.trusted._pool
+        pool = main.app_state().http._transport.trusted
         assert [kept for kept in pool.connections if not (kept.is_idle() or kept.is_closed())] == []
     server.close()  # its connections are kept by the client, and Python 3.12 would wait for them
     assert moments > 10

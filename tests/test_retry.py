@@ -77,53 +77,72 @@ ASKED = [  # what it is, Retry-After, the body, seconds
 @pytest.mark.parametrize(("header", "body", "asked_s"), cases(ASKED))
 def test_the_wait_that_a_provider_asks_for(header, body, asked_s):
     """Read from the body's figure, the header or the words, whatever they hold."""
-    assert main.asked_wait_s(provider_response(429, body, retry_after=header), NOW) == asked_s
+    assert provider_response(429, body, retry_after=header).retry_after_s(NOW) == asked_s
 
 
-CAPS = [
-    ("at once is not before the first wait", 0.0, 0.5, 0.5),
-    ("as asked", 0.7, 0.7, 0.7),
-    ("at the cap", 30.0, 30.0, 30.0),
-    ("above the cap", 30.001, None, 30.0),
-    ("for ever", float("inf"), None, 30.0),
+PATIENT = main.RetryPolicy(statuses=(), budget=main.UNTIL_DEADLINE, patient=True)
+IMPATIENT = main.RetryPolicy(statuses=(), budget=main.UNTIL_DEADLINE)
+CAPS = [  # Retry-After, attempts, the least wait of an impatient call and of a patient one
+    ("at once is not before the exponential delay", 0.0, 3, 2.0, 2.0),
+    ("less than the exponential delay", 0.7, 3, 2.0, 2.0),
+    ("as the provider asks", 7.0, 3, 7.0, 7.0),
+    ("at the cap", 30.0, 1, 30.0, 30.0),
+    ("above the cap", 30.001, 1, None, 30.0),
+    ("for ever", float("inf"), 1, None, 30.0),
 ]
 
 
-@pytest.mark.parametrize(("asked_s", "unpaid_s", "paid_s"), cases(CAPS))
-def test_a_providers_own_figure_is_kept_up_to_the_cap(monkeypatch, asked_s, unpaid_s, paid_s):
-    """Half a minute: who asks for more is given up, or asked again after that if it is about what is paid for."""
+@pytest.mark.parametrize(("asked_s", "attempts", "impatient_s", "patient_s"), cases(CAPS))
+def test_retry_after_is_obeyed_up_to_the_cap(
+    monkeypatch, asked_s, attempts, impatient_s, patient_s
+):
+    """The wait is never shorter than Retry-After and the exponential delay, and has jitter on top."""
     use_settings(monkeypatch, RETRY_FIRST_SECONDS="0.5", PATIENCE_SECONDS="")
-    tries = main.Tries()
-    waits = [main.Retry({}, tries, is_paid=is_paid).delay_s(tries, 3, 9.0, asked_s) for is_paid in (False, True)]
-    assert waits == [unpaid_s, paid_s]
+    for retry, least_s in ((IMPATIENT, impatient_s), (PATIENT, patient_s)):
+        delays_s = [
+            main.retry_delay_s(retry, main.UNTIL_DEADLINE, attempts, 9.0, asked_s)
+            for _ in range(200)
+        ]
+        if least_s is None:
+            assert set(delays_s) == {None}
+        else:
+            assert least_s <= min(delays_s) < 1.02 * least_s
+            assert max(delays_s) <= 1.1 * least_s
+            assert len(set(delays_s)) > 1 or asked_s > 30
 
 
 ENDS = [
-    ("the third of four attempts", main.Tries(attempts=4), 3, 1e6, True),
-    ("the fourth", main.Tries(attempts=4), 4, 0.0, False),
-    ("two minutes, not over", main.Tries(patience=main.WHOLE), 1000, 119.9, True),
-    ("two minutes, over", main.Tries(patience=main.WHOLE), 1000, 120.0, False),
-    ("a minute, over", main.Tries(patience=main.HALF), 1000, 60.0, False),
-    ("half a minute, over", main.Tries(patience=main.QUARTER), 1000, 30.0, False),
-    ("without end", main.Tries(), 10_000, 1e6, True),
+    ("the third of four attempts", main.RetryBudget(attempts=4), 3, 1e6, True),
+    ("the fourth", main.RetryBudget(attempts=4), 4, 0.0, False),
+    ("two minutes, not over", main.RetryBudget(patience_share=main.PAID_SHARE), 1000, 119.9, True),
+    ("two minutes, over", main.RetryBudget(patience_share=main.PAID_SHARE), 1000, 120.0, False),
+    ("a minute, over", main.RetryBudget(patience_share=main.THROTTLE_SHARE), 1000, 60.0, False),
+    ("half a minute, over", main.RetryBudget(patience_share=main.MAX_WAIT_SHARE), 1000, 30.0, False),
+    ("without end", main.RetryBudget(), 10_000, 1e6, True),
 ]
 
 
-@pytest.mark.parametrize(("tries", "attempts", "failing_s", "goes_on"), cases(ENDS))
-def test_trying_again_comes_to_an_end(monkeypatch, tries, attempts, failing_s, goes_on):
+@pytest.mark.parametrize(("budget", "attempts", "failing_s", "goes_on"), cases(ENDS))
+def test_retries_come_to_an_end(monkeypatch, budget, attempts, failing_s, goes_on):
     """By the number of attempts, or by the time since the first failure, whatever the provider asks."""
     use_settings(monkeypatch, PATIENCE_SECONDS="")
     for asked_s in (None, 0.0, 1.0):
-        assert (main.Retry({}, tries).delay_s(tries, attempts, failing_s, asked_s) is not None) == goes_on
+        delay_s = main.retry_delay_s(IMPATIENT, budget, attempts, failing_s, asked_s)
+        assert (delay_s is not None) == goes_on
 
 
-@pytest.mark.parametrize(("attempt", "longest_s"), [(1, 0.5), (2, 1), (3, 2), (5, 8), (6, 8), (100_000, 8)])
-def test_waits_double_up_to_eight_seconds(monkeypatch, attempt, longest_s):
-    """From RETRY_FIRST_SECONDS on; each is shortened by up to a quarter, so that jobs do not come back together."""
+@pytest.mark.parametrize(
+    ("attempts", "longest_s"), [(1, 0.5), (2, 1), (3, 2), (5, 8), (6, 8), (100_000, 8)]
+)
+def test_backoff_doubles_up_to_eight_seconds(monkeypatch, attempts, longest_s):
+    """From RETRY_FIRST_SECONDS on; jitter takes off up to a quarter, so that jobs do not come back together."""
     use_settings(monkeypatch, RETRY_FIRST_SECONDS="0.5")
-    waits = [main.Retry({}, main.Tries()).delay_s(main.Tries(), attempt, 0.0, None) or 0 for _ in range(400)]
-    assert 0.75 * longest_s <= min(waits) < 0.78 * longest_s
-    assert 0.97 * longest_s < max(waits) <= longest_s
+    delays_s = [
+        main.retry_delay_s(IMPATIENT, main.UNTIL_DEADLINE, attempts, 0.0, None) or 0
+        for _ in range(400)
+    ]
+    assert 0.75 * longest_s <= min(delays_s) < 0.78 * longest_s
+    assert 0.97 * longest_s < max(delays_s) <= longest_s
 
 
 # What is repeated
@@ -199,11 +218,11 @@ def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, W
         "create": (create_url, lambda: main.create_prediction(main.HAILUO, PROMPT, main.Job("-")), created),
         "model": (f"{v1}/models/a/b", lambda: main.look_up_model("a/b"), httpx.Response(200, json=MODEL)),
         "list": (f"{v1}/predictions", lambda: anext(main.predictions_since(time.time()), None), listed),
-        "read": (f"{v1}/predictions/p1", lambda: main.read_prediction(started), httpx.Response(200, json=DONE)),
-        "upload": (upload_url, partial(upload, main.STORE_RETRY), stored),
-        "fetch": (file_url, partial(fetch, main.FETCH_RETRY), httpx.Response(200, content=b"video")),
-        "paid upload": (upload_url, partial(upload, main.PAID_STORE_RETRY), stored),
-        "paid fetch": (file_url, partial(fetch, main.PAID_FETCH_RETRY), httpx.Response(200, content=b"video")),
+        "read": (f"{v1}/predictions/p1", lambda: main.poll_prediction(started), httpx.Response(200, json=DONE)),
+        "upload": (upload_url, partial(upload, main.UPLOAD_RETRY), stored),
+        "fetch": (file_url, partial(fetch, main.DOWNLOAD_RETRY), httpx.Response(200, content=b"video")),
+        "paid upload": (upload_url, partial(upload, main.PAID_UPLOAD_RETRY), stored),
+        "paid fetch": (file_url, partial(fetch, main.PAID_DOWNLOAD_RETRY), httpx.Response(200, content=b"video")),
     }
 
 
@@ -329,8 +348,8 @@ async def test_every_repeat_is_logged(providers, calls, caplog):
     failure = httpx.Response(503, json={"detail": {"message": "Maintenance"}})
     await count_requests(providers, url, work, [failure, httpx.ConnectError("refused"), success])
     assert [line.partition(" ")[2] for line in caplog.messages] == [
-        "POST api.elevenlabs.io attempt=1 failed (503: Maintenance), next in 0.0 s",
-        "POST api.elevenlabs.io attempt=2 failed (ConnectError refused), next in 0.0 s",
+        "POST api.elevenlabs.io attempt=1 failed (503: Maintenance), retry in 0.0 s",
+        "POST api.elevenlabs.io attempt=2 failed (ConnectError refused), retry in 0.0 s",
     ]
 
 

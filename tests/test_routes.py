@@ -211,9 +211,9 @@ async def test_the_unforeseen_has_no_inside_detail(
     """Whatever breaks, the client gets the one shape and may try again; the traceback stands in the log only."""
     url = "https://example.com/"
     body = {"image_url": url, "url": url, "prompt": "Talk", "text": "Talk", "voice_id": "rex"}
-    with respx.mock() as edge:
-        edge.route().mock(side_effect=KeyError("inner works"))
-        async with running_application() as client:
+    async with running_application() as client:
+        with respx.mock() as edge:
+            edge.route().mock(side_effect=KeyError("inner works"))
             response = await client.post(path, json=body, headers={**ORIGIN, "Accept": accept})
     error = json.loads(response.text.rpartition("data: ")[2])
     assert (error["category"], error["retryable"], error.get("status", response.status_code)) == ("internal", True, 500)
@@ -331,7 +331,7 @@ def test_the_contract_has_both_forms_of_a_job_and_its_key(contract: dict[str, An
     assert [json.loads(data) for _, data in events][-1] == content["application/json"]["example"]
     [key] = operation["parameters"]
     assert (key["name"], key["in"], key["required"]) == ("Idempotency-Key", "header", False)
-    assert "one video is bought" in key["description"]
+    assert "one video is paid for" in key["description"]
     assert any(re.fullmatch(r"[0-9a-f-]{36}", example) for example in re.findall(r'"([^"]+)"', json.dumps(key)))
 
 

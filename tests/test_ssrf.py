@@ -125,7 +125,7 @@ async def test_what_is_no_url_is_refused(url: str, refused: Refused, pets: Serve
     """What is not an absolute http(s) URL is invalid input, and nothing is connected to."""
     looked_at, downloaded = await refused(url)
     assert looked_at.startswith("url: ")
-    assert downloaded == "The address of a file to download makes no sense."
+    assert downloaded == "The URL of a file to download is invalid."
     assert internet.connected == []
 
 
@@ -427,7 +427,7 @@ async def test_no_cookie_is_kept(client: httpx.AsyncClient, pets: Server) -> Non
 
 
 @pytest.mark.parametrize(
-    ("is_ours", "kind"), [(True, "usual"), (True, main.FRESH), (False, "usual"), (False, main.ASKED_FOR)]
+    ("is_ours", "kind"), [(True, "usual"), (True, main.NEW_CONNECTION), (False, "usual"), (False, main.USER_SUPPLIED)]
 )
 async def test_the_end_of_the_service_closes_every_connection(
     is_ours: bool, kind: str, serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch
@@ -445,8 +445,7 @@ async def test_the_end_of_the_service_closes_every_connection(
     use_settings(monkeypatch, REPLICATE_BASE_URL=server.url)
     url = f"{server.url if is_ours else 'http://pets.example'}/v1/video"
     async with main.lifespan(main.app):
-        assert main._running is not None
-        http = main._running.http
+        http = main.app_state().http
         answer = await http.send(http.build_request("GET", url, extensions={kind: True}), stream=True)
     assert await asyncio.to_thread(left.wait, 2)
     await answer.aclose()

@@ -68,7 +68,7 @@ async def test_a_video_is_read_piece_by_piece(tmp_path):
     """It never lies in memory as a whole."""
     video = tmp_path / "video.mp4"
     video.write_bytes(b"0123456789" * 350_000)
-    pieces = [piece async for piece in main.FileBody(video)]
+    pieces = [piece async for piece in main.FileStream(video)]
     assert b"".join(pieces) == video.read_bytes()
     assert max(map(len, pieces)) <= 1_000_000
 

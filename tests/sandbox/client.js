@@ -19,7 +19,7 @@
  * @typedef {object} Options
  * @property {string} service  its address, such as https://pets.example.com
  * @property {string} [key]  one per job. With it a job outlives its connection and is repeated until there is an answer, and still
- *   one video is bought. Without it nothing is repeated, since each try would be paid for, and a lost connection cancels the job.
+ *   one video is paid for. Without it nothing is repeated, since each try would be paid for, and a lost connection cancels the job.
  * @property {AbortSignal} [signal]  ends the waiting (its reason is thrown) and, without a key, the job
  * @property {(stage: StageEvent) => void} [onStage]  each try of a job with a key tells the stages so far again
  * @property {(error: VideoError, seconds: number) => void} [onRetry]  why, and in how many seconds, the job is sent again

@@ -31,7 +31,7 @@ class Voice(NamedTuple):
     hertz: float
 
 
-LIBRARY_VOICE = "SandboxVoiceLibrary3"  # a paid plan is needed to use such a voice over the API
+LIBRARY_VOICE = "SandboxVoiceLibrary3"  # a paid plan is required to use such a voice over the API
 VOICES = {  # 20 letters and digits, as real ids have; George's is the example in ElevenLabs' documents
     "SandboxVoiceRex00001": Voice("Rex", 262.0),
     "SandboxVoiceLuna0002": Voice("Luna", 392.0),

@@ -59,10 +59,10 @@ def error_kind(error: main.ServiceError) -> tuple[int, str, str | None]:
     return error.http_status, error.category, error.provider
 
 
-def provider_response(status: int, body: bytes | str = b"", **headers: str) -> main.Answer:
+def provider_response(status: int, body: bytes | str = b"", **headers: str) -> main.ProviderResponse:
     """A provider's answer, as the HTTP plumbing holds it."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return main.Answer(status, httpx.Headers(named), body.encode() if isinstance(body, str) else body)
+    return main.ProviderResponse(status, httpx.Headers(named), body.encode() if isinstance(body, str) else body)
 
 
 def cases(table: list[tuple[Any, ...]]) -> list[Any]:
