@@ -13,11 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.jobs import prompt_job
 from tests.sandbox import PortTaken, Service
 from tests.sandbox.__main__ import port
 from tests.sandbox.media import probe
 from tests.sandbox.service import ROOT, ServiceError
+from tests.support.requests import prompt_job
 
 STAGES = ["speech", "audio upload", "video", "download", "mux", "final upload"]
 
