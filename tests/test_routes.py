@@ -53,12 +53,12 @@ def connect(service: Service) -> httpx.Client:
 def error_body(response: httpx.Response) -> dict[str, Any]:
     """The body of an error, which must have the one shape and be readable from the page that asked."""
     error: dict[str, Any] = response.json()
-    always = {"detail", "category", "provider", "request_id", "retryable"}
+    always = {"detail", "category", "code", "provider", "request_id", "retryable"}
     assert always <= set(error) <= always | {"partial", "errors"}
     assert error["detail"].strip()
     assert error["request_id"] == response.headers["x-request-id"]
     assert {} not in (error.get("partial"), error.get("errors")), "what is empty is left out"
-    assert all(set(fault) == {"loc", "msg"} for fault in error.get("errors", []))
+    assert all(set(fault) == {"loc", "msg", "code", "params"} for fault in error.get("errors", []))
     assert "access-control-allow-origin" in response.headers
     return error
 
@@ -84,7 +84,8 @@ def test_a_talking_video(client: httpx.Client, service: Service, sandbox: Sandbo
     """Three URLs, two of them in the bucket; and each stage's milliseconds, in the header and in the log."""
     response = client.post("/jobs_prompt_tts", json=speech_job(sandbox), headers={"X-Request-ID": "log-lines"})
     answer, [prediction] = response.json(), sandbox.predictions
-    assert list(answer) == ["audio_url", "video_url", "final_url"]
+    urls, seconds = ["audio_url", "video_url", "final_url"], ["audio_seconds", "final_seconds", "cut_seconds"]
+    assert list(answer) == urls + seconds
     bucket = re.escape(f"{sandbox.url}/storage/v1/object/public/pets")
     assert re.fullmatch(bucket + r"/audio/[0-9a-f-]{36}\.mp3", answer["audio_url"])
     assert re.fullmatch(bucket + r"/videos/[0-9a-f-]{36}\.mp4", answer["final_url"])

@@ -111,7 +111,7 @@ async def test_stages_are_told_in_order_and_then_the_result(
     assert changed == [(stage, state) for stage in expected_stages for state in states.get(stage, ("started", "done"))]
     assert names(events)[-1] == "result"
     for one in stages(events):
-        more = {"status", "percent"} if one["state"] == "progress" else set()
+        more = {"progress": {"status", "percent"}, "done": {"audio_seconds"}}.get(one["state"], set())
         assert {"stage", "state", "seconds"} <= set(one) <= {"stage", "state", "seconds"} | more
         assert one["seconds"] >= 0
 
