@@ -85,7 +85,7 @@ logger = logging.getLogger("talking_pet")
 # ---- Limits and timings ----------------------------------------------------------------------------
 
 MAX_REQUEST_BYTES = 64 * 1024
-BODY_START_S = 2.0  # the start of a body that is too large is waited for: it may say what is wrong
+BODY_START_S = 1.0  # the start of a body that is too large is waited for: it may say what is wrong
 MAX_SPEECH_BYTES = 9_500_000
 MAX_DOWNLOAD_BYTES = 100_000_000  # a final video has no more either
 MAX_RESPONSE_BYTES = 2_000_000  # of a provider's JSON; the largest model schemas have some 100 kB
