@@ -52,7 +52,7 @@ from http import HTTPStatus
 from itertools import islice
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar, get_args
 from urllib.parse import unquote
 
 import anyio
@@ -76,9 +76,11 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing_extensions import TypeAliasType
 
 try:
     import resource
@@ -91,6 +93,7 @@ logger = logging.getLogger("talking_pet")
 # ---- Limits and timings ----------------------------------------------------------------------------
 
 MAX_REQUEST_BYTES = 64 * 1024
+BODY_START_S = 1.0  # the start of a body that is too large is waited for: it may say what is wrong
 MAX_SPEECH_BYTES = 9_500_000
 MAX_DOWNLOAD_BYTES = 100_000_000  # a final video has no more either
 MAX_RESPONSE_BYTES = 2_000_000  # of a provider's JSON; the largest model schemas have some 100 kB
@@ -113,6 +116,7 @@ MAX_DESCRIPTION_CHARS = 300
 MAX_NUMBER = 1e15  # larger ones bound nothing
 MAX_FIELD_ERRORS = 20  # that Replicate reports about one input
 MAX_OUTPUT_URLS = 1_000  # the video's URL is among the first few
+MAX_MP3_GAPS = 1_000  # places in a speech where a frame is looked for
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
 
 # Seconds of silence on a connection, not of a whole call.
@@ -177,6 +181,7 @@ MAX_MODELS = 100
 DEFAULT_FPS = 24.0  # where a model counts frames and names no rate
 
 SPEECH_OFFSET_MS = 500  # the speech starts half a second in
+CUT_TOLERANCE_S = 0.1  # streams end with a whole frame: less than this is not cut off
 FFMPEG_TIMEOUT_S = 60.0
 MAX_FFMPEG = 4  # at once, and no more than cores: each takes some 50 MB
 FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of an 8K frame has less
@@ -372,6 +377,70 @@ def patience_s(share: float) -> float:
 
 Provider = Literal["elevenlabs", "replicate", "supabase"]
 Category = Literal["configuration", "validation", "provider", "resource", "internal"]
+# What went wrong with the request as a whole and with one of its fields; the codes in both lists first.
+SharedCode = Literal[
+    "key_reused",
+    "unknown_model",
+    "model_not_allowed",
+    "picture_not_found",
+    "not_a_picture",
+    "private_url",
+]
+# Stable: front ends translate by them. Each has a name of its own in the contract.
+ErrorCode = TypeAliasType(
+    "ErrorCode",
+    Literal[
+        SharedCode,
+        "missing_setting",
+        "unauthorized",
+        "spending_limit",
+        "busy",
+        "invalid_body",
+        "body_too_large",
+        "route_not_found",
+        "method_not_allowed",
+        "invalid_field",
+        "blocked_url",
+        "content_rejected",
+        "prediction_failed",
+        "video_expired",
+        "deadline",
+        "provider_rejected_key",
+        "provider_throttled",
+        "provider_failed",
+        "speech_too_large",
+        "storage_failed",
+        "bucket_not_public",
+        "download_failed",
+        "media_unusable",
+        "machine_failed",
+        "restarting",
+        "internal",
+    ],
+)
+FieldErrorCode = TypeAliasType(
+    "FieldErrorCode",
+    Literal[
+        SharedCode,
+        "invalid_body",
+        "required",
+        "not_a_string",
+        "blank",
+        "too_long",
+        "not_a_whole_number",
+        "too_small",
+        "too_large",
+        "not_allowed",
+        "wrong_format",
+        "misnamed",
+        "upload_first",
+        "not_a_url",
+        "unsupported",
+        "rejected",
+    ],
+)
+# What a message says, to be filled into a translation of it: {"max": 600, "got": 659}.
+ErrorParams = dict[str, str | int | float | list[Any]]
 Stage = Literal["speech", "audio_upload", "video", "download", "mux", "final_upload"]
 StageState = Literal["started", "progress", "done"]
 Fit = Literal["shortest", "video", "speech"]
@@ -393,10 +462,24 @@ PATTERN_MESSAGES = {
     SIZE_PATTERN: "must be a size such as 768p",
     KEY_PATTERN: "must be 1 to 255 visible ASCII characters, such as a UUID",
 }
+UPLOAD_FIRST = (
+    "must be the public http(s) URL of a file: upload it first, for example to your storage"
+)
+
+
+def refuse_embedded_file(value: Any) -> Any:
+    """Raise PydanticCustomError if a URL is the file itself, or leads into the client's own browser."""
+    if isinstance(value, str) and re.match(r"\s*(data|blob):", value, re.IGNORECASE):
+        raise PydanticCustomError("embedded_file", UPLOAD_FIRST)
+    return value
+
 
 UrlText = Annotated[str, StringConstraints(strict=True, max_length=4096)]
 HttpUrl = Annotated[
-    UrlText, AfterValidator(check_http_url), Field(json_schema_extra={"format": "uri"})
+    UrlText,
+    BeforeValidator(refuse_embedded_file),  # however long it is
+    AfterValidator(check_http_url),
+    Field(json_schema_extra={"format": "uri"}),
 ]
 NonBlank = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
 Size = Annotated[str, StringConstraints(strict=True, pattern=SIZE_PATTERN)]
@@ -409,12 +492,17 @@ ModelName = Annotated[
 ]
 
 # What other services call our fields. Ignored, they would buy a video of the wrong length.
-FIELD_ALIASES = {
-    "duration": "seconds",
-    "length": "seconds",
-    "image": "image_url",
-    "voice": "voice_id",
+OTHER_NAMES = {
+    "image_url": (
+        "image img photo picture pic portrait url image_uri image_link img_url photo_url picture_url"
+        " start_image first_frame_image"
+    ),
+    "prompt": "prompt_text text_prompt video_prompt motion_prompt description",
+    "text": "script speech message speech_text tts_text dialogue words content",
+    "voice_id": "voice voice_name speaker speaker_id",
+    "seconds": "duration length duration_seconds video_length video_duration",
 }
+FIELD_ALIASES = {alias: name for name, aliases in OTHER_NAMES.items() for alias in aliases.split()}
 
 
 class JobPromptOnly(BaseModel):
@@ -453,8 +541,13 @@ class JobPromptOnly(BaseModel):
             for match in get_close_matches(name.lower(), known, n=1, cutoff=0.8):
                 meant = FIELD_ALIASES.get(match, match)
                 if meant in cls.model_fields and meant not in body:
-                    message = f"must be called {meant}"
-                    errors.append(InputError(loc=["body", redact(name)], msg=message))
+                    error = InputError(
+                        loc=["body", redact(name)],
+                        msg=f"must be called {meant}",
+                        code="misnamed",
+                        params={"name": meant},
+                    )
+                    errors.append(error)
         if errors:
             raise InvalidInput(f"{errors[0].loc[1]}: {errors[0].msg}.", errors=errors)
         return body
@@ -494,6 +587,13 @@ class SpeechResult(BaseModel):
         description="The silent video: Replicate's own URL, which expires after an hour"
     )
     final_url: str = Field(description="The final video, in your storage")
+    audio_seconds: float | None = Field(default=None, description="Length of the speech")
+    final_seconds: float | None = Field(default=None, description="Length of the final video")
+    cut_seconds: float | None = Field(
+        default=None,
+        description="Seconds of speech that are not heard, because the video ends before; 0: none."
+        " All three are null where they are unknown",
+    )
 
 
 class HeadResult(BaseModel):
@@ -519,6 +619,8 @@ class InputError(BaseModel):
 
     loc: list[str | int]
     msg: str
+    code: FieldErrorCode
+    params: ErrorParams = Field(description="What the message says; too_long: `max` and `got`")
 
 
 class ErrorBody(BaseModel):
@@ -526,6 +628,7 @@ class ErrorBody(BaseModel):
 
     detail: str
     category: Category
+    code: ErrorCode
     provider: Provider | None = None
     request_id: str
     retryable: bool = Field(
@@ -554,6 +657,9 @@ class StageEvent(BaseModel):
         default=None, description="how many calls are before it in line, while it is queued"
     )
     percent: int | None = Field(default=None, description="of the video, where the model logs it")
+    audio_seconds: float | None = Field(
+        default=None, description="Length of the speech, once it is known"
+    )
 
 
 # ---- Errors ----------------------------------------------------------------------------------------
@@ -576,11 +682,13 @@ class ServiceError(Exception):
     """An error returned to the client; the base class is an internal 500.
 
     `detail` is safe to show. `response` is the provider's, if there was one. `errors` name the
-    invalid fields of the request. `headers` are the response's.
+    invalid fields of the request. `code` says more exactly than the class what happened. `headers`
+    are the response's.
     """
 
     http_status: int = 500
     category: Category = "internal"
+    code: ErrorCode = "internal"
     retryable: bool = True
     headers: Mapping[str, str] = {}
 
@@ -589,6 +697,7 @@ class ServiceError(Exception):
         detail: str,
         provider: Provider | None = None,
         *,
+        code: ErrorCode | None = None,
         retryable: bool | None = None,
         response: "ProviderResponse | None" = None,
         errors: "list[InputError] | None" = None,
@@ -599,19 +708,34 @@ class ServiceError(Exception):
         self.provider = provider
         self.response = response
         self.errors = errors or []
+        if code is not None:
+            self.code = code
         if retryable is not None:
             self.retryable = retryable
 
-    def add_field_error(self, name: str, message: str, place: str = "body") -> None:
-        """Add what is wrong with one field of the request."""
-        message = redact(message)[:MAX_ERROR_CHARS]
-        self.errors.append(InputError(loc=[place, redact(name)], msg=message))
+    def add_field_error(
+        self,
+        name: str,
+        message: str,
+        place: str = "body",
+        *,
+        code: FieldErrorCode = "rejected",
+        params: ErrorParams | None = None,
+    ) -> None:
+        """Add what is wrong with one field of the request; by default a provider rejects it."""
+        loc: list[str | int] = [place, redact(name)]
+        self.errors.append(
+            InputError(
+                loc=loc, msg=redact(message)[:MAX_ERROR_CHARS], code=code, params=params or {}
+            )
+        )
 
 
 class MissingSetting(ServiceError):
     """A variable is unset that this request needs."""
 
     category = "configuration"
+    code: ErrorCode = "missing_setting"
     retryable = False
 
 
@@ -620,6 +744,7 @@ class InvalidInput(ServiceError):
 
     http_status = 400
     category = "validation"
+    code: ErrorCode = "invalid_field"
     retryable = False
 
 
@@ -633,9 +758,13 @@ class Unauthorized(InvalidInput):
 class BlockedUrl(InvalidInput):
     """The URL leads to where the service must not go."""
 
+    code: ErrorCode = "blocked_url"
+
 
 class PrivateAddress(BlockedUrl):
     """The URL leads to an address of this machine or of a network inside."""
+
+    code: ErrorCode = "private_url"
 
 
 class ProviderRefused(ServiceError):
@@ -643,6 +772,7 @@ class ProviderRefused(ServiceError):
 
     http_status = 400
     category = "provider"
+    code: ErrorCode = "content_rejected"
     retryable = False
 
 
@@ -650,6 +780,7 @@ class ProviderFailed(ServiceError):
     """ElevenLabs or Replicate reject the service's key or plan, fail, or do not respond."""
 
     category = "provider"
+    code: ErrorCode = "provider_failed"
 
 
 class ProviderBusy(ProviderFailed):
@@ -665,6 +796,7 @@ class SpeechTooLarge(ServiceError):
 
     http_status = 400
     category = "resource"
+    code: ErrorCode = "speech_too_large"
     retryable = False
 
 
@@ -672,22 +804,34 @@ class ResourceFailed(ServiceError):
     """Storage, a download, the service's own machine, or media that ffmpeg cannot use."""
 
     category = "resource"
+    code: ErrorCode = "storage_failed"
 
 
 class SpendingLimitReached(ResourceFailed):
     """This process has paid for MAX_VIDEOS_PER_HOUR videos within the last hour."""
 
     http_status = 429
+    code = "spending_limit"
 
     def __init__(self, detail: str, retry_after_s: float) -> None:
         super().__init__(detail)
         self.headers = {"Retry-After": str(math.ceil(retry_after_s))}
 
 
-def invalid_field(name: str, message: str, place: str = "body") -> InvalidInput:
+def invalid_field(
+    name: str,
+    message: str,
+    place: str = "body",
+    *,
+    code: FieldErrorCode = "unsupported",
+    params: ErrorParams | None = None,
+) -> InvalidInput:
     """Return the error for one invalid field of the request, or for an invalid header."""
     error = InvalidInput(f"{name}: {message}.")
-    error.add_field_error(name, message, place)
+    error.add_field_error(name, message, place, code=code, params=params)
+    for shared_code in get_args(SharedCode):
+        if code == shared_code:
+            error.code = shared_code
     return error
 
 
@@ -721,7 +865,8 @@ def as_service_error(exc: BaseException) -> ServiceError:
         return exc
     logger.error("unforeseen error\n%s", "".join(traceback.format_exception(exc)))
     if isinstance(exc, OSError) and exc.strerror:  # a full disk, a read-only folder ...
-        return ResourceFailed(f"The service's own machine failed the job: {exc.strerror}.")
+        detail = f"The service's own machine failed the job: {exc.strerror}."
+        return ResourceFailed(detail, code="machine_failed")
     return ServiceError("An unforeseen error inside the service; its log has the request id.")
 
 
@@ -748,6 +893,7 @@ class Job:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)  # equal for equal idempotency keys
     started_at: float = field(default_factory=time.monotonic)
     timings: dict[Stage, float] = field(default_factory=dict)  # seconds, in the order of the stages
+    audio_seconds: float | None = None  # how long the speech is, once it is known
     stage_started_at: float = 0.0
     current_stage: Stage | None = None
     queued_s: float = 0.0  # in lines at the providers
@@ -798,6 +944,8 @@ class Job:
             percent=percent,
             ahead=ahead,
         )
+        if state == "done" and event.stage in ("speech", "audio_upload"):
+            event.audio_seconds = self.audio_seconds
         if state == "progress" and self.event_history and self.event_history[-1].state == state:
             self.event_history.pop()
         self.event_history.append(event)
@@ -847,9 +995,8 @@ class Job:
         """Return the error of a job that was cancelled, or has passed its deadline."""
         if self.cancel_reason or not self.past_deadline():
             advice = "send the same request again" if self.log else "try again"
-            return ServiceError(
-                f"The service is restarting and could not finish the job; {advice}."
-            )
+            detail = f"The service is restarting and could not finish the job; {advice}."
+            return ServiceError(detail, code="restarting")
 
         stage = self.current_stage
         provider = STAGE_PROVIDERS.get(stage)
@@ -859,8 +1006,8 @@ class Job:
         # The prediction of a job with a key was cancelled: sent again, the request would find it so.
         is_final = bool(self.log and self.partial.prediction_id and stage == "video")
         if provider in ("elevenlabs", "replicate"):
-            return ProviderFailed(detail, provider, retryable=not is_final)
-        return ResourceFailed(detail, provider)
+            return ProviderFailed(detail, provider, code="deadline", retryable=not is_final)
+        return ResourceFailed(detail, provider, code="deadline")
 
 
 def error_body(error: ServiceError, request_id: str, job: Job | None) -> dict[str, Any]:
@@ -868,6 +1015,7 @@ def error_body(error: ServiceError, request_id: str, job: Job | None) -> dict[st
     body: dict[str, Any] = {
         "detail": error.detail,
         "category": error.category,
+        "code": error.code,
         "provider": error.provider,
         "retryable": error.retryable,
         "request_id": request_id,
@@ -1679,7 +1827,12 @@ def error_for_response(
         error_class = ProviderRefused
     # A key, a plan, a bucket or content that is rejected stays so until somebody changes it.
     retryable = status in (408, 409, 423, 425, 429) or status not in range(400, 500)
-    return error_class(detail, provider, retryable=retryable, response=response)
+    code: ErrorCode | None = None
+    if error_class is ProviderFailed and status in (401, 402, 403):
+        code = "provider_rejected_key"
+    elif error_class is ProviderFailed and status == 429:
+        code = "provider_throttled"
+    return error_class(detail, provider, code=code, retryable=retryable, response=response)
 
 
 def invalid_response(provider: Provider, missing: str) -> ProviderFailed:
@@ -2077,6 +2230,124 @@ def with_wav_header(samples: bytes, codec: str, rate: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+MP3_SAMPLE_RATES = {
+    3: (44_100, 48_000, 32_000),
+    2: (22_050, 24_000, 16_000),
+    0: (11_025, 12_000, 8_000),
+}
+MP3_KILOBITS_V1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+MP3_KILOBITS_V2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+OPUS_RATE = 48_000  # of its granule positions, whatever the speech was sampled at (RFC 7845)
+
+
+def speech_seconds(speech: bytes) -> float | None:
+    """Return how long speech is, by the file's own numbers; None if it has none that can be read."""
+    if speech.startswith(b"RIFF"):
+        seconds = wav_seconds(speech)
+    elif speech.startswith(b"OggS"):
+        seconds = opus_seconds(speech)
+    else:
+        seconds = mp3_seconds(speech)
+    return round(seconds, 2) or None
+
+
+def wav_seconds(speech: bytes) -> float:
+    """Return the length of a WAV file; 0 if it has no format or no samples."""
+    bytes_per_second = 0
+    offset = 12
+    while offset + 8 <= len(speech):
+        name, size = struct.unpack_from("<4sI", speech, offset)
+        offset += 8
+        if name == b"fmt " and offset + 12 <= len(speech):
+            (bytes_per_second,) = struct.unpack_from("<I", speech, offset + 8)
+        if name == b"data" and bytes_per_second:
+            # A file that was written as a stream states the largest size, or none.
+            available = len(speech) - offset
+            return min(size or available, available) / bytes_per_second
+        offset += size + size % 2
+    return 0.0
+
+
+def opus_seconds(speech: bytes) -> float:
+    """Return the length of an Ogg Opus file: the last page's position, without the pre-skip; 0 if unknown."""
+    head = speech.find(b"OpusHead", 0, 1_000)
+    last_page = speech.rfind(b"OggS\0")
+    if head < 0 or len(speech) < max(head, last_page) + 14:
+        return 0.0
+    (pre_skip,) = struct.unpack_from("<H", speech, head + 10)
+    (position,) = struct.unpack_from("<q", speech, last_page + 6)
+    samples: int = max(0, position - pre_skip)
+    return samples / OPUS_RATE
+
+
+class Mp3Frame(NamedTuple):
+    """One frame of an MP3, as its header describes it."""
+
+    size: int  # bytes, the header included
+    samples: int
+    sample_rate: int
+
+
+def mp3_frame(speech: bytes, offset: int) -> Mp3Frame | None:
+    """Return the frame that begins at an offset, or None if there is none (ISO/IEC 11172-3, 2.4.1.3)."""
+    header = int.from_bytes(speech[offset : offset + 4], "big")
+    version = header >> 19 & 3  # 3: MPEG-1, 2: MPEG-2, 0: MPEG-2.5
+    layer = header >> 17 & 3  # 1: layer III
+    kilobits_index = header >> 12 & 15
+    rate_index = header >> 10 & 3
+    has_padding = header >> 9 & 1
+    is_frame = header >> 21 == 0x7FF and version != 1 and layer == 1
+    if not is_frame or kilobits_index in (0, 15) or rate_index == 3:
+        return None
+    samples = 1152 if version == 3 else 576
+    kilobits = (MP3_KILOBITS_V1 if version == 3 else MP3_KILOBITS_V2)[kilobits_index]
+    sample_rate = MP3_SAMPLE_RATES[version][rate_index]
+    size = samples // 8 * kilobits * 1000 // sample_rate + has_padding
+    return Mp3Frame(size, samples, sample_rate)
+
+
+def mp3_seconds(speech: bytes) -> float:
+    """Return the length of an MP3: the sum of its frames, without what the encoder added at both ends."""
+    seconds = 0.0
+    offset = 0
+    gaps = 0
+    while offset + 4 <= len(speech) and gaps < MAX_MP3_GAPS:
+        frame = mp3_frame(speech, offset)
+        if frame is None:
+            gaps += 1
+            offset = next_mp3_frame(speech, offset)
+            continue
+        samples = frame.samples
+        content = speech[offset : offset + frame.size]
+        tag = re.search(b"Xing|Info|VBRI", content[:44])
+        if tag:  # no sound
+            samples = -encoder_padding(content, tag.start())
+        seconds += samples / frame.sample_rate
+        offset += frame.size
+    return max(0.0, seconds)
+
+
+def encoder_padding(frame: bytes, tag_start: int) -> int:
+    """Return how many samples an MP3's encoder added, as the tag in its first frame says; 0 if it does not."""
+    tag = frame[tag_start:]
+    has_all_fields = tag[:8] in (b"Xing\0\0\0\x0f", b"Info\0\0\0\x0f")
+    if not has_all_fields or tag[120:124] not in (b"LAME", b"Lavf", b"Lavc"):
+        return 0
+    before_and_after = int.from_bytes(tag[141:144], "big")  # 12 bits each
+    return (before_and_after >> 12) + (before_and_after & 0xFFF)
+
+
+def next_mp3_frame(speech: bytes, offset: int) -> int:
+    """Return where to look next for a frame: behind an ID3 tag, else at the next byte that may begin one."""
+    if speech[offset : offset + 3] == b"ID3" and offset + 10 <= len(speech):
+        size = 0
+        for byte in speech[offset + 6 : offset + 10]:
+            size = size << 7 | byte & 0x7F
+        return offset + 10 + size
+    found = speech.find(b"\xff", offset + 1)
+    return found if found >= 0 else len(speech)
+
+
 def speech_format() -> SpeechFormat:
     """Return how speech is stored under the present TTS_OUTPUT_FORMAT."""
     codec = get_settings().tts_output_format.split("_")[0]
@@ -2157,19 +2428,21 @@ async def download(url: str, target: Path, retry: RetryPolicy = PAID_DOWNLOAD_RE
     try:
         host = httpx.URL(check_http_url(url)).host
     except ValueError as exc:
-        raise ResourceFailed("The URL of a file to download is invalid.", retryable=False) from exc
+        message = "The URL of a file to download is invalid."
+        raise ResourceFailed(message, code="download_failed", retryable=False) from exc
 
     exchange = partial(download_once, target)
     try:
         response = await send_with_retry("GET", url, retry, exchange=exchange)
     except httpx.RequestError as exc:
-        raise ResourceFailed(f"The download from {host} failed: {describe(exc)}.") from exc
+        message = f"The download from {host} failed: {describe(exc)}."
+        raise ResourceFailed(message, code="download_failed") from exc
     except BlockedUrl as exc:
         message = f"The file at {host} may not be fetched. {exc.detail}"
-        raise ResourceFailed(message, retryable=False) from exc
+        raise ResourceFailed(message, code="download_failed", retryable=False) from exc
     if response.status != 200:
         message = f"The download from {host} was answered {describe(response)}."
-        raise ResourceFailed(message, response=response)
+        raise ResourceFailed(message, code="download_failed", response=response)
 
 
 async def download_once(target: Path, request: httpx.Request, max_bytes: int) -> ProviderResponse:
@@ -2203,7 +2476,8 @@ async def follow_redirects(request: httpx.Request) -> AsyncIterator[httpx.Respon
 def check_download_size(size: int) -> None:
     """Raise ResourceFailed if a file has more than MAX_DOWNLOAD_BYTES."""
     if size > MAX_DOWNLOAD_BYTES:
-        raise ResourceFailed("A file to download is larger than 100 MB.", retryable=False)
+        message = "A file to download is larger than 100 MB."
+        raise ResourceFailed(message, code="download_failed", retryable=False)
 
 
 def content_length(response: httpx.Response) -> int | None:
@@ -2231,11 +2505,13 @@ async def head(url: str, timeout_s: float, slots: asyncio.Semaphore) -> HeadResu
                     result = await head_once("GET", url)
                 return result
     except httpx.RequestError as exc:
-        raise ResourceFailed(f"The URL did not answer: {describe(exc)}.") from exc
+        message = f"The URL did not answer: {describe(exc)}."
+        raise ResourceFailed(message, code="download_failed") from exc
     except TimeoutError as exc:
         if is_waiting:
             raise ResourceFailed("The service looks at too many files; try again.") from exc
-        raise ResourceFailed(f"The URL did not answer within {timeout_s:g} s.") from exc
+        message = f"The URL did not answer within {timeout_s:g} s."
+        raise ResourceFailed(message, code="download_failed") from exc
 
 
 async def head_once(method: Literal["HEAD", "GET"], url: str) -> HeadResult:
@@ -2256,6 +2532,13 @@ async def head_once(method: Literal["HEAD", "GET"], url: str) -> HeadResult:
         )
 
 
+# Types of files that no picture has; one without a type, or with a general one, may be a picture.
+NO_PICTURE = re.compile(
+    r"(text|audio|video|font)/|application/(json|xml|xhtml\+xml|pdf|zip|(x-)?javascript)\b",
+    re.IGNORECASE,
+)
+
+
 async def check_picture(url: str) -> None:
     """Refuse, before anything is paid for, what certainly is no picture. Raises InvalidInput."""
     try:
@@ -2263,15 +2546,33 @@ async def check_picture(url: str) -> None:
     except PrivateAddress as exc:
         reason = exc.detail.rstrip(".")
         message = f"{reason}; the picture must be on the public internet"
-        raise invalid_field("image_url", message) from exc
-    except Exception as exc:  # noqa: BLE001  Replicate, which fetches it itself, may reach more
+        raise invalid_field("image_url", message, code="private_url") from exc
+    except Exception as exc:
+        if is_unknown_host(exc):
+            message = "there is no picture at this URL, its host does not exist"
+            raise invalid_field("image_url", message, code="picture_not_found") from exc
         logger.info("the picture could not be checked: %r", exc)
-        return
+        return  # Replicate, which fetches it itself, may reach more
     if result.status in (404, 410):
         message = f"there is no picture at this URL, it answers {result.status}"
-        raise invalid_field("image_url", message)
-    if result.status < 300 and (result.content_type or "").lower().startswith("text/html"):
-        raise invalid_field("image_url", "is the URL of a web page, not of a picture")
+        params: ErrorParams = {"status": result.status}
+        raise invalid_field("image_url", message, code="picture_not_found", params=params)
+    content_type = result.content_type or ""
+    if result.status < 300 and NO_PICTURE.match(content_type):
+        message = f"is not the URL of a picture, but of {content_type}"
+        if content_type.lower().startswith("text/html"):
+            message = "is the URL of a web page, not of a picture"
+        params = {"content_type": content_type}
+        raise invalid_field("image_url", message, code="not_a_picture", params=params)
+
+
+def is_unknown_host(exc: BaseException | None) -> bool:
+    """Return whether a look-up ended with "no such name": not one that only failed for now (EAI_AGAIN)."""
+    while exc is not None:
+        if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_NONAME:
+            return True
+        exc = exc.__cause__
+    return False
 
 
 # ---- Model schemas: mapping our fields to a model's input ------------------------------------------
@@ -2505,9 +2806,10 @@ def build_model_input(
             reason = "only /jobs_prompt_tts has"
         names = one_line(", ".join(missing))
         message = f"{model.name} needs {names}, which {reason}"
-        raise invalid_field("model", message)
+        raise invalid_field("model", message, params={"missing": missing})
     if model is HAILUO and values["duration"] == 10 and values["resolution"] == "1080p":
-        raise invalid_field("resolution", "must be 512p or 768p with 10 seconds")
+        message = "must be 512p or 768p with 10 seconds"
+        raise invalid_field("resolution", message, params={"allowed": ["512p", "768p"]})
     return values
 
 
@@ -2528,8 +2830,11 @@ def length_input(model: VideoModel, body: JobPromptOnly) -> dict[str, Any]:
         # A number of frames is seldom a whole number of seconds: the nearest will do.
         tolerance = frame_rate / 2 if frame_rate else 0
         if "seconds" in body.model_fields_set and abs(number - wanted) > tolerance:
-            allowed = describe_lengths(prop, choices, frame_rate)
-            raise invalid_field("seconds", f"{model.name} takes {allowed}")
+            message = f"{model.name} takes {describe_lengths(prop, choices, frame_rate)}"
+            params = bounds_params(prop, frame_rate or 1.0)
+            if choices:
+                params = {"allowed": lengths_in_seconds(choices, frame_rate)}
+            raise invalid_field("seconds", message, params=params)
 
         if number in choices:
             return {name: choices[number]}
@@ -2560,11 +2865,14 @@ def describe_lengths(prop: Property, choices: Collection[float], frame_rate: flo
     """Return the lengths a model takes, in seconds, for people."""
     if not choices:
         return describe_bounds(prop, frame_rate or 1.0)
+    return " or ".join(f"{seconds:g}" for seconds in lengths_in_seconds(choices, frame_rate))
+
+
+def lengths_in_seconds(choices: Collection[float], frame_rate: float | None) -> list[float]:
+    """Return the lengths that a model lists, in seconds and in order."""
     if frame_rate:
-        seconds = {round(choice / frame_rate, 0) for choice in choices}
-    else:
-        seconds = {round(choice, 3) for choice in choices}
-    return " or ".join(f"{choice:g}" for choice in sorted(seconds))
+        return sorted({round(choice / frame_rate, 0) for choice in choices})
+    return sorted({round(choice, 3) for choice in choices})
 
 
 def as_number(value: Any) -> float | None:
@@ -2618,7 +2926,8 @@ def choose_size(model: VideoModel, body: JobPromptOnly, choices: list[Any]) -> A
     nearest = min(choices, key=distance)
     if "resolution" in body.model_fields_set and vertical_pixels(nearest) != wanted:
         allowed = one_line(" or ".join(map(str, choices)))
-        raise invalid_field("resolution", f"{model.name} takes {allowed}")
+        params: ErrorParams = {"allowed": [str(choice) for choice in choices]}
+        raise invalid_field("resolution", f"{model.name} takes {allowed}", params=params)
     return nearest
 
 
@@ -2631,7 +2940,8 @@ def free_size_input(model: VideoModel, body: JobPromptOnly, name: str) -> dict[s
         return {name: body.resolution}
     wanted = vertical_pixels(body.resolution)
     if wanted == 0 or clamp(wanted, prop) != wanted:
-        raise invalid_field("resolution", f"{model.name} takes {describe_bounds(prop)}")
+        message = f"{model.name} takes {describe_bounds(prop)}"
+        raise invalid_field("resolution", message, params=bounds_params(prop))
     return {name: wanted}
 
 
@@ -2643,6 +2953,16 @@ def describe_bounds(prop: Property, rate: float = 1.0) -> str:
     if "maximum" in prop:
         parts.append(f"at most {prop['maximum'] / rate:.0f}")
     return " and ".join(parts)
+
+
+def bounds_params(prop: Property, rate: float = 1.0) -> ErrorParams:
+    """Return a field's bounds as `min` and `max`, in the units of describe_bounds."""
+    params: ErrorParams = {}
+    if "minimum" in prop:
+        params["min"] = round(prop["minimum"] / rate)
+    if "maximum" in prop:
+        params["max"] = round(prop["maximum"] / rate)
+    return params
 
 
 def vertical_pixels(size: Any) -> int:
@@ -2845,8 +3165,9 @@ async def look_up_model(name: str) -> VideoModel:
         message = f"Replicate did not describe {name} within {MAX_LOOKUP_S:g} s."
         raise ProviderFailed(message, "replicate") from exc
     except ProviderRefused as exc:  # Replicate does not repeat the name
-        error = ProviderRefused(f"model {name}: {exc.detail}", "replicate")
-        error.add_field_error("model", exc.detail)
+        detail = f"model {name}: {exc.detail}"
+        error = ProviderRefused(detail, "replicate", code="unknown_model")
+        error.add_field_error("model", exc.detail, code="unknown_model")
         raise error from exc
 
     if version:
@@ -2915,13 +3236,13 @@ def video_url_or_raise(prediction: Prediction) -> str:
     if prediction.status != "succeeded":
         reason = prediction.error or "no reason given"
         detail = f"No video was made, the prediction ended as {prediction.status}: {reason}"
-        raise ProviderRefused(detail, "replicate")
+        raise ProviderRefused(detail, "replicate", code="prediction_failed")
     if prediction.video_url:
         return prediction.video_url
     if prediction.data_removed:
-        raise ProviderRefused(VIDEO_EXPIRED, "replicate")
+        raise ProviderRefused(VIDEO_EXPIRED, "replicate", code="video_expired")
     detail = "The prediction succeeded, but Replicate names no video."
-    raise ProviderFailed(detail, "replicate", retryable=False)
+    raise ProviderFailed(detail, "replicate", code="prediction_failed", retryable=False)
 
 
 async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Prediction:
@@ -3253,7 +3574,8 @@ async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "sh
     async with app_state().ffmpeg_slots:
         await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S)
     if final.stat().st_size > MAX_DOWNLOAD_BYTES:  # noqa: ASYNC240  ffmpeg has stopped there
-        raise ResourceFailed("The final video is larger than 100 MB.", retryable=False)
+        message = "The final video is larger than 100 MB."
+        raise ResourceFailed(message, code="media_unusable", retryable=False)
 
 
 async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
@@ -3276,7 +3598,7 @@ async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
                 process.kill()
             if isinstance(exc, TimeoutError):
                 message = f"The video could not be put together within {timeout_s:g} s."
-                raise ResourceFailed(message) from exc
+                raise ResourceFailed(message, code="machine_failed") from exc
             raise
     if process.returncode != 0:
         raise_ffmpeg_error(process.returncode, stderr_tail)
@@ -3290,7 +3612,7 @@ def raise_ffmpeg_error(returncode: int | None, stderr_tail: bytes) -> None:
     if os.strerror(errno.ENOSPC) in output:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     message = "Video and speech could not be put together; ffmpeg cannot use one of them."
-    raise ResourceFailed(message, retryable=False)
+    raise ResourceFailed(message, code="media_unusable", retryable=False)
 
 
 def check_mp4(video: Path) -> None:
@@ -3311,7 +3633,7 @@ def check_mp4(video: Path) -> None:
             length, name, long_length = struct.unpack(">I4sQ", header)
             if offset == 0 and name not in first_boxes:
                 message = "What the model made is not an MP4 video."
-                raise ResourceFailed(message, "replicate", retryable=False)
+                raise ResourceFailed(message, "replicate", code="media_unusable", retryable=False)
             if length == 0:
                 offset = size
             elif length == 1:
@@ -3320,7 +3642,61 @@ def check_mp4(video: Path) -> None:
                 offset += max(8, length)
     if offset != size or size == 0:
         message = "The video that the model made is cut off."
-        raise ResourceFailed(message, "replicate", retryable=False)
+        raise ResourceFailed(message, "replicate", code="media_unusable", retryable=False)
+
+
+class Mp4Box(NamedTuple):
+    """A box of an MP4: its name, and where its content lies in the file."""
+
+    name: bytes
+    start: int
+    end: int
+
+
+def mp4_boxes(file: BinaryIO, start: int, end: int) -> Iterator[Mp4Box]:
+    """Yield the boxes that lie between two places of a file, one behind the other."""
+    for _ in range(MAX_MP4_BOXES):
+        file.seek(start)
+        header = file.read(16)
+        if start + 8 > end or len(header) < 8:
+            return
+        length, name, long_length = struct.unpack(">I4sQ", header.ljust(16, b"\0"))
+        content = start + 8
+        if length == 1:
+            length = long_length
+            content += 8
+        elif length == 0:  # to the end of the file
+            length = end - start
+        if length < content - start:
+            return
+        yield Mp4Box(name, content, min(start + length, end))
+        start += length
+
+
+def mp4_seconds(video: Path) -> float | None:
+    """Return how long an MP4 plays, as its movie header says; None if it does not (ISO/IEC 14496-12)."""
+    with video.open("rb") as file:
+        for box in mp4_boxes(file, 0, video.stat().st_size):
+            if box.name != b"moov":
+                continue
+            for child in mp4_boxes(file, box.start, box.end):
+                if child.name == b"mvhd":
+                    file.seek(child.start)
+                    return movie_header_seconds(file.read(32).ljust(32, b"\0"))
+    return None
+
+
+def movie_header_seconds(header: bytes) -> float | None:
+    """Return the duration in the content of an `mvhd` box; None if it is unknown, as in fragmented files."""
+    if header[0] == 1:  # version 1 has the long form
+        timescale, duration = struct.unpack_from(">IQ", header, 20)
+        unknown = 2**64 - 1
+    else:
+        timescale, duration = struct.unpack_from(">II", header, 12)
+        unknown = 2**32 - 1
+    if timescale == 0 or duration in (0, unknown):
+        return None
+    return float(round(duration / timescale, 2))
 
 
 # ---- Application: lifespan, middleware, error handlers ---------------------------------------------
@@ -3502,30 +3878,56 @@ class ErrorMiddleware:
             await response(scope, receive, send)
 
 
+class BodyTooLarge(HTTPException):
+    """A request's body has more than MAX_REQUEST_BYTES; `start` is what was read of it."""
+
+    def __init__(self, start: bytes) -> None:
+        super().__init__(400, f"The request's body is larger than {MAX_REQUEST_BYTES // 1024} KiB")
+        self.start = start
+
+    def as_service_error(self) -> ServiceError:
+        """Return the error for the client, who has most often put the picture itself into the body."""
+        embedded = EMBEDDED_PICTURE.search(self.start)
+        if embedded:
+            name = embedded[1].decode()
+            return invalid_field(name, UPLOAD_FIRST, code="upload_first")
+        return InvalidInput(f"{self.detail}.", code="body_too_large")
+
+
+PICTURE_NAMES = "|".join(["image_?url", *OTHER_NAMES["image_url"].split()])
+EMBEDDED_PICTURE = re.compile(rf'"({PICTURE_NAMES})"\s*:\s*"\s*data:'.encode(), re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class BodyLimitMiddleware:
-    """Refuses request bodies over MAX_REQUEST_BYTES; a longer one is not read if it states its length."""
+    """Refuses request bodies over MAX_REQUEST_BYTES; of a longer one no more than that is read."""
 
     app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request, counting its body. Raises HTTPException where the body is read."""
+        """Handle one request, counting its body. Raises BodyTooLarge where the body is read."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
         stated = Headers(scope=scope).get("content-length", "")
-        received_bytes = 0
+        received = bytearray()
 
         async def receive_with_limit() -> Message:
             """Receive a message, and refuse what passes the limit."""
-            nonlocal received_bytes
             if stated.isdecimal() and int(stated) > MAX_REQUEST_BYTES:
-                raise HTTPException(400, BODY_TOO_LARGE)
+                with anyio.move_on_after(BODY_START_S):
+                    while len(received) <= MAX_REQUEST_BYTES:
+                        message = await receive()
+                        received.extend(message.get("body", b""))
+                        if not message.get("more_body") or EMBEDDED_PICTURE.search(received):
+                            break
+                raise BodyTooLarge(bytes(received))
             message = await receive()
-            received_bytes += len(message.get("body", b""))
-            if received_bytes > MAX_REQUEST_BYTES:
-                raise HTTPException(400, BODY_TOO_LARGE)
+            if len(received) <= MAX_REQUEST_BYTES:
+                received.extend(message.get("body", b""))
+            if len(received) > MAX_REQUEST_BYTES:
+                raise BodyTooLarge(bytes(received))
             return message
 
         await self.app(scope, receive_with_limit, send)
@@ -3577,56 +3979,83 @@ async def handle_service_error(request: Request, exc: ServiceError) -> Response:
     return error_response(request, exc, headers)
 
 
-# Pydantic's error types in plain words.
-ERROR_MESSAGES = {
-    "dict_type": "must be a JSON object",
-    "model_type": "must be a JSON object",
-    "model_attributes_type": "must be a JSON object",
-    "missing": "is required",
-    "string_type": "must be a string",
-    "string_too_short": "must not be blank",
-    "string_too_long": "must have at most {max_length} characters",
-    "int_type": "must be a whole number",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than_equal": "must be at most {le}",
-    "literal_error": "must be {expected}",
-    "json_invalid": "is not valid JSON",
+# Pydantic's error types: our code and plain words.
+VALIDATION_ERRORS: dict[str, tuple[FieldErrorCode, str]] = {
+    "json_invalid": ("invalid_body", "is not valid JSON"),
+    "dict_type": ("invalid_body", "must be a JSON object"),
+    "model_type": ("invalid_body", "must be a JSON object"),
+    "model_attributes_type": ("invalid_body", "must be a JSON object"),
+    "missing": ("required", "is required"),
+    "string_type": ("not_a_string", "must be a string"),
+    "string_unicode": ("not_a_string", ""),
+    "string_too_short": ("blank", "must not be blank"),
+    "string_too_long": ("too_long", "must have at most {max_length} characters"),
+    "string_pattern_mismatch": ("wrong_format", ""),
+    "int_type": ("not_a_whole_number", "must be a whole number"),
+    "greater_than_equal": ("too_small", "must be at least {ge}"),
+    "less_than_equal": ("too_large", "must be at most {le}"),
+    "literal_error": ("not_allowed", "must be {expected}"),
+    "value_error": ("not_a_url", ""),  # of check_http_url
+    "embedded_file": ("upload_first", ""),
+}
+# What a pattern's own message says besides the pattern, which is not for people.
+FORMAT_NAMES = {
+    MODEL_PATTERN: "model",
+    VOICE_PATTERN: "voice_id",
+    SIZE_PATTERN: "size",
+    KEY_PATTERN: "key",
 }
 
 
-def friendly_message(error: Mapping[str, Any]) -> str:
-    """Return a validation error in plain words, without regular expressions."""
+def as_input_error(error: Mapping[str, Any]) -> InputError:
+    """Return a validation error of Pydantic's in plain words, with its code and what it says."""
     context = error.get("ctx", {})
-    pattern = context.get("pattern")
-    if pattern in PATTERN_MESSAGES:
-        return PATTERN_MESSAGES[pattern]
-    if error["type"] in ERROR_MESSAGES:
-        return ERROR_MESSAGES[error["type"]].format(**context)
-    return str(error["msg"]).removeprefix("Value error, ")
+    code, message = VALIDATION_ERRORS.get(error["type"], ("wrong_format", ""))
+    message = message.format(**context) or str(error["msg"]).removeprefix("Value error, ")
+    params: ErrorParams = {}
+    if code == "too_long":
+        params = {"max": context["max_length"], "got": len(error["input"])}
+    elif code == "too_small":
+        params = {"min": context["ge"]}
+    elif code == "too_large":
+        params = {"max": context["le"]}
+    elif code == "not_allowed":
+        params = {"allowed": re.findall("'(.*?)'", context["expected"])}
+    elif context.get("pattern") in PATTERN_MESSAGES:
+        message = PATTERN_MESSAGES[context["pattern"]]
+        params = {"format": FORMAT_NAMES[context["pattern"]]}
+    return InputError(loc=list(error["loc"]), msg=message, code=code, params=params)
 
 
 async def handle_validation_error(request: Request, exc: RequestValidationError) -> Response:
     """Answer a body or header that is not as the route expects it."""
-    errors = []
-    for error in exc.errors():
-        errors.append(InputError(loc=list(error["loc"]), msg=friendly_message(error)))
+    errors = [as_input_error(error) for error in exc.errors()]
+    names = [part for part in errors[0].loc[1:] if isinstance(part, str)]
+    name = ".".join(names)
 
+    code: ErrorCode = "invalid_field"
+    detail = f"{name}: {errors[0].msg}."
     content_type = request.headers.get("content-type", "")
-    if re.match(r"application/([\w.-]+\+)?json\b", content_type, re.IGNORECASE):
-        names = [part for part in errors[0].loc[1:] if isinstance(part, str)]
-        name = ".".join(names)
-        detail = f"{name}: {errors[0].msg}." if name else f"The body {errors[0].msg}."
-    else:
+    if not re.match(r"application/([\w.-]+\+)?json\b", content_type, re.IGNORECASE):
+        code = "invalid_body"
         detail = "The body must be JSON, sent with Content-Type: application/json."
-    return error_response(request, InvalidInput(detail, errors=errors))
+    elif not name:
+        code = "invalid_body"
+        detail = f"The body {errors[0].msg}."
+    return error_response(request, InvalidInput(detail, code=code, errors=errors))
 
 
 async def handle_http_error(request: Request, exc: HTTPException) -> Response:
     """Answer what the framework refuses: no such route (404) or method (405), an unreadable body (400)."""
-    if exc.status_code == 404:
-        error = InvalidInput("There is no such route; /docs lists them all.")
+    if isinstance(exc, BodyTooLarge):
+        error = exc.as_service_error()
+    elif exc.status_code == 404:
+        error = InvalidInput(
+            "There is no such route; /docs lists them all.", code="route_not_found"
+        )
     else:
-        error = InvalidInput(f"{exc.detail}.")
+        code: ErrorCode = "method_not_allowed" if exc.status_code == 405 else "invalid_body"
+        error = InvalidInput(f"{exc.detail}.", code=code)
     error.http_status = exc.status_code
     return error_response(request, error, exc.headers)
 
@@ -3690,12 +4119,13 @@ class Refusal(BaseModel):
 
     http_status: Literal[400, 500]
     category: Category
+    code: ErrorCode
     provider: Provider | None
     detail: Annotated[str, Field(max_length=1_000)]
 
     def as_error(self) -> ServiceError:
         """Return the same error again."""
-        error = ServiceError(self.detail, self.provider, retryable=False)
+        error = ServiceError(self.detail, self.provider, code=self.code, retryable=False)
         error.http_status = self.http_status
         error.category = self.category
         return error
@@ -4000,17 +4430,26 @@ async def follow_log(job: Job) -> JobEntry | None:
         await asyncio.sleep(patience_s(LEASE_SHARE) / 30)
 
 
+def key_reused() -> InvalidInput:
+    """Return the error for an idempotency key that belongs to another body."""
+    return invalid_field("Idempotency-Key", KEY_REUSED, "header", code="key_reused")
+
+
 def check_same_body(log: JobLog, entry: JobEntry) -> None:
     """Raise InvalidInput if the key was used for another body; one that paid for nothing is free."""
     if entry.request_digest != log.request_digest and not entry.is_unused():
-        raise invalid_field("Idempotency-Key", KEY_REUSED, "header")
+        raise key_reused()
 
 
 def expire_video_result(entry: JobEntry, age_s: float) -> JobEntry:
     """Return the entry; the result of a silent video becomes a refusal when its URL has expired."""
     if isinstance(entry.result, VideoResult) and age_s >= VIDEO_URL_LIFETIME_S:
         refusal = Refusal(
-            http_status=400, category="provider", provider="replicate", detail=VIDEO_EXPIRED
+            http_status=400,
+            category="provider",
+            code="video_expired",
+            provider="replicate",
+            detail=VIDEO_EXPIRED,
         )
         return entry.model_copy(update={"result": None, "refusal": refusal})
     return entry
@@ -4214,7 +4653,7 @@ def start_job(request: Request, body: Body, key: str | None, work: Work[Body]) -
         running = state.jobs.get(job.name)
         if running and running.log:
             if running.log.request_digest != job.log.request_digest:
-                raise invalid_field("Idempotency-Key", KEY_REUSED, "header")
+                raise key_reused()
             logger.info("joins the job of request_id=%s", running.request_id)
             request.state.job = running
             return running
@@ -4328,10 +4767,28 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
                 mux = partial(mux_video_audio, video, speech, final, body.fit)
                 await wait_out_descriptors(mux)
 
+        final_seconds = await asyncio.to_thread(mp4_seconds, final)
         with job.stage("final_upload"):
             path = f"videos/{uuid.uuid4()}.mp4"
             final_url = await supabase_upload(path, final, "video/mp4", PAID_UPLOAD_RETRY)
-    return SpeechResult(audio_url=audio_url, video_url=video_url, final_url=final_url)
+
+    speaks_itself = model.speech_field is not None
+    return SpeechResult(
+        audio_url=audio_url,
+        video_url=video_url,
+        final_url=final_url,
+        audio_seconds=job.audio_seconds,
+        final_seconds=final_seconds,
+        cut_seconds=0.0 if speaks_itself else cut_seconds(job.audio_seconds, final_seconds),
+    )
+
+
+def cut_seconds(audio_seconds: float | None, final_seconds: float | None) -> float | None:
+    """Return how much of the speech is not heard, because the final video ends before; None: unknown."""
+    if audio_seconds is None or final_seconds is None:
+        return None
+    seconds = SPEECH_OFFSET_MS / 1000 + audio_seconds - final_seconds
+    return round(seconds, 2) if seconds >= CUT_TOLERANCE_S else 0.0
 
 
 @asynccontextmanager
@@ -4351,7 +4808,8 @@ def check_text(text: str) -> None:
     max_chars = get_settings().tts_max_chars
     if len(text) > max_chars:
         message = f"has {len(text)} characters, the most is {max_chars}"
-        raise invalid_field("text", message)
+        params: ErrorParams = {"max": max_chars, "got": len(text)}
+        raise invalid_field("text", message, code="too_long", params=params)
 
 
 async def check_job(body: JobPromptOnly, job: Job, has_speech: bool = False) -> VideoModel:
@@ -4377,6 +4835,7 @@ async def make_speech(body: JobPromptTTS, job: Job, target: Path) -> str:
         with job.stage("speech"):
             await claim(job, "speech")
             speech = await elevenlabs_tts_bytes(body.text, body.voice_id, job)
+            job.audio_seconds = await asyncio.to_thread(speech_seconds, speech)
 
     with job.stage("audio_upload"):
         if audio_url is None and speech is not None:
@@ -4389,6 +4848,9 @@ async def make_speech(body: JobPromptTTS, job: Job, target: Path) -> str:
         if speech is not None and target.stat().st_size != len(speech):  # noqa: ASYNC240
             message = "The speech's public URL answers with another file; is SUPABASE_URL right?"
             raise ResourceFailed(message, "supabase", retryable=False)
+        if speech is None:  # an earlier request's
+            stored = await asyncio.to_thread(target.read_bytes)
+            job.audio_seconds = await asyncio.to_thread(speech_seconds, stored)
     return audio_url
 
 
@@ -4406,6 +4868,7 @@ async def download_speech(audio_url: str, target: Path) -> None:
                 "The speech was stored, but the bucket is not public: make it so, or change"
                 f" SUPABASE_BUCKET={bucket}. {exc.detail}"
             )
+            exc.code = "bucket_not_public"
             exc.provider = "supabase"
             exc.retryable = False
         raise
@@ -4441,7 +4904,12 @@ EXAMPLE_STAGE = StageEvent(
 )
 EXAMPLE_VIDEO_RESULT = VideoResult(video_url=EXAMPLE_VIDEO_URL)
 EXAMPLE_SPEECH_RESULT = SpeechResult(
-    audio_url=EXAMPLE_AUDIO_URL, video_url=EXAMPLE_VIDEO_URL, final_url=EXAMPLE_FINAL_URL
+    audio_url=EXAMPLE_AUDIO_URL,
+    video_url=EXAMPLE_VIDEO_URL,
+    final_url=EXAMPLE_FINAL_URL,
+    audio_seconds=1.62,
+    final_seconds=2.12,
+    cut_seconds=0,
 )
 
 
@@ -4471,7 +4939,9 @@ def job_responses(example: BaseModel) -> dict[int | str, dict[str, Any]]:
     }
     content = {
         "application/json": {"example": example.model_dump()},
-        "text/event-stream": {"itemSchema": event_schema, "example": text},
+        # OpenAPI 3.2 has itemSchema; generators of clients still read 3.1, and a schema of the whole body
+        # would give every call of theirs two types.
+        "text/event-stream": {"x-itemSchema": event_schema, "example": text},
     }
     return {200: {"content": content}, **ERROR_RESPONSES}
 
