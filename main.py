@@ -3443,7 +3443,7 @@ def is_claimed_by_other(prediction_id: str, job: Job) -> bool:
 async def predictions_since(since: float) -> AsyncIterator[Any]:
     """Yield the account's predictions, newest first, that are not older than `since` (monotonic clock)."""
     if app_state().replicate_clock_s is None:  # learned from the response
-        await call_replicate("GET", "predictions", LIST_RETRY, max_bytes=MAX_PREDICTION_BYTES)
+        await call_replicate("GET", "predictions", LIST_RETRY, max_bytes=MAX_LIST_BYTES)
     age_s = time.monotonic() - since + CLOCK_TOLERANCE_S
     moment = time.time() + (app_state().replicate_clock_s or 0.0) - age_s
     created_after = datetime.fromtimestamp(moment, timezone.utc).isoformat()

@@ -233,7 +233,7 @@ async def test_the_answer_tells_what_is_cut(
     assert result["cut_seconds"] == pytest.approx(cut, abs=0.1)
     assert cut or result["cut_seconds"] == 0
     path = tmp_path / "final.mp4"
-    path.write_bytes(httpx.get(result["final_url"], trust_env=False).content)
+    path.write_bytes(httpx.get(result["final_url"], trust_env=False).content)  # noqa: ASYNC210
     assert result["final_seconds"] == pytest.approx(media.probe(path).seconds, abs=EXACT_S)
 
 

@@ -58,12 +58,12 @@ def connect(service: Service) -> httpx.Client:
 def error_body(response: httpx.Response) -> dict[str, Any]:
     """The body of an error, which must have the one shape and be readable from the page that asked."""
     error: dict[str, Any] = response.json()
-    always = {"detail", "category", "provider", "request_id", "retryable"}
+    always = {"detail", "category", "code", "provider", "request_id", "retryable"}
     assert always <= set(error) <= always | {"partial", "errors"}
     assert error["detail"].strip()
     assert error["request_id"] == response.headers["x-request-id"]
     assert {} not in (error.get("partial"), error.get("errors")), "what is empty is left out"
-    assert all(set(fault) == {"loc", "msg"} for fault in error.get("errors", []))
+    assert all(set(fault) == {"loc", "msg", "code", "params"} for fault in error.get("errors", []))
     assert "access-control-allow-origin" in response.headers
     return error
 
@@ -93,7 +93,8 @@ def test_a_speech_job_has_urls_timings_and_log_lines(
         "/jobs_prompt_tts", json=speech_job(sandbox), headers={"X-Request-ID": "log-lines"}
     )
     answer, [prediction] = response.json(), sandbox.predictions
-    assert list(answer) == ["audio_url", "video_url", "final_url"]
+    seconds = ["audio_seconds", "final_seconds", "cut_seconds"]
+    assert list(answer) == ["audio_url", "video_url", "final_url", *seconds]
     bucket = re.escape(f"{sandbox.url}/storage/v1/object/public/pets")
     assert re.fullmatch(bucket + r"/audio/[0-9a-f-]{36}\.mp3", answer["audio_url"])
     assert re.fullmatch(bucket + r"/videos/[0-9a-f-]{36}\.mp4", answer["final_url"])
@@ -460,7 +461,12 @@ def test_cors_allows_the_configured_origins_only(
     assert anyone["access-control-allow-origin"] == "*"
     assert "access-control-allow-credentials" not in anyone
     exposed = {name.strip() for name in anyone["access-control-expose-headers"].lower().split(",")}
-    assert exposed == {"x-request-id", "server-timing", "idempotency-replayed"}
+    assert exposed == {
+        "x-request-id",
+        "server-timing",
+        "idempotency-replayed",
+        "retry-after",
+    }
 
 
 def test_a_preflight_allows_jobs_from_allowed_origins(guarded_client: httpx.Client) -> None:

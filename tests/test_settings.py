@@ -34,6 +34,9 @@ DEFAULTS = {
     "RETRY_FIRST_SECONDS": 0.5,
     "PATIENCE_SECONDS": 120,
     "KEEPALIVE_SECONDS": 10,
+    "SERVICE_TOKEN": None,
+    "MAX_VIDEOS_PER_HOUR": None,
+    "ALLOWED_MODELS": None,
 }
 KEYS_FOR_SPEECH = ["ELEVEN_API_KEY", "REPLICATE_API_TOKEN", "SUPABASE_URL", "SUPABASE_SERVICE_ROLE"]
 JOB = {
@@ -224,7 +227,7 @@ def test_settings_are_read_once():
 )
 async def test_missing_keys_are_one_warning_at_start(monkeypatch, caplog, unset):
     """One line has every missing variable; without one there is no line."""
-    use_settings(monkeypatch, **dict.fromkeys(unset, ""))
+    use_settings(monkeypatch, SERVICE_TOKEN="a-token-of-the-owner", **dict.fromkeys(unset, ""))
     async with main.lifespan(main.app):
         pass
     expected = f"not set: {', '.join(unset)}; requests that need them are answered 500"
