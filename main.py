@@ -644,6 +644,7 @@ class Job:
     # Only with an Idempotency-Key:
     log: "JobLog | None" = None
     search_from: float | None = None  # since when it may have an unrecorded prediction (monotonic)
+    search_s: float = 0.0  # how long that one may still be on its way
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -2313,7 +2314,7 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
     Raises ProviderRefused, ProviderFailed, MissingSetting.
     """
     if job.search_from is not None:
-        found = await find_unclaimed_prediction(model, values, job, job.search_from)
+        found = await find_unclaimed_prediction(model, values, job, job.search_from, job.search_s)
         if found:
             return found
 
@@ -3261,6 +3262,7 @@ async def follow_log(job: Job) -> JobEntry | None:
             log.is_lost = False
             if log.entry.claim == "video":  # its owner may have created a prediction
                 job.search_from = time.monotonic() - position.first_age_s
+                job.search_s = max(0.0, patience_s(SEARCH_SHARE) - position.age_s)
             job.partial = log.entry.partial.model_copy()
             return expire_video_result(log.entry, position.age_s)
         await asyncio.sleep(patience_s(LEASE_SHARE) / 30)
@@ -3316,7 +3318,9 @@ async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
     with anyio.move_on_after(MAX_RESULT_WRITE_S, shield=True):
         await write_entry(job, PAID_UPLOAD_RETRY, result=result)
         return result
-    raise ResourceFailed("The result could not be recorded; send the same request again.", "supabase")
+    raise ResourceFailed(
+        "The result could not be recorded; send the same request again.", "supabase"
+    )
 
 
 async def record_end(job: Job, error: ServiceError) -> None:
