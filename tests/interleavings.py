@@ -87,33 +87,47 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self.timers_made = 0
 
     def time(self) -> float:
+        """Seconds since the start of the run."""
         return self.now
 
-    def call_soon(self, callback: Any, *args: Any, context: Context | None = None) -> asyncio.Handle:  # type: ignore[override]
+    def call_soon(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Context | None = None
+    ) -> asyncio.Handle:
+        """Run it after what is ready already."""
         handle = asyncio.Handle(callback, args, self, context)
         self.ready.append(handle)
         return handle
 
     call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
-    def call_at(self, when: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:  # type: ignore[override]
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Run it at a moment of the virtual clock."""
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         self.timers_made += 1
         heapq.heappush(self.timers, (when, self.timers_made, handle))
         return handle
 
-    def call_later(self, delay: float, callback: Any, *args: Any, context: Context | None = None) -> asyncio.TimerHandle:  # type: ignore[override]
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        """Run it after so many seconds."""
         return self.call_at(self.now + delay, callback, *args, context=context)
 
     def create_future(self) -> asyncio.Future[Any]:
+        """Return a future of this loop."""
         return asyncio.Future(loop=self)
 
     def create_task(self, coro: Coroutine[Any, Any, Any], **options: Any) -> asyncio.Task[Any]:  # type: ignore[override]
+        """Start a task, and keep it."""
         task = asyncio.Task(coro, loop=self, **options)
         self.tasks.append(task)
         return task
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:  # type: ignore[override]
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
         """Run it here and now: a thread would make runs differ."""
         future = self.create_future()
         try:
@@ -123,18 +137,22 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return future
 
     def get_debug(self) -> bool:
+        """Whether asyncio checks itself."""
         return False
 
     def is_running(self) -> bool:
+        """Whether it runs: always while anybody asks."""
         return True
 
     def is_closed(self) -> bool:
+        """Whether it is closed: it never is."""
         return False
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """It is skipped when its time comes."""
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Keep what nobody waited for, unless it is an error that the service answers with."""
         exception = context.get("exception")
         if exception is not None and not is_service_error(exception):
             self.errors.append(f"{context.get('message')}: {exception!r}")
@@ -360,7 +378,9 @@ class Video:
             "version": "hidden",
             "input": self.input,
             "status": status,
-            "output": f"https://replicate.delivery/{self.id}.mp4" if status == "succeeded" else None,
+            "output": f"https://replicate.delivery/{self.id}.mp4"
+            if status == "succeeded"
+            else None,
             "error": "it could not be made" if status == "failed" else None,
             "created_at": iso(clock(self.created_at)),
         }
@@ -368,11 +388,39 @@ class Video:
 
 Answer = tuple[int, Any]  # status; JSON values or bytes
 STORAGE_CALLS = ("upload", "move", "list", "read", "public")
-FAULTS = ("refused", "broken", "lost", "late", "error", "error after", "throttled", "silent", "slow")
-# Nobody can tell a speech that is executed after the connection broke from one that is not: some cents.
-NO_OBJECT: Answer = (400, {"statusCode": "404", "error": "not_found", "message": "Object not found", "code": "NoSuchKey"})
-DUPLICATE: Answer = (400, {"statusCode": "409", "error": "Duplicate", "message": "The resource already exists", "code": "ResourceAlreadyExists"})
-INTERNAL: Answer = (500, {"statusCode": "500", "error": "Internal", "message": "Internal Server Error", "code": "InternalError"})
+FAULTS = (
+    "refused",
+    "broken",
+    "lost",
+    "late",
+    "error",
+    "error after",
+    "throttled",
+    "silent",
+    "slow",
+)
+NO_OBJECT: Answer = (
+    400,
+    {"statusCode": "404", "error": "not_found", "message": "Object not found", "code": "NoSuchKey"},
+)
+DUPLICATE: Answer = (
+    400,
+    {
+        "statusCode": "409",
+        "error": "Duplicate",
+        "message": "The resource already exists",
+        "code": "ResourceAlreadyExists",
+    },
+)
+INTERNAL: Answer = (
+    500,
+    {
+        "statusCode": "500",
+        "error": "Internal",
+        "message": "Internal Server Error",
+        "code": "InternalError",
+    },
+)
 
 
 def iso(clock_s: float) -> str:
@@ -412,7 +460,9 @@ class World:
         pick = self.random
         self.storage_s = pick.choice([0.01, 0.05, 0.15, 0.4])
         self.fault_share = pick.choice([0.0, 0.0, 0.02, 0.1, 0.25])
-        self.weak_call = pick.choice([None, None, "create", "create", "move", "speech", "read", "upload"])  # fails often
+        self.weak_call = pick.choice(
+            [None, None, "create", "create", "move", "speech", "read", "upload"]
+        )  # fails often
         self.storage_skew_s = pick.uniform(-120, 120)
         self.replicate_skew_s = pick.uniform(-120, 120)
         self.settings = {"JOB_TIMEOUT_SECONDS": pick.choice(["600", "600", "600", "600", "90"])}
@@ -425,12 +475,16 @@ class World:
     def plan_disturbance(self) -> Disturbance:
         """Choose what happens to a process, and at which of its calls."""
         pick = self.random
-        label = pick.choice([None, "move", "move", "upload", "speech", "create", "create", "list", "poll", "search"])
+        label = pick.choice(
+            [None, "move", "move", "upload", "speech", "create", "create", "list", "poll", "search"]
+        )
         return Disturbance(
             kind=pick.choice(["kill", "kill", "stop", "stop", "terminate", "partition"]),
             label=label,
             phase=pick.choice(["sent", "executed", "answered"]),
-            countdown=pick.randrange(60) if label is None else pick.randrange(6 if label == "move" else 3),
+            countdown=pick.randrange(60)
+            if label is None
+            else pick.randrange(6 if label == "move" else 3),
         )
 
     def log(self, process: Process | None, text: str) -> None:
@@ -487,7 +541,10 @@ class World:
         """Choose what goes wrong with a call; mostly nothing."""
         if self.is_calm:
             return None
-        if label in STORAGE_CALLS and process.no_storage[0] <= self.loop.now < process.no_storage[1]:
+        if (
+            label in STORAGE_CALLS
+            and process.no_storage[0] <= self.loop.now < process.no_storage[1]
+        ):
             return "refused"
         share = max(self.fault_share, WEAK_SHARE) if label == self.weak_call else self.fault_share
         if self.random.random() >= share:
@@ -531,7 +588,11 @@ class World:
             self.later(there_s, self.answer, call, answer, INTERNAL)
         elif call.fault == "late":
             self.later(there_s, self.fail, call, answer, httpx.RemoteProtocolError("cut off"))
-            latest_s = LATE_STORAGE_S if call.label in STORAGE_CALLS and self.random.random() < 0.3 else LATE_S
+            latest_s = (
+                LATE_STORAGE_S
+                if call.label in STORAGE_CALLS and self.random.random() < 0.3
+                else LATE_S
+            )
             self.later(there_s + self.random.uniform(0.1, latest_s), self.execute, call, answer)
         else:
             self.later(there_s, self.begin, call)
@@ -548,7 +609,9 @@ class World:
         """Let the provider do what it is asked for, and send its answer off."""
         told = getattr(self, f"do_{call.label}")(call)
         if self.is_traced:
-            self.log(call.process, f"  ... {call.label} {short(call)} -> {told[0]} {brief(told[1])}")
+            self.log(
+                call.process, f"  ... {call.label} {short(call)} -> {told[0]} {brief(told[1])}"
+            )
         self.disturb(call, "executed")
         back_s = self.delay_s(call.label)
         if call.fault == "lost":
@@ -628,8 +691,15 @@ class World:
         """A model that speaks by itself."""
         name = call.path.removeprefix("/v1/models/")
         described = model_schemas()[name]
-        schema = {"type": "object", "properties": described["properties"], "required": described["required"]}
-        version = {"id": described["version"], "openapi_schema": {"components": {"schemas": {"Input": schema}}}}
+        schema = {
+            "type": "object",
+            "properties": described["properties"],
+            "required": described["required"],
+        }
+        version = {
+            "id": described["version"],
+            "openapi_schema": {"components": {"schemas": {"Input": schema}}},
+        }
         return 200, {"name": name, "is_official": True, "latest_version": version}
 
     # Supabase Storage
@@ -659,7 +729,10 @@ class World:
         """The files of one folder."""
         prefix = f"{call.path.rpartition('/')[2]}/{call.body['prefix']}/"
         listed = [
-            {"name": key.removeprefix(prefix), "created_at": iso(EPOCH + self.storage_skew_s + created)}
+            {
+                "name": key.removeprefix(prefix),
+                "created_at": iso(EPOCH + self.storage_skew_s + created),
+            }
             for key, (_, created) in self.objects.items()
             if key.startswith(prefix)
         ]
@@ -700,7 +773,9 @@ def short(call: Call) -> str:
     if call.label == "list":
         return shorten(call.body["prefix"])
     if call.label == "upload" and b'"entry_id"' in call.body:
-        entry = {name: value for name, value in json.loads(call.body).items() if name != "request_digest"}
+        entry = {
+            name: value for name, value in json.loads(call.body).items() if name != "request_digest"
+        }
         return shorten(f"{call.path[-42:]} {json.dumps(entry)}")
     return shorten(call.path[-50:])
 
@@ -794,7 +869,9 @@ class Network:
             url += "?" + urlencode(options["params"])
         body = options.get("content", options.get("json"))
         timeout = options.get("timeout", self.process.module.TIMEOUT)
-        return LightRequest(method, parse_url(url), body, options.get("extensions") or {}, timeout.read)
+        return LightRequest(
+            method, parse_url(url), body, options.get("extensions") or {}, timeout.read
+        )
 
     async def send(self, request: LightRequest, stream: bool) -> LightResponse:
         """Send one request into the world."""
@@ -828,7 +905,10 @@ class Network:
             raise
         skew_s = world.storage_skew_s if label in STORAGE_CALLS else world.replicate_skew_s
         content = told if isinstance(told, bytes) else json.dumps(told).encode()
-        headers = {"date": formatdate(EPOCH + skew_s + world.loop.now, usegmt=True), "content-type": "image/jpeg"}
+        headers = {
+            "date": formatdate(EPOCH + skew_s + world.loop.now, usegmt=True),
+            "content-type": "image/jpeg",
+        }
         return LightResponse(status, headers, content)
 
 
@@ -863,7 +943,9 @@ class KeyedJob:
         fields = {"image_url": "https://pictures.example/pet.jpg", "prompt": self.prompt}
         if not self.has_speech:
             return "/jobs_prompt_only", module.JobPromptOnly(**fields), module.video_job
-        body = module.JobPromptTTS(**fields, text=self.text, voice_id="voice", model=SPEAKING_MODEL, seconds=5)
+        body = module.JobPromptTTS(
+            **fields, text=self.text, voice_id="voice", model=SPEAKING_MODEL, seconds=5
+        )
         return "/jobs_prompt_tts", body, module.speech_job
 
 
@@ -892,7 +974,9 @@ async def send_request(world: World, process: Process, job: KeyedJob, patience_s
     request = FakeRequest(path, world.loop.create_future())
     world.log(process, f"<- request {job.key}")
     task = process.spawn(process.module.answer_job(request, body, job.key, work))
-    await asyncio.wait({task, process.died}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait(
+        {task, process.died}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
+    )
     if not task.done():
         world.log(process, f"the client of {job.key} leaves")
         request.disconnected.set_result(None)
@@ -900,7 +984,10 @@ async def send_request(world: World, process: Process, job: KeyedJob, patience_s
     exc = task.exception()
     if exc is None:
         response = task.result()
-        world.log(process, f"-> 200 {job.key} {response.headers.get('idempotency-replayed', '')} {response.body.decode()}")
+        world.log(
+            process,
+            f"-> 200 {job.key} {response.headers.get('idempotency-replayed', '')} {response.body.decode()}",
+        )
         job.answers.append(response.body)
         job.answered_at = world.loop.now
         return True
@@ -936,11 +1023,15 @@ async def play(world: World) -> list[KeyedJob]:
         world.start(number)
     jobs = [KeyedJob(0, world.random.random() < 0.6, content=0)]
     if world.random.random() < 0.3:
-        jobs.append(KeyedJob(1, world.random.random() < 0.6, content=world.random.choice([0, 1, 1])))
+        jobs.append(
+            KeyedJob(1, world.random.random() < 0.6, content=world.random.choice([0, 1, 1]))
+        )
     clients = []
     for job in jobs:
         for _ in range(world.random.choice([1, 2, 2, 3])):
-            first_s = world.random.choice([0.0, 0.0, world.random.uniform(0, 1), world.random.uniform(0, 60)])
+            first_s = world.random.choice(
+                [0.0, 0.0, world.random.uniform(0, 1), world.random.uniform(0, 60)]
+            )
             clients.append(asyncio.ensure_future(client(world, job, first_s)))
     await asyncio.gather(*clients)
 
@@ -992,19 +1083,29 @@ def check_payments(world: World, jobs: list[KeyedJob]) -> None:
     speeches = [speech for speech in world.speeches if speech.text == jobs[0].text]
     unexcused = [speech for speech in speeches if not is_excused(speech)]
     if len(unexcused) > sum(job.has_speech for job in jobs):
-        raise Violation(f"{len(speeches)} speeches were paid for {jobs[0].key}, {len(unexcused)} without a reason")
+        raise Violation(
+            f"{len(speeches)} speeches were paid for {jobs[0].key}, {len(unexcused)} without a reason"
+        )
 
 
 def is_excused(speech: Speech) -> bool:
     """Whether a speech could not reach the log: its answer was lost, or its process was in trouble meanwhile."""
     call = speech.call
-    if call.fault in ("lost", "late", "error after", "silent") or call.is_abandoned or call.arrived_at is None:
+    if (
+        call.fault in ("lost", "late", "error after", "silent")
+        or call.is_abandoned
+        or call.arrived_at is None
+    ):
         return True
     process = call.process
     recorded_by = call.arrived_at + RECORDING_S
     if any(call.sent_at <= moment <= recorded_by for moment in process.troubles):
         return True
-    faults = [moment for moment in process.storage_faults if call.sent_at - LEASE_S <= moment <= recorded_by]
+    faults = [
+        moment
+        for moment in process.storage_faults
+        if call.sent_at - LEASE_S <= moment <= recorded_by
+    ]
     return len(faults) >= UPLOAD_ATTEMPTS
 
 
@@ -1083,13 +1184,20 @@ def show(seed: int) -> None:
 
 def main() -> int:
     """Run the command; the exit code is 0 if there was no violation."""
-    parser = argparse.ArgumentParser(prog="python -m tests.interleavings", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.interleavings", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--runs", type=int, default=2_000, help="how many seeds (default: 2000)")
     parser.add_argument("--seed", type=int, default=0, help="the first seed (default: 0)")
-    parser.add_argument("--lanes", type=int, default=1, help="processes that share the work (default: 1)")
+    parser.add_argument(
+        "--lanes", type=int, default=1, help="processes that share the work (default: 1)"
+    )
     options = parser.parse_args()
     started = time.monotonic()
-    lanes = [range(options.seed + lane, options.seed + options.runs, options.lanes) for lane in range(options.lanes)]
+    lanes = [
+        range(options.seed + lane, options.seed + options.runs, options.lanes)
+        for lane in range(options.lanes)
+    ]
     if options.lanes == 1:
         tallies = [run_seeds(lanes[0])]
     else:
