@@ -62,6 +62,7 @@ MAX_RUN_S = 3 * 3_600.0  # virtual seconds after which something waits for ever
 WEAK_SHARE = 0.4  # of the calls that fail often in a run
 LATE_S = 4.0  # the most by which a request is executed after its connection broke
 LATE_STORAGE_S = 60.0  # the same for the storage
+RESTART_S = 8.0  # until there is a new process in the place of one that was killed or terminated
 RECORDING_S = 75.0  # in which a speech is stored and in the log, one silent connection included
 UPLOAD_ATTEMPTS = 4  # after which the service gives a call to the storage up
 TRACE_LINES = 120
@@ -532,7 +533,7 @@ class World:
                 return
             number = self.processes.index(process)
             process.kill() if planned.kind == "kill" else process.terminate()
-            self.later(self.random.uniform(5.5, 8), self.start, number)
+            self.later(self.random.uniform(5.5, RESTART_S), self.start, number)
             return
 
     # The network
@@ -1039,6 +1040,7 @@ async def play(world: World) -> list[KeyedJob]:
         while not process.is_dead and (process.is_stopped or process.module._state.jobs):
             await asyncio.sleep(1)
     world.is_calm = True
+    await asyncio.sleep(RESTART_S)
     world.log(None, "later")
     while all(process.is_dead for process in world.processes):
         await asyncio.sleep(1)
