@@ -908,6 +908,7 @@ class Job:
     # Only with an Idempotency-Key:
     log: "JobLog | None" = None
     search_from: float | None = None  # since when it may have an unrecorded prediction (monotonic)
+    search_s: float = 0.0  # how long that one may still be on its way
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -3251,7 +3252,7 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
     Raises ProviderRefused, ProviderFailed, MissingSetting.
     """
     if job.search_from is not None:
-        found = await find_unclaimed_prediction(model, values, job, job.search_from)
+        found = await find_unclaimed_prediction(model, values, job, job.search_from, job.search_s)
         if found:
             return found
 
@@ -4425,6 +4426,7 @@ async def follow_log(job: Job) -> JobEntry | None:
             log.is_lost = False
             if log.entry.claim == "video":  # its owner may have created a prediction
                 job.search_from = time.monotonic() - position.first_age_s
+                job.search_s = max(0.0, patience_s(SEARCH_SHARE) - position.age_s)
             job.partial = log.entry.partial.model_copy()
             return expire_video_result(log.entry, position.age_s)
         await asyncio.sleep(patience_s(LEASE_SHARE) / 30)

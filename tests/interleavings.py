@@ -62,7 +62,8 @@ MAX_RUN_S = 3 * 3_600.0  # virtual seconds after which something waits for ever
 WEAK_SHARE = 0.4  # of the calls that fail often in a run
 LATE_S = 4.0  # the most by which a request is executed after its connection broke
 LATE_STORAGE_S = 60.0  # the same for the storage
-RECORDING_S = 15.0  # in which a speech without trouble is stored and in the log
+RESTART_S = 8.0  # until there is a new process in the place of one that was killed or terminated
+RECORDING_S = 75.0  # in which a speech is stored and in the log, one silent connection included
 UPLOAD_ATTEMPTS = 4  # after which the service gives a call to the storage up
 TRACE_LINES = 120
 LOGGER = logging.Logger("interleavings", logging.CRITICAL + 1)  # in place of the service's own
@@ -87,41 +88,47 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self.timers_made = 0
 
     def time(self) -> float:
+        """Seconds since the start of the run."""
         return self.now
 
-    def call_soon(
+    def call_soon(  # type: ignore[override]
         self, callback: Any, *args: Any, context: Context | None = None
-    ) -> asyncio.Handle:  # type: ignore[override]
+    ) -> asyncio.Handle:
+        """Run it after what is ready already."""
         handle = asyncio.Handle(callback, args, self, context)
         self.ready.append(handle)
         return handle
 
     call_soon_threadsafe = call_soon  # type: ignore[assignment]
 
-    def call_at(
+    def call_at(  # type: ignore[override]
         self, when: float, callback: Any, *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:  # type: ignore[override]
+    ) -> asyncio.TimerHandle:
+        """Run it at a moment of the virtual clock."""
         handle = asyncio.TimerHandle(when, callback, args, self, context)
         self.timers_made += 1
         heapq.heappush(self.timers, (when, self.timers_made, handle))
         return handle
 
-    def call_later(
+    def call_later(  # type: ignore[override]
         self, delay: float, callback: Any, *args: Any, context: Context | None = None
-    ) -> asyncio.TimerHandle:  # type: ignore[override]
+    ) -> asyncio.TimerHandle:
+        """Run it after so many seconds."""
         return self.call_at(self.now + delay, callback, *args, context=context)
 
     def create_future(self) -> asyncio.Future[Any]:
+        """Return a future of this loop."""
         return asyncio.Future(loop=self)
 
     def create_task(self, coro: Coroutine[Any, Any, Any], **options: Any) -> asyncio.Task[Any]:  # type: ignore[override]
+        """Start a task, and keep it."""
         task = asyncio.Task(coro, loop=self, **options)
         self.tasks.append(task)
         return task
 
-    def run_in_executor(
+    def run_in_executor(  # type: ignore[override]
         self, executor: Any, func: Callable[..., Any], *args: Any
-    ) -> asyncio.Future[Any]:  # type: ignore[override]
+    ) -> asyncio.Future[Any]:
         """Run it here and now: a thread would make runs differ."""
         future = self.create_future()
         try:
@@ -131,18 +138,22 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return future
 
     def get_debug(self) -> bool:
+        """Whether asyncio checks itself."""
         return False
 
     def is_running(self) -> bool:
+        """Whether it runs: always while anybody asks."""
         return True
 
     def is_closed(self) -> bool:
+        """Whether it is closed: it never is."""
         return False
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
         """It is skipped when its time comes."""
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Keep what nobody waited for, unless it is an error that the service answers with."""
         exception = context.get("exception")
         if exception is not None and not is_service_error(exception):
             self.errors.append(f"{context.get('message')}: {exception!r}")
@@ -389,7 +400,6 @@ FAULTS = (
     "silent",
     "slow",
 )
-# Nobody can tell a speech that is executed after the connection broke from one that is not: some cents.
 NO_OBJECT: Answer = (
     400,
     {"statusCode": "404", "error": "not_found", "message": "Object not found", "code": "NoSuchKey"},
@@ -523,7 +533,7 @@ class World:
                 return
             number = self.processes.index(process)
             process.kill() if planned.kind == "kill" else process.terminate()
-            self.later(self.random.uniform(5.5, 8), self.start, number)
+            self.later(self.random.uniform(5.5, RESTART_S), self.start, number)
             return
 
     # The network
@@ -1030,6 +1040,7 @@ async def play(world: World) -> list[KeyedJob]:
         while not process.is_dead and (process.is_stopped or process.module._state.jobs):
             await asyncio.sleep(1)
     world.is_calm = True
+    await asyncio.sleep(RESTART_S)
     world.log(None, "later")
     while all(process.is_dead for process in world.processes):
         await asyncio.sleep(1)
