@@ -1662,7 +1662,10 @@ class ProviderLine:
     def _note_refusal(self, place: LinePlace, response: ProviderResponse) -> None:
         """Form a line if there is none, let fewer go at once, and pause as long as the provider asks."""
         now = time.monotonic()
+        asked_s = response.retry_after_s(time.time())
         self.last_refusal = f"{response.status}: {provider_message(response)}".rstrip(".")
+        if asked_s:
+            self.last_refusal += f" (it asks to wait {asked_s:.0f} s)"
         if self.pace is None:
             self.formed_at = now
             self.refusals = 0
@@ -1672,7 +1675,6 @@ class ProviderLine:
             self.refusals_in_a_row += 1
         self.refused_at = now
         self.pace = Pace.after_refusal(self.under_way)
-        asked_s = response.retry_after_s(time.time())
         # While calls are under way, the end of one is the sign to ask again.
         if asked_s is not None or self.under_way == 0:
             pause_s = backoff_s(max(1, self.refusals_in_a_row), asked_s)
