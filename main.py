@@ -673,8 +673,10 @@ def redact(text: str) -> str:
 
 def add_request_id_and_redact(record: logging.LogRecord) -> bool:
     """Start a log line with its request id, keep secrets out of it, and bound its length."""
-    line = f"request_id={current_request_id.get()} {record.getMessage()}"
-    line = redact(line)
+    prefix = f"request_id={current_request_id.get()} "
+    line = record.getMessage()
+    if not line.startswith(prefix):  # it does where this file was imported twice
+        line = redact(prefix + line)
     if len(line) > MAX_LOG_CHARS:  # a traceback says most at its end
         line = f"{line[: MAX_LOG_CHARS // 2]} ... {line[-MAX_LOG_CHARS // 2 :]}"
     record.msg = line
@@ -806,7 +808,9 @@ class Job:
         """Return the error of a job that was cancelled, or has passed its deadline."""
         if self.cancel_reason or not self.past_deadline():
             advice = "send the same request again" if self.record else "try again"
-            return ServiceError(f"The service is restarting and did not finish the job; {advice}.")
+            return ServiceError(
+                f"The service is restarting and could not finish the job; {advice}."
+            )
 
         stage = self.current_stage
         provider = STAGE_PROVIDERS.get(stage)
@@ -1027,6 +1031,8 @@ class PublicOnlyBackend(httpcore.AnyIOBackend):
         return await connect(addresses[-1], port, timeout, local_address, socket_options)
 
     async def _resolve(self, host: str, port: int, timeout_s: float | None) -> list[str]:
+        with suppress(ValueError):
+            return [str(ipaddress.ip_address(host))]
         try:
             with anyio.fail_after(timeout_s):
                 return await self._resolver.resolve(host, port)
@@ -3359,7 +3365,9 @@ def record_path(key: str) -> str:
 
 def new_record(route: str, body: BaseModel) -> JobRecord:
     """Return the record of a job that begins. Raises MissingSetting."""
-    require_settings(STORAGE_SETTINGS)
+    require_settings(VIDEO_JOB_SETTINGS + STORAGE_SETTINGS)
+    if isinstance(body, JobPromptTTS):
+        require_settings(SPEECH_JOB_SETTINGS)
     request = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
     now = time.time()
     return JobRecord(

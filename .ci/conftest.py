@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where pytest is not started as a module
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # also where pytest is not started as a module
 
 from tests.conftest import running_sandbox, running_service, sandbox, service, start_service  # noqa: F401
 from tests.sandbox import Sandbox, Service
@@ -60,7 +62,10 @@ def open_page(browser: Browser, sandbox: Sandbox, service: Service) -> Iterator[
             context.add_init_script(script)
             page = context.new_page()
             page.on("pageerror", lambda error: escaped.append(str(error)))
-            page.on("console", lambda message: blocked.extend([message.text] if "CORS" in message.text else []))
+            page.on(
+                "console",
+                lambda message: blocked.extend([message.text] if "CORS" in message.text else []),
+            )
             page.goto(sandbox.url)
             return page
 

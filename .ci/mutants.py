@@ -30,28 +30,59 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = ("test_bench.py", "test_live.py", "test_sandbox.py")  # they are about something else than main.py
+LEFT_OUT = (
+    "test_bench.py",
+    "test_live.py",
+    "test_sandbox.py",
+)  # they are about something else than main.py
 QUICK_S = 5.0  # a failure in a file that takes longer is doubted: where time counts, a busy machine fails as well
-UNUSED = ("cacheprovider", "schemathesis", "hypothesispytest", "playwright", "base_url")  # they take long to load
+UNUSED = (
+    "cacheprovider",
+    "schemathesis",
+    "hypothesispytest",
+    "playwright",
+    "base_url",
+)  # they take long to load
 PYTEST = ("-m", "pytest", "-xq", "--tb=no", "--lanes=1", *(f"-pno:{plugin}" for plugin in UNUSED))
 HANG = ("-o", "faulthandler_timeout=120", "-o", "faulthandler_exit_on_timeout=true")  # of one test
-BOUND = partial(resource.setrlimit, resource.RLIMIT_DATA, (4 << 30,) * 2)  # should a mutant grow without end
+BOUND = partial(
+    resource.setrlimit, resource.RLIMIT_DATA, (4 << 30,) * 2
+)  # should a mutant grow without end
 
 SWAPS = {
-    **{ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Div: ("/", "*")},
-    **{ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is")},
-    **{ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"), ast.And: ("and", "or"), ast.Or: ("or", "and")},
+    **{
+        ast.Lt: ("<", "<="),
+        ast.LtE: ("<=", "<"),
+        ast.Gt: (">", ">="),
+        ast.GtE: (">=", ">"),
+        ast.Div: ("/", "*"),
+    },
+    **{
+        ast.Eq: ("==", "!="),
+        ast.NotEq: ("!=", "=="),
+        ast.Is: ("is", "is not"),
+        ast.IsNot: ("is not", "is"),
+    },
+    **{
+        ast.In: ("in", "not in"),
+        ast.NotIn: ("not in", "in"),
+        ast.And: ("and", "or"),
+        ast.Or: ("or", "and"),
+    },
     **{ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"), ast.BitAnd: ("&", "|")},
 }
 NAME_SWAPS = {"min": "max", "max": "min", "any": "all", "all": "any", "fullmatch": "match"}
 UNWRAPPED = ("shield", "wait_for", "redact")  # calls that give way to their first argument
 NO_POLICY = ("description", "examples", "example", "summary", "responses", "maxsize")  # arguments
-DOCUMENTATION = re.compile(r"(?i)example|^(job|head)_errors|event_stream")  # what is named so at the top
+DOCUMENTATION = re.compile(
+    r"(?i)example|^(job|head)_errors|event_stream"
+)  # what is named so at the top
 WORD = re.compile(r"[\w./:;=*+-]+")  # a text with blanks is a message
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Writes each line of main.py's functions and the test it runs for, none in the service's own processes.
 TRACER = """import os, sys, threading
-main, told = os.path.join(os.path.dirname(__file__), "main.py"), os.open(__file__ + ".txt", os.O_CREAT | os.O_APPEND | 1)
+main = os.path.join(os.path.dirname(__file__), "main.py")
+output = os.open(__file__ + ".txt", os.O_CREAT | os.O_APPEND | 1)
 test, seen = "", set()
 def trace(frame, event, arg):
     global test
@@ -60,14 +91,18 @@ def trace(frame, event, arg):
             seen.clear()
         if frame.f_lineno not in seen:
             seen.add(frame.f_lineno)
-            os.write(told, f"{frame.f_lineno} {test}\\n".encode())
+            os.write(output, f"{frame.f_lineno} {test}\\n".encode())
         return trace
 sys.settrace(trace)
 threading.settrace(trace)
 """
 
-Cover = dict[str, tuple[float, dict[str, list[int]]]]  # by test file: its seconds of CPU, and each test's lines
-Edit = tuple[str, int, int, int, str]  # operator, line, first and last column in bytes, what stands there instead
+Cover = dict[
+    str, tuple[float, dict[str, list[int]]]
+]  # by test file: its seconds of CPU, and each test's lines
+Edit = tuple[
+    str, int, int, int, str
+]  # operator, line, first and last column in bytes, what stands there instead
 Row = dict[str, Any]  # a mutant; with its verdict, a line of the results
 
 
@@ -89,7 +124,10 @@ class Source:
         self.text = (ROOT / "main.py").read_text(encoding="utf-8")
         self.lines, self.tree = self.text.splitlines(keepends=True), ast.parse(self.text)
         banners = re.finditer(r"^# ---- (\w[^\n:-]+)", self.text, re.MULTILINE)
-        self.sections = {0: "Start", **{self.text.count("\n", 0, at.start()) + 1: at[1] for at in banners}}
+        self.sections = {
+            0: "Start",
+            **{self.text.count("\n", 0, at.start()) + 1: at[1] for at in banners},
+        }
         self.mutants: list[Row] = []
         for part in self.tree.body:
             name = getattr(part, "name", re.split(r"\W", ast.unparse(part))[0])
@@ -102,13 +140,17 @@ class Source:
             here = range(node.body[0].lineno, node.end_lineno + 1)
         elif here and isinstance(node, (ast.stmt, ast.excepthandler)):
             body = getattr(node, "body", None)  # a block has mutants of its own
-            here = range(node.lineno, max(node.lineno + 1, body[0].lineno) if body else node.end_lineno + 1)
+            here = range(
+                node.lineno, max(node.lineno + 1, body[0].lineno) if body else node.end_lineno + 1
+            )
         for operator, line, start, end, text in edits(node, self.segment):
             old = self.lines[line - 1]
             new = (old.encode()[:start] + text.encode() + old.encode()[end:]).decode()
             section = self.sections[max(first for first in self.sections if first <= line)]
             mutant = {"section": section, "function": where, "operator": operator, "line": line}
-            self.mutants.append({**mutant, "before": old, "after": new, "here": [here.start, here.stop]})
+            self.mutants.append(
+                {**mutant, "before": old, "after": new, "here": [here.start, here.stop]}
+            )
         for child in children(node):
             is_named = isinstance(child, (*FUNCTION, ast.ClassDef))
             self.collect(child, f"{where}.{child.name}" if is_named else where, here)
@@ -119,7 +161,9 @@ class Source:
 
     def mutated(self, mutant: Row) -> str:
         """The whole file with the one line changed."""
-        return "".join([*self.lines[: mutant["line"] - 1], mutant["after"], *self.lines[mutant["line"] :]])
+        return "".join(
+            [*self.lines[: mutant["line"] - 1], mutant["after"], *self.lines[mutant["line"] :]]
+        )
 
     def sample(self, number: int, seed: int, used: set[int]) -> Iterator[Row]:
         """So many mutants, evenly spread over the lines that have any; on each line every operator is as likely."""
@@ -137,18 +181,28 @@ class Source:
     def tests(self, mutant: Row, cover: Cover) -> list[str]:
         """The tests that may notice a mutant, then whole files, the quickest first; all if no trace leads to it."""
         names = mutant["function"].split(".")[0]
-        for part in self.tree.body:  # what is defined by another name at the top counts as that name
+        for (
+            part
+        ) in self.tree.body:  # what is defined by another name at the top counts as that name
             if isinstance(part, (ast.Assign, ast.AnnAssign)) and re.search(
                 rf"\b({names})\b", text := ast.unparse(part)
             ):
                 names += "|" + re.split(r"\W", text)[0]
-        named = [number for number, line in enumerate(self.lines, 1) if re.search(rf"\b({names})\b", line)]
-        here = set(range(*mutant["here"]) or named)  # what stands at the top runs everywhere: who names it counts
+        named = [
+            number
+            for number, line in enumerate(self.lines, 1)
+            if re.search(rf"\b({names})\b", line)
+        ]
+        here = set(
+            range(*mutant["here"]) or named
+        )  # what stands at the top runs everywhere: who names it counts
         single, whole, is_reached = list[str](), list[str](), False
         for file, (seconds, lines) in sorted(cover.items(), key=lambda item: item[1][0]):
             reaching = [test for test, its_lines in lines.items() if here & set(its_lines)]
             is_read = re.search(rf"\bmain\.({names})\b", (ROOT / file).read_text(encoding="utf-8"))
-            if is_read or seconds < QUICK_S / 2 or "" in reaching:  # "": in a process of the service
+            if (
+                is_read or seconds < QUICK_S / 2 or "" in reaching
+            ):  # "": in a process of the service
                 whole.append(file)
             else:
                 single += reaching
@@ -162,7 +216,9 @@ def children(node: Any) -> Iterator[Any]:
     for child in ast.iter_child_nodes(node):
         if child in (getattr(node, "annotation", None), getattr(node, "returns", None)):
             yield from (part for part in ast.walk(child) if isinstance(part, ast.Call))
-        elif isinstance(child, ast.Call) and re.match(r"logger\.|TypeVar|ContextVar", ast.unparse(child.func)):
+        elif isinstance(child, ast.Call) and re.match(
+            r"logger\.|TypeVar|ContextVar", ast.unparse(child.func)
+        ):
             continue
         elif isinstance(child, ast.JoinedStr) or (isinstance(child, ast.Constant) and is_list):
             continue
@@ -190,8 +246,16 @@ def edits(node: Any, segment: Any) -> Iterator[Edit]:
     def swap(operator: ast.AST, left: Any, right: Any) -> Iterator[Edit]:
         old, new = SWAPS.get(type(operator), ("", ""))
         if old and left.end_lineno == right.lineno:
-            gap = ast.Name(lineno=right.lineno, col_offset=left.end_col_offset, end_col_offset=right.col_offset)
-            yield old, gap.lineno, gap.col_offset, gap.end_col_offset, segment(gap).replace(old, new, 1)
+            gap = ast.Name(
+                lineno=right.lineno, col_offset=left.end_col_offset, end_col_offset=right.col_offset
+            )
+            yield (
+                old,
+                gap.lineno,
+                gap.col_offset,
+                gap.end_col_offset,
+                segment(gap).replace(old, new, 1),
+            )
 
     match node:
         case ast.Compare(left=left, comparators=others, ops=operators):
@@ -237,7 +301,9 @@ class Tree:
         self.home = Path(tempfile.mkdtemp(prefix="mutants-"))
         self.root, self.scratch = self.home / "tree", self.home / "scratch"
         shutil.copytree(
-            ROOT, self.root, ignore=shutil.ignore_patterns(".git", ".env", ".venv", "*_cache", "__pycache__")
+            ROOT,
+            self.root,
+            ignore=shutil.ignore_patterns(".git", ".env", ".venv", "*_cache", "__pycache__"),
         )
 
     def __enter__(self) -> "Tree":
@@ -252,16 +318,26 @@ class Tree:
         shutil.rmtree(self.root / "__pycache__", ignore_errors=True)
         (self.root / "main.py").write_text(text, encoding="utf-8")
         self.scratch.mkdir()
-        command = [sys.executable, *PYTEST, *HANG, f"--basetemp={self.scratch / 'tests'}", *arguments]
+        command = [
+            sys.executable,
+            *PYTEST,
+            *HANG,
+            f"--basetemp={self.scratch / 'tests'}",
+            *arguments,
+        ]
         variables, output = {**os.environ, "TMPDIR": str(self.scratch)}, self.home / "output"
         with output.open("wb") as file, suppress(subprocess.TimeoutExpired):
             files: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-            process = subprocess.Popen(command, cwd=self.root, env=variables, preexec_fn=BOUND, **files)
+            process = subprocess.Popen(
+                command, cwd=self.root, env=variables, preexec_fn=BOUND, **files
+            )
             process.wait(limit_s)
         self.end_all()
         is_hanging = process.wait() < 0 or "Timeout (" in output.read_text(errors="replace")
         shutil.rmtree(self.scratch)
-        failed = re.search(r"^(?:FAILED|ERROR) ([^\s\[]+)", output.read_text(errors="replace"), re.MULTILINE)
+        failed = re.search(
+            r"^(?:FAILED|ERROR) ([^\s\[]+)", output.read_text(errors="replace"), re.MULTILINE
+        )
         if process.returncode in (0, 5):  # 5: every test was left out
             return "survived", ""
         return ("killed", failed[1]) if failed else ("timeout" if is_hanging else "killed", "")
@@ -283,7 +359,10 @@ class Tree:
             file = failed.partition("::")[0]
             if result != "killed" or file not in files or cover[file][0] < QUICK_S:
                 return result, failed
-            if self.run(text, failed)[0] != "survived" and self.run(original, failed)[0] == "survived":
+            if (
+                self.run(text, failed)[0] != "survived"
+                and self.run(original, failed)[0] == "survived"
+            ):
                 return result, failed
             doubted.append(f"--deselect={failed}")
             tests = tests[files.index(file) :]
@@ -291,35 +370,54 @@ class Tree:
 
     def cover(self, source: Source) -> Iterator[tuple[str, tuple[float, dict[str, list[int]]]]]:
         """The seconds of CPU of every test file and the lines of functions that each of its tests runs."""
-        traced, told = list(source.lines), self.root / "lines.py.txt"
+        traced = list(source.lines)
+        lines_run = self.root / "lines.py.txt"
         last = int(source.tree.body[0].end_lineno or 1) - 1  # of the introduction
         traced[last] = traced[last].rstrip() + "; import lines as _\n"
         (self.root / "lines.py").write_text(TRACER)
-        for name in sorted(path.name for path in (ROOT / "tests").glob("test_*.py") if path.name not in LEFT_OUT):
+        for name in sorted(
+            path.name for path in (ROOT / "tests").glob("test_*.py") if path.name not in LEFT_OUT
+        ):
             file, before = f"tests/{name}", resource.getrusage(resource.RUSAGE_CHILDREN)
-            told.write_text("")
+            lines_run.write_text("")
             result, failed = self.run("".join(traced), "--maxfail=1000", file)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             seconds = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
-            if result != "survived" and seconds < QUICK_S and self.run(source.text, file)[0] != "survived":
+            if (
+                result != "survived"
+                and seconds < QUICK_S
+                and self.run(source.text, file)[0] != "survived"
+            ):
                 raise SystemExit(f"{failed or file} fails without any mutant")
             lines: dict[str, set[int]] = defaultdict(set)
-            for line, _, test in (row.partition(" ") for row in told.read_text().splitlines()):
+            for line, _, test in (row.partition(" ") for row in lines_run.read_text().splitlines()):
                 lines[test].add(int(line))
             yield file, (seconds, {test: sorted(some) for test, some in lines.items()})
             print(f"{file}: {seconds} s", flush=True)
 
 
-def judge(mutant: Row, source: Source, trees: "queue.Queue[Tree]", cover: Cover, most: float) -> Row:
+def judge(
+    mutant: Row, source: Source, trees: "queue.Queue[Tree]", cover: Cover, most: float
+) -> Row:
     """One line of the results: the verdict of the files that take at most so long, and have not been passed yet."""
     tests = source.tests(mutant, cover)
-    tests = [test for test in tests if mutant.get("most", -1.0) < cover[test.partition("::")[0]][0] <= most]
+    tests = [
+        test
+        for test in tests
+        if mutant.get("most", -1.0) < cover[test.partition("::")[0]][0] <= most
+    ]
     tree, started = trees.get(), time.monotonic()
     try:
         result, by = tree.verdict(source.mutated(mutant), source.text, tests, cover)
     finally:
         trees.put(tree)
-    return {**mutant, "most": most, "result": result, "by": by, "seconds": round(time.monotonic() - started, 1)}
+    return {
+        **mutant,
+        "most": most,
+        "result": result,
+        "by": by,
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
 def run(source: Source, chosen: list[Row], results: Path, jobs: int, most: float) -> None:
@@ -331,9 +429,17 @@ def run(source: Source, chosen: list[Row], results: Path, jobs: int, most: float
         raise SystemExit(f"{results} is of another main.py or other tests; name a new file")
     known = {key(row): row for row in rows}
     chosen = [known.get(key(one), one) for one in chosen]
-    chosen = [one for one in chosen if one.get("result", "survived") == "survived" and one.get("most", -1) < most]
+    chosen = [
+        one
+        for one in chosen
+        if one.get("result", "survived") == "survived" and one.get("most", -1) < most
+    ]
     trees: queue.Queue[Tree] = queue.Queue()
-    with ThreadPoolExecutor(jobs) as pool, results.open("a", encoding="utf-8") as file, ExitStack() as homes:
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        results.open("a", encoding="utf-8") as file,
+        ExitStack() as homes,
+    ):
         for _ in range(jobs):
             trees.put(homes.enter_context(Tree()))
         if not first:
@@ -342,12 +448,19 @@ def run(source: Source, chosen: list[Row], results: Path, jobs: int, most: float
         work = partial(judge, source=source, trees=trees, cover=first["cover"], most=most)
         for number, row in enumerate(pool.map(work, chosen), 1):
             print(json.dumps(row), file=file, flush=True)
-            print(f"{number}/{len(chosen)} {row['result']} in {row['seconds']} s: {row['after'].strip()}", flush=True)
+            print(
+                f"{number}/{len(chosen)} {row['result']} in {row['seconds']} s: {row['after'].strip()}",
+                flush=True,
+            )
 
 
 def read(file: Path | None) -> tuple[Row, list[Row]]:
     """The first line of some results, which holds what was measured, and the last of each mutant."""
-    rows = [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()] if file and file.exists() else []
+    rows = (
+        [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()]
+        if file and file.exists()
+        else []
+    )
     return (rows[0], list({key(row): row for row in rows[1:]}.values())) if rows else ({}, [])
 
 
@@ -357,11 +470,19 @@ def report(rows: list[Row], earlier: list[Row]) -> None:
     same = set(map(key, rows)) & set(map(key, earlier))
     for side, some in enumerate((rows, earlier)):
         for row in some:
-            for group in (row["section"], "= all", *(["= the same mutants"] if key(row) in same else [])):
+            for group in (
+                row["section"],
+                "= all",
+                *(["= the same mutants"] if key(row) in same else []),
+            ):
                 tally[group][side].append(row["result"] != "survived")
     print(f"\n{'noticed':20}{'earlier' if earlier else ''}")
     for group in sorted(tally, key=lambda group: group.startswith("=")):
-        shares = [f"{sum(some)} of {len(some)} ({sum(some) / max(1, len(some)):.0%})" for some in tally[group] if some]
+        shares = [
+            f"{sum(some)} of {len(some)} ({sum(some) / max(1, len(some)):.0%})"
+            for some in tally[group]
+            if some
+        ]
         print("".join(f"{share:20}" for share in shares) + group)
     print(f"{sum(row['result'] == 'timeout' for row in rows)} by a hang. Survivors:")
     for row in sorted(rows, key=lambda row: int(row["line"])):
@@ -370,24 +491,36 @@ def report(rows: list[Row], earlier: list[Row]) -> None:
 
 
 def main() -> None:
-    """Take the mutants that are not in the results yet, then tell what became of all."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Take the mutants that are not in the results yet, then report what became of all."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, help="a file of JSON lines, new or to go on with")
-    parser.add_argument("--before", type=Path, help="results of an earlier version, to compare with")
+    parser.add_argument(
+        "--before", type=Path, help="results of an earlier version, to compare with"
+    )
     parser.add_argument("--mutants", type=int, default=150)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=1, help="test runs at once")
-    parser.add_argument("--most", type=float, default=1e6, help="only test files of so many seconds; the rest later")
+    parser.add_argument(
+        "--most", type=float, default=1e6, help="only test files of so many seconds; the rest later"
+    )
     parser.add_argument("--only", help="every mutant of this function, class, constant or line")
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     wanted = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and everything it has started
     source, earlier = Source(), read(wanted.before)[1]
     if wanted.only:
-        chosen = [one for one in source.mutants if wanted.only in (str(one["line"]), *one["function"].split("."))]
+        chosen = [
+            one
+            for one in source.mutants
+            if wanted.only in (str(one["line"]), *one["function"].split("."))
+        ]
     else:
         chosen = [one for one in source.mutants if key(one) in set(map(key, earlier))]
-        chosen += source.sample(wanted.mutants - len(chosen), wanted.seed, {one["line"] for one in chosen})
+        chosen += source.sample(
+            wanted.mutants - len(chosen), wanted.seed, {one["line"] for one in chosen}
+        )
     if wanted.list:
         for one in chosen:
             show(one)

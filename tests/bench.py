@@ -5,7 +5,7 @@
     python -m tests.bench --json           for machines
     python -m tests.bench --smoke          tiny counts: does it run at all?
 
-The sandbox's providers run in a process of their own and speak TLS, with ready-made media and delays as told; the
+The sandbox's providers run in a process of their own and speak TLS, with ready-made media and configured delays; the
 service is the real one under uvicorn and trusts their certificate, which is made for the run (SSL_CERT_FILE); the load
 comes from this process, over loopback. All three share this machine's cores, so the figures are worse than those of
 the service alone. The speech is espeak-ng's voice where it is installed: ffmpeg codes a tone at another speed.
@@ -59,9 +59,13 @@ CROWD_TIME = 1.35  # of one job's: the muxes of all share the cores
 HEALTH_P99_MS = 50.0  # far below the 5 s that Render gives a health check
 GROWTH_MB = 60.0  # media stream through; on top of 60 MB at rest that leaves most of 512 MB
 TREE_MB = 300.0  # service and ffmpeg together, of the smallest instance's 512 MB
-REFUSED = 5.0  # by Replicate's limits, 600 creates and 3,000 other calls a minute (docs rate-limits)
+REFUSED = (
+    5.0  # by Replicate's limits, 600 creates and 3,000 other calls a minute (docs rate-limits)
+)
 PACED_TIME = 1.6  # of the video's time: reads of 300 jobs are 7.5 s apart
-CPU_OVER_FFMPEG = 1.7  # of bare ffmpeg's, which takes some 65 ms on a voice: 45 ms beside it are ours
+CPU_OVER_FFMPEG = (
+    1.7  # of bare ffmpeg's, which takes some 65 ms on a voice: 45 ms beside it are ours
+)
 OWN_CPU_MS = 45.0  # a core does twenty jobs a second, if ffmpeg runs elsewhere
 READS = 30.0  # a video; Replicate's own client makes two a second
 LATE_S = 0.3  # its 0.25 s, and no more than one reads so much less often for
@@ -102,7 +106,9 @@ class Sizes:
     watched: int = 10  # videos at once: more would be read less often
     watched_waves: int = 5  # after one from which their model is known
     watched_s: float = 30.0  # the median
-    growth_poll_s: float = 2.0  # the longest wait between two reads, but for what the crowd itself imposes
+    growth_poll_s: float = (
+        2.0  # the longest wait between two reads, but for what the crowd itself imposes
+    )
 
     def providers_s(self, video_s: float) -> float:
         """Seconds that a speech job spends at the providers: speech, upload, video, download, upload."""
@@ -163,7 +169,7 @@ class Row:
 
 
 class Studio(Replicate):
-    """Replicate with a time of its own for each video: `times_s` in their order, then from the first again."""
+    """Replicate with a time for each video: `times_s` in their order, in a cycle."""
 
     times_s: Iterator[float]
 
@@ -253,9 +259,15 @@ class Providers:
             self.process.kill()
         self.folder.cleanup()
 
-    def become(self, video: bytes, times_s: Sequence[float], sizes: Sizes, limits: bool = False) -> None:
+    def become(
+        self, video: bytes, times_s: Sequence[float], sizes: Sizes, limits: bool = False
+    ) -> None:
         """Start afresh: this video for everyone, made in the next of `times_s`; `limits` turns Replicate's limits on."""
-        delays_s = {"speech": sizes.speech_s, "upload": sizes.transfer_s, "output": sizes.transfer_s}
+        delays_s = {
+            "speech": sizes.speech_s,
+            "upload": sizes.transfer_s,
+            "output": sizes.transfer_s,
+        }
         self.pipe.send((video, times_s, delays_s, limits))
         self.pipe.recv()
 
@@ -275,14 +287,23 @@ def provide(pipe: Connection, certificate: Path, key: Path) -> None:
             wanted = pipe.recv()
             if wanted is None:
                 ended = [one for one in sandbox.predictions.values() if one.status == "succeeded"]
-                pipe.send([Watched(one.reads, one.ended_after_s - one.behaviour.video_seconds) for one in ended])
+                pipe.send(
+                    [
+                        Watched(one.reads, one.ended_after_s - one.behaviour.video_seconds)
+                        for one in ended
+                    ]
+                )
             else:
                 change(sandbox, *wanted)
                 pipe.send(None)
 
 
 def change(
-    sandbox: SecureSandbox, video: bytes, times_s: Sequence[float], delays_s: dict[str, float], limits: bool
+    sandbox: SecureSandbox,
+    video: bytes,
+    times_s: Sequence[float],
+    delays_s: dict[str, float],
+    limits: bool,
 ) -> None:
     """Have the providers be as a measurement wants them."""
     sandbox.reset()
@@ -301,27 +322,44 @@ def make_certificate(folder: Path) -> tuple[Path, Path]:
         raise SystemExit(
             "The benchmark's providers speak TLS, and only openssl can make their certificate: install it."
         )
-    kind = ("-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    usage = ("-addext", "keyUsage=critical,digitalSignature,keyCertSign")  # Python 3.13 wants it told
+    kind = (
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    )
+    usage = ("-addext", "keyUsage=critical,digitalSignature,keyCertSign")  # Python 3.13 requires it
     whose = ("-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", *usage)
     files = ("-keyout", str(key), "-out", str(certificate))
     done = subprocess.run([openssl, "req", *kind, *whose, *files], capture_output=True, text=True)
     if done.returncode != 0:
-        raise SystemExit(f"openssl could not make the providers' certificate: {done.stderr.strip()[-300:]}")
+        raise SystemExit(
+            f"openssl could not make the providers' certificate: {done.stderr.strip()[-300:]}"
+        )
     return certificate, key
 
 
 def cpu_s(pid: int) -> tuple[float, float]:
     """Seconds of processor time: of the process, and of its children that have ended."""
     ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
-    user, system, children_user, children_system = (int(each) / os.sysconf("SC_CLK_TCK") for each in ticks)
+    user, system, children_user, children_system = (
+        int(each) / os.sysconf("SC_CLK_TCK") for each in ticks
+    )
     return user + system, children_user + children_system
 
 
 def memory_mb(pid: int) -> float:
     """Resident memory of a process; 0 if it has ended."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        return (
+            int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+            * os.sysconf("SC_PAGE_SIZE")
+            / 1e6
+        )
     except (OSError, IndexError):
         return 0.0
 
@@ -361,12 +399,18 @@ class Client:
         self.speech_job = {**self.video_job, "text": TEXT, "voice_id": providers.voice_id}
 
     async def jobs(
-        self, count: int, with_speech: bool = True, apart_s: float = 0.0, beside: Awaitable[None] | None = None
+        self,
+        count: int,
+        with_speech: bool = True,
+        apart_s: float = 0.0,
+        beside: Awaitable[None] | None = None,
     ) -> Load:
         """Send jobs, at once or `apart_s` after each other, and wait for all answers; `beside` is done until then."""
         looking_on = asyncio.ensure_future(beside) if beside else None
         started = time.monotonic()
-        answers = await asyncio.gather(*(self.job(with_speech, number * apart_s) for number in range(count)))
+        answers = await asyncio.gather(
+            *(self.job(with_speech, number * apart_s) for number in range(count))
+        )
         wall_s = time.monotonic() - started
         if looking_on:
             looking_on.cancel()
@@ -403,7 +447,7 @@ class Client:
             writer.close()
 
     async def memory(self, samples: list[tuple[float, float]]) -> None:
-        """Note the service's memory for ever, and that of its children, in MB."""
+        """Sample the memory of the service and of its children, in MB, without end."""
         while True:
             samples.append((memory_mb(self.service.pid), ffmpeg_mb(self.service.pid)))
             await asyncio.sleep(SAMPLE_S)
@@ -430,7 +474,7 @@ class Bench:
         return Client(service, self.providers)
 
     def prepare(self, *times_s: float, video: bytes | None = None, limits: bool = False) -> None:
-        """Have the videos made in these times, one after the other and then from the first again."""
+        """Let the videos take these times, one after the other, in a cycle."""
         self.providers.become(video or self.video, times_s, self.sizes, limits)
 
     def start(self) -> Iterator[Row]:
@@ -442,7 +486,14 @@ class Bench:
                 seconds.append(time.monotonic() - started)
                 rest_mb.append(memory_mb(service.pid))
         note = f"median of {len(seconds)}; most: {max(seconds):.2f} s"
-        yield Row("start", "Process start to first `/health`", statistics.median(seconds), START_S, "s", note)
+        yield Row(
+            "start",
+            "Process start to first `/health`",
+            statistics.median(seconds),
+            START_S,
+            "s",
+            note,
+        )
         yield Row("start", "Memory at rest", max(rest_mb), REST_MB, "MB")
 
     def alone(self) -> Iterator[Row]:
@@ -468,9 +519,18 @@ class Bench:
         name = f"{count} speech jobs at once"
         yield Row("crowd", f"{name}: not answered", load.failed, 0)
         note = spoken(f"{load.wall_s:.1f} s over {one_s:.1f} s")
-        yield Row("crowd", f"{name}: time over one job's", load.wall_s / one_s, CROWD_TIME, note=note)
+        yield Row(
+            "crowd", f"{name}: time over one job's", load.wall_s / one_s, CROWD_TIME, note=note
+        )
         note = f"of {len(health_ms)}; median {statistics.median(health_ms):.1f} ms"
-        yield Row("crowd", f"{name}: `/health` meanwhile, p99", percentile(health_ms, 99), HEALTH_P99_MS, "ms", note)
+        yield Row(
+            "crowd",
+            f"{name}: `/health` meanwhile, p99",
+            percentile(health_ms, 99),
+            HEALTH_P99_MS,
+            "ms",
+            note,
+        )
 
     def memory(self) -> Iterator[Row]:
         """Many speech jobs at once with big videos."""
@@ -486,9 +546,18 @@ class Bench:
         yield Row("memory", f"{name}: not answered", load.failed, 0, note=note)
         most_mb = max(service_mb for service_mb, _ in samples)
         note = f"from {rest_mb:.0f} to {most_mb:.0f} MB"
-        yield Row("memory", f"{name}: the service grows by", most_mb - rest_mb, GROWTH_MB, "MB", note)
+        yield Row(
+            "memory", f"{name}: the service grows by", most_mb - rest_mb, GROWTH_MB, "MB", note
+        )
         note = f"ffmpeg {max(ffmpeg for _, ffmpeg in samples):.0f} MB"
-        yield Row("memory", f"{name}: with its ffmpeg children", max(map(sum, samples)), TREE_MB, "MB", note)
+        yield Row(
+            "memory",
+            f"{name}: with its ffmpeg children",
+            max(map(sum, samples)),
+            TREE_MB,
+            "MB",
+            note,
+        )
 
     def pace(self) -> Iterator[Row]:
         """Hundreds of videos under Replicate's rate limits."""
@@ -501,7 +570,9 @@ class Bench:
         yield Row("pace", f"{name}: not answered", load.failed, 0)
         yield Row("pace", f"{name}: answers 429", refused, REFUSED)
         note = f"{load.wall_s:.1f} s over {video_s:g} s"
-        yield Row("pace", f"{name}: time over the video's", load.wall_s / video_s, PACED_TIME, note=note)
+        yield Row(
+            "pace", f"{name}: time over the video's", load.wall_s / video_s, PACED_TIME, note=note
+        )
 
     def reads(self) -> Iterator[Row]:
         """Videos of one model, whose times differ: how often each is read, and how late its end is noticed."""
@@ -516,7 +587,10 @@ class Bench:
         first, later = watched[: sizes.watched], watched[sizes.watched :]
         name = f"Videos of some {sizes.watched_s:g} s, {sizes.watched} at once"
         yield Row("reads", f"{name}: not answered", failed, 0)
-        reads, late_s = statistics.mean(one.reads for one in later), statistics.mean(one.late_s for one in later)
+        reads, late_s = (
+            statistics.mean(one.reads for one in later),
+            statistics.mean(one.late_s for one in later),
+        )
         note = f"mean of {len(later)}; {statistics.mean(one.reads for one in first):.0f} of the first {len(first)}"
         yield Row("reads", f"{name}: reads each", reads, READS, note=note)
         note = f"mean; most {max(one.late_s for one in later):.2f} s"
@@ -531,11 +605,23 @@ class Bench:
             asyncio.run(client.jobs(1))
             bare_s = [bare_mux_cpu_s(self.video, count)]
             own_s, theirs_s = cpu_of_jobs_s(client, count)
-            bare_s.append(bare_mux_cpu_s(self.video, count))  # on both sides, since a machine's speed drifts
+            bare_s.append(
+                bare_mux_cpu_s(self.video, count)
+            )  # on both sides, since a machine's speed drifts
             alone_s = cpu_of_jobs_s(client, alone, apart_s=APART_S)
-        name, ffmpeg_s, job_s = f"{count} speech jobs at once", statistics.mean(bare_s), own_s + theirs_s
+        name, ffmpeg_s, job_s = (
+            f"{count} speech jobs at once",
+            statistics.mean(bare_s),
+            own_s + theirs_s,
+        )
         note = f"{job_s * 1000:.0f} ms over {ffmpeg_s * 1000:.0f} ms; of a job alone {sum(alone_s) * 1000:.0f} ms"
-        yield Row("cpu", f"{name}: CPU each over bare ffmpeg's", job_s / ffmpeg_s, CPU_OVER_FFMPEG, note=spoken(note))
+        yield Row(
+            "cpu",
+            f"{name}: CPU each over bare ffmpeg's",
+            job_s / ffmpeg_s,
+            CPU_OVER_FFMPEG,
+            note=spoken(note),
+        )
         note = f"of a job alone {alone_s[0] * 1000:.0f} ms"
         yield Row("cpu", f"{name}: CPU each without ffmpeg's", own_s * 1000, OWN_CPU_MS, "ms", note)
 
@@ -548,14 +634,27 @@ class Bench:
             asyncio.run(client.jobs(sizes.alone))
             for count in sizes.growth:
                 before_s, samples = cpu_s(service.pid)[0], list[tuple[float, float]]()
-                load = asyncio.run(client.jobs(count, apart_s=GROWTH_APART_S, beside=client.memory(samples)))
+                load = asyncio.run(
+                    client.jobs(count, apart_s=GROWTH_APART_S, beside=client.memory(samples))
+                )
                 cpu_ms.append((cpu_s(service.pid)[0] - before_s) / count * 1000)
                 # By then all of them wait for their video.
-                at_s = count * GROWTH_APART_S + sizes.speech_s + sizes.transfer_s + 0.4 * sizes.growth_s
+                at_s = (
+                    count * GROWTH_APART_S
+                    + sizes.speech_s
+                    + sizes.transfer_s
+                    + 0.4 * sizes.growth_s
+                )
                 waiting_mb.append(samples[int(at_s / load.wall_s * len(samples))][0])
         name = f"{sizes.growth[0]} to {sizes.growth[-1]} speech jobs at once"
         note = f"{', '.join(f'{each:.0f}' for each in cpu_ms)} ms, without ffmpeg"
-        yield Row("growth", f"{name}: CPU each over the first's", max(cpu_ms) / cpu_ms[0], CPU_GROWTH, note=note)
+        yield Row(
+            "growth",
+            f"{name}: CPU each over the first's",
+            max(cpu_ms) / cpu_ms[0],
+            CPU_GROWTH,
+            note=note,
+        )
         each_kb = (waiting_mb[-1] - waiting_mb[0]) * 1000 / (sizes.growth[-1] - sizes.growth[0])
         note = f"{', '.join(f'{each:.0f}' for each in waiting_mb)} MB"
         yield Row("growth", f"{name}: memory per waiting job", each_kb, WAITING_JOB_KB, "kB", note)
@@ -577,7 +676,9 @@ def cpu_of_jobs_s(client: Client, count: int, apart_s: float = 0.0) -> tuple[flo
     """Processor time of each of some speech jobs: the service's own, and its children's."""
     before = cpu_s(client.service.pid)
     asyncio.run(client.jobs(count, apart_s=apart_s))
-    own_s, theirs_s = (after - earlier for after, earlier in zip(cpu_s(client.service.pid), before, strict=True))
+    own_s, theirs_s = (
+        after - earlier for after, earlier in zip(cpu_s(client.service.pid), before, strict=True)
+    )
     return own_s / count, theirs_s / count
 
 
@@ -589,7 +690,7 @@ def video_times_s(median_s: float, count: int) -> list[float]:
 
 
 def spoken(note: str) -> str:
-    """A note on a figure in which ffmpeg's time counts: it says so if the speech is not a voice."""
+    """A remark on a figure that includes ffmpeg's time, if the speech is not a voice."""
     return note if shutil.which("espeak-ng") else f"{note}; a tone speaks, install espeak-ng"
 
 
@@ -604,7 +705,9 @@ def bare_mux_cpu_s(content: bytes, count: int) -> float:
         speech.write_bytes(media.speech(TEXT, "mp3_44100_64", tones=False))
 
         def mux(number: int) -> float:
-            arguments = main.mux_arguments(video, speech, "mp3", "shortest", folder / f"final-{number}.mp4")
+            arguments = main.mux_arguments(
+                video, speech, "mp3", "shortest", folder / f"final-{number}.mp4"
+            )
             process = subprocess.Popen([main.ffmpeg_path(), *arguments], stdin=subprocess.DEVNULL)
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
@@ -617,8 +720,28 @@ def bare_mux_cpu_s(content: bytes, count: int) -> float:
 def big_video(seconds: float) -> bytes:
     """A video of 28 Mbit a second, filled up to exactly that."""
     rate = str(BIG_VIDEO_BITS_PER_S)
-    look = ("-f", "lavfi", "-i", "testsrc2=size=1920x1080:rate=24", "-t", f"{seconds:g}", "-pix_fmt", "yuv420p")
-    filled = ("-b:v", rate, "-minrate", rate, "-maxrate", rate, "-bufsize", rate, "-x264-params", "nal-hrd=cbr")
+    look = (
+        "-f",
+        "lavfi",
+        "-i",
+        "testsrc2=size=1920x1080:rate=24",
+        "-t",
+        f"{seconds:g}",
+        "-pix_fmt",
+        "yuv420p",
+    )
+    filled = (
+        "-b:v",
+        rate,
+        "-minrate",
+        rate,
+        "-maxrate",
+        rate,
+        "-bufsize",
+        rate,
+        "-x264-params",
+        "nal-hrd=cbr",
+    )
     return media.ffmpeg(*look, "-c:v", "libx264", "-preset", "ultrafast", *filled, "-f", "mp4")
 
 
@@ -641,10 +764,16 @@ def machine() -> str:
 
 def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rows", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="GROUP")
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--rows", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS), metavar="GROUP"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
-    parser.add_argument("--smoke", action="store_true", help="tiny counts: the figures mean nothing")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny counts: the figures mean nothing"
+    )
     return parser.parse_args(given)
 
 
@@ -652,7 +781,9 @@ def run(groups: list[str], sizes: Sizes) -> Iterator[Row]:
     """Every row of these groups, each as soon as it is measured."""
     with Providers() as providers:
         bench = Bench(
-            providers, sizes, media.video(PET_FILE.read_bytes(), media.VideoPlan(sizes.video_s, sizes.video_lines))
+            providers,
+            sizes,
+            media.video(PET_FILE.read_bytes(), media.VideoPlan(sizes.video_s, sizes.video_lines)),
         )
         for group in groups:
             yield from MEASUREMENTS[group](bench)
@@ -662,14 +793,24 @@ def main(given: list[str] | None = None) -> int:
     """Measure and print; the number of rows that are over their limit, none in a smoke run."""
     asked, measured_on, rows = arguments(given), machine(), list[Row]()
     if not asked.json:
-        print(f"{measured_on}\n\n| {'':<60} | measured | at most | |\n|{'-' * 62}|---------:|--------:|-|", flush=True)
+        print(
+            f"{measured_on}\n\n| {'':<60} | measured | at most | |\n|{'-' * 62}|---------:|--------:|-|",
+            flush=True,
+        )
     for row in run(asked.rows, SMOKE if asked.smoke else Sizes()):
         rows.append(row)
         if not asked.json:
             print(row.line(), flush=True)
     over = [row for row in rows if not row.is_met]
     if asked.json:
-        print(json.dumps({"measured_on": measured_on, "rows": [{**asdict(row), "is_met": row.is_met} for row in rows]}))
+        print(
+            json.dumps(
+                {
+                    "measured_on": measured_on,
+                    "rows": [{**asdict(row), "is_met": row.is_met} for row in rows],
+                }
+            )
+        )
     return 0 if asked.smoke else len(over)
 
 

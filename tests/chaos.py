@@ -1,12 +1,12 @@
-"""Kills the service at random moments, sends the same requests again, and counts what was bought and delivered.
+"""Kills the service at random moments, sends the same requests again, and counts what was paid for and delivered.
 
 python -m tests.chaos --kills 200                 one process of the service
 python -m tests.chaos --kills 200 --services 2    two on one bucket, asked in turn
 
 Each job has a key, a prompt and a text of its own. While one runs, the process is killed (SIGKILL), ended without time
 (SIGTERM) or the connection is cut, and the same request is sent again until there is a video. The providers are the
-sandbox; its creates answer late, so that many kills fall between a prediction and the note of its id, and some of their
-answers are lost.
+sandbox; its creates answer late, so that many kills fall between a prediction and the record of its id, and some of their
+responses are lost.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 import httpx
 
-from tests.jobs import caller, short_video, speech_job
 from tests.sandbox import Sandbox, Service
+from tests.support.requests import service_client, short_video, speech_job
 
 # Waits shorter than in life, in the same proportions: a video of 0.6 s, and patience for half a minute's worth of trouble.
 PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "PATIENCE_SECONDS": "4"}
@@ -72,7 +72,7 @@ class Chaos:
         while time.monotonic() < deadline:
             number = self.requests % len(self.services)
             self.requests += 1
-            request = asyncio.create_task(ask(self.services[number].url, body, name))
+            request = asyncio.create_task(send(self.services[number].url, body, name))
             if self.kills.total() < kills:
                 await self.disturb(number, request)
             answer = (await asyncio.gather(request, return_exceptions=True))[0]
@@ -87,19 +87,25 @@ class Chaos:
 
     async def deliver(self, name: str, url: str) -> None:
         """Fetch the video as the front end would."""
-        async with caller(self.sandbox.url) as client:
+        async with service_client(self.sandbox.url) as client:
             video = await client.get(url)
-        (self.delivered if video.status_code == 200 and len(video.content) > 1_000 else self.lost).append(name)
+        (
+            self.delivered if video.status_code == 200 and len(video.content) > 1_000 else self.lost
+        ).append(name)
 
     def videos(self) -> Counter[str]:
         """How many predictions were made for each job."""
-        return Counter(prediction.input["prompt"] for prediction in self.sandbox.predictions.values())
+        return Counter(
+            prediction.input["prompt"] for prediction in self.sandbox.predictions.values()
+        )
 
 
-async def ask(url: str, body: dict[str, Any], key: str) -> dict[str, Any]:
+async def send(url: str, body: dict[str, Any], key: str) -> dict[str, Any]:
     """The answer to one request. Raises httpx.HTTPError if the connection breaks."""
-    async with caller(url) as client:
-        response = await client.post("/jobs_prompt_tts", json=body, headers={"Idempotency-Key": key})
+    async with service_client(url) as client:
+        response = await client.post(
+            "/jobs_prompt_tts", json=body, headers={"Idempotency-Key": key}
+        )
         answer: dict[str, Any] = response.json()
         return answer
 
@@ -109,24 +115,24 @@ async def run(chaos: Chaos, kills: int) -> None:
     number = 0
     while chaos.kills.total() < kills:
         number += 1
-        if chaos.random.random() < 0.2:  # made, but nobody hears of it
+        if chaos.random.random() < 0.2:  # created, but its response is lost
             chaos.sandbox.fault("create", "lost")
         chaos.sandbox.fault("create", "slow", seconds=CREATE_SECONDS)
         await chaos.job(f"job {number}".replace(" ", "-"), kills)
 
 
 def report(chaos: Chaos, seconds: float) -> bool:
-    """Print the counts; True if every job was delivered and no video was bought twice."""
+    """Print the counts; True if every job was delivered and no video was paid for twice."""
     videos = chaos.videos()
     jobs = len(chaos.delivered) + len(chaos.lost)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(chaos.kills.items()))
-    print(f"jobs             {jobs}")
-    print(f"kills            {chaos.kills.total()}  ({kinds})")
-    print(f"requests         {chaos.requests}")
-    print(f"videos bought     {videos.total()}")
-    print(f"videos delivered  {len(chaos.delivered)}")
-    print(f"speeches bought  {len(chaos.sandbox.calls('speech'))}")
-    print(f"seconds          {seconds:.0f}")
+    print(f"jobs               {jobs}")
+    print(f"kills              {chaos.kills.total()}  ({kinds})")
+    print(f"requests           {chaos.requests}")
+    print(f"videos paid for    {videos.total()}")
+    print(f"videos delivered   {len(chaos.delivered)}")
+    print(f"speeches paid for  {len(chaos.sandbox.calls('speech'))}")
+    print(f"seconds            {seconds:.0f}")
     twice = [prompt for prompt, count in videos.items() if count > 1]
     for name in (*chaos.lost, *twice):
         print(f"not as it should be: {name}", file=sys.stderr)
@@ -134,14 +140,22 @@ def report(chaos: Chaos, seconds: float) -> bool:
 
 
 def main() -> int:
-    """Run the command; the exit code is 0 if every job was delivered with one video bought."""
-    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=200, help="how often something is killed (default: 200)")
-    parser.add_argument("--services", type=int, default=1, help="processes of the service (default: 1)")
-    parser.add_argument("--seed", type=int, default=None, help="of the random moments (default: another each time)")
+    """Run the command; the exit code is 0 if every job was delivered with one video paid for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "--kills", type=int, default=200, help="how often something is killed (default: 200)"
+    )
+    parser.add_argument(
+        "--services", type=int, default=1, help="processes of the service (default: 1)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the random moments (default: another each time)"
+    )
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.randrange(10_000)
-    print(f"seed             {seed}", flush=True)
+    print(f"seed               {seed}", flush=True)
     with Sandbox(video_seconds=VIDEO_SECONDS, speech_seconds=1.0) as sandbox:
         sandbox.video(short_video())
         chaos = Chaos(sandbox, [None] * options.services, random.Random(seed))  # type: ignore[list-item]  # started below

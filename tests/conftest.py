@@ -14,41 +14,65 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from tests import lanes
-from tests.inprocess import running_application, use_settings
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.service import ROOT, SETTINGS
+from tests.support import parallel
+from tests.support.application import running_application, use_settings
 
-PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "KEEPALIVE_SECONDS": "0.2", "PATIENCE_SECONDS": "4"}
+PACE = {
+    "POLL_MIN_SECONDS": "0.02",
+    "RETRY_FIRST_SECONDS": "0.02",
+    "KEEPALIVE_SECONDS": "0.2",
+    "PATIENCE_SECONDS": "4",
+}
 StartService = Callable[..., Service]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--live`: also run the tests that call the real providers."""
-    parser.addoption("--live", action="store_true", help="also run the tests marked live: real providers, real money")
-    parser.addoption("--lanes", type=int, default=4, help="processes that share the test files (default: 4)")
+    parser.addoption(
+        "--live",
+        action="store_true",
+        help="also run the tests marked live: real providers, real money",
+    )
+    parser.addoption(
+        "--lanes", type=int, default=4, help="processes that share the test files (default: 4)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors; the marks in use are declared; the files are shared by several processes."""
-    config.pluginmanager.register(lanes.Lanes(config))
+    config.pluginmanager.register(parallel.Lanes(config))
     config.addinivalue_line("filterwarnings", "error")
-    config.addinivalue_line("markers", "live: calls the real providers with the keys in the environment (--live)")
     config.addinivalue_line(
-        "markers", "beside(*arguments): judges a Python command that runs beside the other tests of its file"
+        "markers", "live: calls the real providers with the keys in the environment (--live)"
+    )
+    config.addinivalue_line(
+        "markers", "beside(*arguments): judges a Python command that runs while other tests do"
     )
 
 
-# The files that take seconds, the longest last, where the other lanes begin.
+# The slow test files, the slowest last: the other lanes begin there.
 SLOW = (
-    *("sandbox", "test_end_to_end", "test_ffmpeg", "test_soak"),
-    *("test_leaving", "test_bench", "test_chaos", "test_faults", "test_same_request"),
+    "sandbox",
+    "test_end_to_end",
+    "test_ffmpeg",
+    "test_soak",
+    "test_disconnect_and_shutdown",
+    "test_bench",
+    "test_chaos",
+    "test_faults",
+    "test_idempotency",
 )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Quick files first, so that a fault shows at once."""
-    items.sort(key=lambda item: next((rank for rank, name in enumerate(SLOW, 1) if name in str(item.path)), 0))
+    items.sort(
+        key=lambda item: next(
+            (rank for rank, name in enumerate(SLOW, 1) if name in str(item.path)), 0
+        )
+    )
     if config.getoption("--live"):
         return
     for item in items:
@@ -63,8 +87,10 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(autouse=True)
-def clean_environ(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No setting of the developer's reaches a test, except a live one; settings are read again in each test."""
+def clean_environ(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Keep the developer's settings out of all tests but live ones; each test reads the settings anew."""
     if not request.node.get_closest_marker("live"):
         for name in SETTINGS:
             monkeypatch.setenv(name, "")
@@ -74,7 +100,7 @@ def clean_environ(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 
 
 def forget_settings() -> None:
-    """Let `main`, if it is loaded, read its settings again."""
+    """Make `main`, if it is loaded, read its settings anew."""
     if "main" in sys.modules:
         sys.modules["main"].get_settings.cache_clear()
 
@@ -135,38 +161,42 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 async def client() -> AsyncIterator[httpx.AsyncClient]:
-    """The application running in this process; nothing that a test does stays in it."""
+    """A client of the application, which runs in this process for the tests of one module."""
     async with running_application() as client:
         yield client
 
 
-# Commands that take seconds, most of them spent waiting, run beside the other tests of their file
+# Commands that mostly wait for seconds run while other tests of their file do
 
 
-class Command(NamedTuple):
+class BackgroundCommand(NamedTuple):
     """A Python command in a folder of its own."""
 
     process: subprocess.Popen[str]
     folder: Path
 
     def outcome(self) -> tuple[int, str, str]:
-        """Its exit code, what it told and what it complained of; it has two minutes from now."""
-        told, complaints = self.process.communicate(timeout=120)
-        return self.process.returncode, told, complaints
+        """Its exit code, its output and its errors; it has ten minutes from now."""
+        output, errors = self.process.communicate(timeout=600)
+        return self.process.returncode, output, errors
 
 
 @pytest.fixture(scope="module", autouse=True)
-def commands(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Command]]:
+def background_commands(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, BackgroundCommand]]:
     """The commands of the module's tests marked `beside`, by the test's id, started before its first test."""
-    started: dict[str, Command] = {}
+    started: dict[str, BackgroundCommand] = {}
     environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
-    # Ctrl-C is to end them also where whoever runs the tests ignores it, as a shell's background jobs do.
+    # Ctrl-C must end them even if the tests run as a shell's background job, which ignores it.
     kept = signal.signal(signal.SIGINT, signal.default_int_handler)
     for item in request.session.items:
         if item.path == request.path and (mark := item.get_closest_marker("beside")):
             line, folder = [sys.executable, *mark.args], tmp_path_factory.mktemp("beside")
-            process = subprocess.Popen(line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
-            started[item.nodeid] = Command(process, folder)
+            process = subprocess.Popen(
+                line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True
+            )
+            started[item.nodeid] = BackgroundCommand(process, folder)
     signal.signal(signal.SIGINT, kept)
     yield started
     for command in started.values():
@@ -176,6 +206,8 @@ def commands(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def beside(request: pytest.FixtureRequest, commands: dict[str, Command]) -> Command:
+def beside(
+    request: pytest.FixtureRequest, background_commands: dict[str, BackgroundCommand]
+) -> BackgroundCommand:
     """The command that the test is marked with."""
-    return commands[request.node.nodeid]
+    return background_commands[request.node.nodeid]

@@ -1,4 +1,4 @@
-"""Downloads: streamed to disk, repeated from the first byte, bounded in size, whatever the other side sends."""
+"""Downloads: streamed to disk, retried from the first byte, bounded in size."""
 
 import asyncio
 import gzip
@@ -14,12 +14,13 @@ import httpx
 import pytest
 
 import main
-from tests import network
-from tests.network import PATH, URL, Answer, Answers, Internet, Server, redirect, reply
+from tests.support import network
+from tests.support.application import in_lifespan
+from tests.support.network import PATH, URL, Answer, Answers, Internet, Server, redirect, reply
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
-serve, inside, internet = network.serve, network.inside, network.internet
+serve, internal_server, internet = network.serve, network.internal_server, network.internet
 client, pets = network.client, network.pets
 
 TOO_LARGE = "A file to download is larger than 100 MB."
@@ -54,7 +55,7 @@ def memory_bound(most_bytes: int) -> Iterator[None]:
 
 
 async def failure(target: Path) -> str:
-    """What a download that fails says."""
+    """The detail of a download that fails."""
     with pytest.raises(main.ResourceFailed) as failed:
         await asyncio.wait_for(main.download(URL, target), 10)
     assert failed.value.retryable == ("larger" not in failed.value.detail)
@@ -72,19 +73,25 @@ def chunked(body: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("answer", "content"),
     [
-        pytest.param(reply(200, bytes(range(256)) * 20_000), bytes(range(256)) * 20_000, id="any bytes"),
-        pytest.param(reply(200, b"video", content_length=None), b"video", id="ended by the connection"),
+        pytest.param(
+            reply(200, bytes(range(256)) * 20_000), bytes(range(256)) * 20_000, id="any bytes"
+        ),
+        pytest.param(
+            reply(200, b"video", content_length=None), b"video", id="ended by the connection"
+        ),
         pytest.param(chunked(b"4\r\nvide\r\n1\r\no\r\n0\r\n\r\n"), b"video", id="in chunks"),
         pytest.param(reply(200), b"", id="nothing, which comes next refuses"),
     ],
 )
-async def test_a_file_arrives_as_it_is(answer: Answer, content: bytes, pets: Server, target: Path) -> None:
-    """Every byte is on disk when the download ends; videos do not get smaller by gzip, so none is asked for."""
+async def test_a_file_arrives_as_it_is(
+    answer: Answer, content: bytes, pets: Server, target: Path
+) -> None:
+    """Every byte is on disk when the download ends; no compression is asked for."""
     pets.answers[PATH] = [answer]
     await main.download(URL, target)
     assert target.read_bytes() == content
     assert pets.requests == [f"GET {PATH}"]
-    assert "accept-encoding: identity" in pets.heard[0].lower()
+    assert "accept-encoding: identity" in pets.request_heads[0].lower()
 
 
 async def test_memory_does_not_grow_with_the_file(pets: Server, target: Path) -> None:
@@ -104,7 +111,7 @@ async def test_memory_does_not_grow_with_the_file(pets: Server, target: Path) ->
     assert target.read_bytes() == block * count
 
 
-# Again, from the first byte
+# Retries
 
 
 def cut_halfway(connection: socket.socket) -> None:
@@ -125,25 +132,33 @@ def reset(connection: socket.socket) -> None:
         pytest.param(cut_halfway, id="cut in the body"),
         pytest.param(chunked(b"ffff\r\nwrong"), id="cut in a chunk"),
         pytest.param(reset, id="reset in the body"),
-        pytest.param(reply(502, b"<html><h1>Bad Gateway</h1></html>", content_type="text/html"), id="502 with a page"),
+        pytest.param(
+            reply(502, b"<html><h1>Bad Gateway</h1></html>", content_type="text/html"),
+            id="502 with a page",
+        ),
         pytest.param(b"220 mail.example ESMTP\r\n", id="not HTTP"),
         pytest.param(redirect("http://pets.example/gone.mp4"), id="a redirect to nothing"),
         pytest.param(redirect("http://[::1"), id="a redirect to nonsense"),
     ],
 )
-async def test_a_failed_download_is_repeated_from_the_first_byte(first: Answer, pets: Server, target: Path) -> None:
-    """What came before the failure is gone, the file is whole."""
+async def test_a_failed_download_is_retried_from_the_first_byte(
+    first: Answer, pets: Server, target: Path
+) -> None:
+    """The bytes before the failure are dropped, and the file is complete."""
     pets.answers[PATH] = [first, reply(200, b"video")]
     await main.download(URL, target)
     assert target.read_bytes() == b"video"
     assert pets.requests.count(f"GET {PATH}") == 2
-    assert not any("range:" in head.lower() for head in pets.heard)
+    assert not any("range:" in head.lower() for head in pets.request_heads)
 
 
-async def test_silence_is_not_waited_for_without_end(
-    serve: Callable[[Answers], Server], internet: Internet, target: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_silent_server_is_retried_after_the_read_timeout(
+    serve: Callable[[Answers], Server],
+    internet: Internet,
+    target: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A server that falls silent in the middle of a video is asked again after its time limit."""
+    """A server that stops sending in the middle of a video is asked again."""
     monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(0.1))
 
     def fall_silent(connection: socket.socket) -> None:
@@ -152,7 +167,7 @@ async def test_silence_is_not_waited_for_without_end(
 
     internet.add("pets.example", serve({PATH: [fall_silent, reply(200, b"video")]}))
 
-    await asyncio.wait_for(main.download(URL, target), 5)
+    await asyncio.wait_for(in_lifespan(main.download(URL, target)), 5)
 
     assert target.read_bytes() == b"video"
 
@@ -163,29 +178,35 @@ PAGE = b"<html><head><title>Sorry</title></head><body><h1>Not from here</h1></bo
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        pytest.param(reply(403, PAGE, content_type="text/html"), "403: Sorry Not from here.", id="a page"),
+        pytest.param(
+            reply(403, PAGE, content_type="text/html"), "403: Sorry Not from here.", id="a page"
+        ),
         *((reply(status, content_length=None), f"{status}: ") for status in (204, 304)),
         *((reply(status), f"{status}: ") for status in (206, 400, 401, 410, 416)),
     ],
 )
-async def test_other_answers_are_not_repeated(answer: Answer, words: str, pets: Server, target: Path) -> None:
-    """A refusal stays one, and is told in the server's words."""
+async def test_other_statuses_are_not_retried(
+    answer: Answer, words: str, pets: Server, target: Path
+) -> None:
+    """A rejection is final, and `detail` holds the server's own words."""
     pets.answers[PATH] = [answer]
-    assert (await failure(target)).startswith(f"The download from pets.example was answered {words}")
+    assert (await failure(target)).startswith(
+        f"The download from pets.example was answered {words}"
+    )
     assert len(pets.requests) == 1
     assert not target.exists()
 
 
-# Bounds
+# Limits
 
 
-def sized(size: int, is_told: bool) -> bytes:
+def sized(size: int, has_length: bool) -> bytes:
     """A file of a size."""
-    return reply(200, bytes(size), content_length=str(size) if is_told else None)
+    return reply(200, bytes(size), content_length=str(size) if has_length else None)
 
 
 def endless(status: int, **headers: str) -> Answer:
-    """An answer of zeros without end, or nearly: what reads them all is to fail, not to fill this machine."""
+    """A response of zeros that is nearly endless: a reader of it all fails before the machine is full."""
 
     def send(connection: socket.socket) -> None:
         connection.sendall(reply(status, content_length=None, **headers))
@@ -195,17 +216,21 @@ def endless(status: int, **headers: str) -> Answer:
     return send
 
 
-@pytest.mark.parametrize("is_told", [True, False])
-async def test_a_file_at_the_limit_is_taken(is_told: bool, limit: None, pets: Server, target: Path) -> None:
-    """Exactly as many bytes as allowed arrive."""
-    pets.answers[PATH] = [sized(LIMIT, is_told)]
+@pytest.mark.parametrize("has_length", [True, False])
+async def test_a_file_at_the_limit_is_accepted(
+    has_length: bool, limit: None, pets: Server, target: Path
+) -> None:
+    """A file of exactly MAX_DOWNLOAD_BYTES is downloaded."""
+    pets.answers[PATH] = [sized(LIMIT, has_length)]
     await main.download(URL, target)
     assert target.stat().st_size == LIMIT
 
 
 @pytest.mark.parametrize("answer", [sized(LIMIT + 1, True), sized(LIMIT + 1, False), endless(200)])
-async def test_a_file_over_the_limit_is_refused_once(answer: Answer, limit: None, pets: Server, target: Path) -> None:
-    """It is not asked for again, and fills neither disk nor memory."""
+async def test_a_file_over_the_limit_is_rejected_without_a_retry(
+    answer: Answer, limit: None, pets: Server, target: Path
+) -> None:
+    """It is requested once, and fills neither disk nor memory."""
     pets.answers[PATH] = [answer]
     with memory_bound(8_000_000):
         assert await failure(target) == TOO_LARGE
@@ -213,8 +238,10 @@ async def test_a_file_over_the_limit_is_refused_once(answer: Answer, limit: None
     assert not target.exists() or target.stat().st_size <= LIMIT
 
 
-async def test_a_length_over_the_limit_is_refused_before_the_body(pets: Server, target: Path) -> None:
-    """What says that it is too large is not downloaded to find out."""
+async def test_a_content_length_over_the_limit_is_rejected_before_the_body(
+    pets: Server, target: Path
+) -> None:
+    """A response that announces too many bytes is not read."""
     left = threading.Event()
 
     def send(connection: socket.socket) -> None:
@@ -230,9 +257,13 @@ async def test_a_length_over_the_limit_is_refused_before_the_body(pets: Server, 
     assert not target.exists()
 
 
-@pytest.mark.parametrize("answer", [endless(403), endless(302, location="/gone.mp4")], ids=["error", "redirect"])
-async def test_an_endless_body_beside_the_file_is_not_read(answer: Answer, pets: Server, target: Path) -> None:
-    """Of an error's body only as much is read as can hold a message, of a redirect's nothing."""
+@pytest.mark.parametrize(
+    "answer", [endless(403), endless(302, location="/gone.mp4")], ids=["error", "redirect"]
+)
+async def test_an_endless_error_or_redirect_body_is_not_read(
+    answer: Answer, pets: Server, target: Path
+) -> None:
+    """An error's body is read as far as a message can reach, a redirect's body not at all."""
     pets.answers |= {PATH: [answer], "/gone.mp4": [reply(410)]}
     with memory_bound(16_000_000):
         assert "was answered 4" in await failure(target)
@@ -240,18 +271,22 @@ async def test_an_endless_body_beside_the_file_is_not_read(answer: Answer, pets:
 
 @lru_cache
 def bomb(times: int) -> bytes:
-    """100 MB of nothing, packed so many times; making it takes a moment."""
+    """100 MB of zeros, compressed so many times; making it takes a moment."""
     return gzip.compress(bomb(times - 1) if times > 1 else bytes(100_000_000), 1)
 
 
 @pytest.mark.parametrize("status", [200, 403])
 @pytest.mark.parametrize("encoding", ["gzip", "gzip, gzip"])
-async def test_a_compressed_answer_does_not_explode(status: int, encoding: str, pets: Server, target: Path) -> None:
-    """A few kB that unpack to 100 MB stay a few kB, on disk and in memory, in files and in error messages."""
+async def test_a_compressed_response_is_not_decompressed(
+    status: int, encoding: str, pets: Server, target: Path
+) -> None:
+    """A few kB that unpack to 100 MB stay a few kB on disk, in memory and in error messages."""
     pets.answers[PATH] = [reply(status, bomb(encoding.count("gzip")), content_encoding=encoding)]
     with memory_bound(16_000_000):
         if status == 200:
             await main.download(URL, target)
         else:
-            assert (await failure(target)).startswith("The download from pets.example was answered 403: ")
+            assert (await failure(target)).startswith(
+                "The download from pets.example was answered 403: "
+            )
     assert not target.exists() or target.stat().st_size < 1_000_000

@@ -1,4 +1,4 @@
-"""Speech: the request that asks for it, every format it can come in, and every way it can fail."""
+"""ElevenLabs: the speech request, every output format, and every error."""
 
 import json
 import re
@@ -10,7 +10,16 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SECRETS, SUPABASE_URL, error_of, rows, told, use_settings
+from tests.support.application import (
+    ELEVEN_URL,
+    REPLICATE_URL,
+    SECRETS,
+    SUPABASE_URL,
+    cases,
+    error_from,
+    error_kind,
+    use_settings,
+)
 
 PICTURE_URL = "https://example.com/pet.jpg"
 VOICE = "JBFqnCBsd6RMkjVDRZzb"
@@ -36,40 +45,50 @@ def elevenlabs(client: httpx.AsyncClient) -> Iterator[respx.Route]:
 
 
 def as_sent(output_format: str) -> bytes:
-    """What speech in a format begins with, or raw samples; test_ffmpeg hears real speech in each codec."""
+    """What speech in a format begins with, or raw samples; test_ffmpeg uses real speech in each codec."""
     starts = {"mp3": b"ID3", "wav": b"RIFF", "opus": b"OggS"}
     return starts.get(output_format.split("_")[0], b"\1\2") + bytes(1000)
 
 
 async def spoken(text: str = "Feed me!") -> bytes:
-    """The speech."""
+    """The speech of a text."""
     return await main.elevenlabs_tts_bytes(text, VOICE)
 
 
 # The request
 
 
-@pytest.mark.parametrize("text", ['He said: "no"\\', "\u732b\U0001f408", "a\nb\tc", "<speak>&amp;</speak>", "a" * 600])
-async def test_the_request(elevenlabs, text):
-    """Exactly what ElevenLabs documents: the format in the query, where alone it counts, the key in its own header."""
+@pytest.mark.parametrize(
+    "text", ['He said: "no"\\', "\u732b\U0001f408", "a\nb\tc", "<speak>&amp;</speak>", "a" * 600]
+)
+async def test_the_speech_request(elevenlabs, text):
+    """As ElevenLabs documents it: the format in the query, the key in its own header."""
     await spoken(text)
     request = elevenlabs.calls.last.request
-    assert (request.method, str(request.url)) == ("POST", f"{SPEECH_URL}?output_format=mp3_44100_64")
+    assert (request.method, str(request.url)) == (
+        "POST",
+        f"{SPEECH_URL}?output_format=mp3_44100_64",
+    )
     assert json.loads(request.content) == {"text": text, "model_id": "eleven_multilingual_v2"}
     assert request.headers["xi-api-key"] == SECRETS["ELEVEN_API_KEY"]
     assert request.headers["content-type"] == "application/json"
     assert request.headers["content-length"] == str(len(request.content))
     assert not {"authorization", "apikey", "cookie"} & set(request.headers)
     # Two minutes of silence are normal for a long text.
-    assert {name: request.extensions["timeout"][name] for name in ("connect", "read")} == {"connect": 10, "read": 120}
+    assert {name: request.extensions["timeout"][name] for name in ("connect", "read")} == {
+        "connect": 10,
+        "read": 120,
+    }
 
 
 # Every format
 
 
 @pytest.mark.parametrize("output_format", FORMATS)
-async def test_every_format_is_asked_for_and_taken(elevenlabs, monkeypatch, output_format):
-    """Speech comes back as a file that plays: files as they came, raw samples, nine of 28 formats, as WAV."""
+async def test_every_output_format_is_requested_and_accepted(
+    elevenlabs, monkeypatch, output_format
+):
+    """Files are kept as they are; raw samples, nine of the 28 formats, become WAV files."""
     assert (len(FORMATS), len(set(FORMATS)), len(RAW_FORMATS)) == (28, 28, 9)
     use_settings(monkeypatch, TTS_OUTPUT_FORMAT=output_format)
     sent = as_sent(output_format)
@@ -93,8 +112,8 @@ async def test_every_format_is_asked_for_and_taken(elevenlabs, monkeypatch, outp
     ],
 )
 @pytest.mark.parametrize("length", [2, 7, 8, 1001])
-def test_the_header_says_what_follows(codec, rate, fmt, length):
-    """Format and number of samples; a last byte is left out, since a chunk has an even length."""
+def test_the_wav_header_describes_the_samples(codec, rate, fmt, length):
+    """It has the format and the number of samples; an odd last byte is dropped, since chunks have an even length."""
     sent = (bytes(range(1, 256)) * 4)[:length]
     kept = sent[: length // 2 * 2]
     file = main.with_wav_header(sent, codec, rate)
@@ -116,80 +135,105 @@ def test_the_header_says_what_follows(codec, rate, fmt, length):
         ("alaw_8000", "wav", "audio/wav"),
     ],
 )
-async def test_how_speech_is_stored(client, monkeypatch, output_format, extension, content_type):
-    """Under a fresh name with the right extension and type; ffmpeg is told the same."""
+async def test_speech_is_stored_with_its_extension_and_type(
+    client, monkeypatch, output_format, extension, content_type
+):
+    """Under a new name, with the extension and content type of its format; ffmpeg gets the same format."""
     use_settings(monkeypatch, TTS_OUTPUT_FORMAT=output_format)
     with respx.mock(assert_all_called=False) as router:
         router.route(url=PICTURE_URL).respond(200)
         router.post(url__startswith=ELEVEN_URL).respond(200, content=as_sent(output_format))
-        upload = router.post(url__startswith=SUPABASE_URL).respond(200, json={"Key": "pets/audio/x"})
+        upload = router.post(url__startswith=SUPABASE_URL).respond(
+            200, json={"Key": "pets/audio/x"}
+        )
         router.get(url__startswith=SUPABASE_URL).respond(200, content=as_sent(output_format))
         router.post(url__startswith=REPLICATE_URL).respond(402)
         partial = (await client.post("/jobs_prompt_tts", json=JOB)).json()["partial"]
     request = upload.calls.last.request
-    assert re.fullmatch(rf"/storage/v1/object/pets/audio/[0-9a-f-]{{36}}\.{extension}", request.url.path)
+    assert re.fullmatch(
+        rf"/storage/v1/object/pets/audio/[0-9a-f-]{{36}}\.{extension}", request.url.path
+    )
     assert request.headers["content-type"] == content_type
     assert partial == {"audio_url": str(request.url).replace("/object/", "/object/public/")}
     assert main.speech_format().extension == extension
 
 
-# What is no speech
+# Responses that are not speech
 
 
 @pytest.mark.parametrize(
-    "output_format", ["mp3_44100_64", "wav_24000", "opus_48000_64", "pcm_16000", "ulaw_8000", "alaw_8000"]
+    "output_format",
+    ["mp3_44100_64", "wav_24000", "opus_48000_64", "pcm_16000", "ulaw_8000", "alaw_8000"],
 )
 @pytest.mark.parametrize(
     "body",
-    [b"", HTML, b"\r\n <html lang=en>", b'{"detail": {"status": "quota_exceeded"}}', b'\n{\n  "detail": "no"}'],
+    [
+        b"",
+        HTML,
+        b"\r\n <html lang=en>",
+        b'{"detail": {"status": "quota_exceeded"}}',
+        b'\n{\n  "detail": "no"}',
+    ],
 )
-async def test_what_is_no_speech_is_refused(elevenlabs, monkeypatch, output_format, body):
-    """A 200 is not enough: it is neither stored nor muxed, and no video is bought."""
+async def test_a_200_without_speech_is_rejected(elevenlabs, monkeypatch, output_format, body):
+    """It is neither stored nor muxed, and no video is paid for."""
     use_settings(monkeypatch, TTS_OUTPUT_FORMAT=output_format)
     elevenlabs.respond(200, content=body, content_type="audio/mpeg")
-    error = await error_of(spoken())
-    assert told(error) == (500, "provider", "elevenlabs")
+    error = await error_from(spoken())
+    assert error_kind(error) == (500, "provider", "elevenlabs")
     assert error.detail == f"ElevenLabs answered without speech in the format {output_format}."
 
 
 @pytest.mark.parametrize(
     ("asked", "came"),
-    [("wav_44100", "mp3_44100_64"), ("opus_48000_64", "mp3_44100_64"), ("mp3_44100_64", "wav_8000")],
+    [
+        ("wav_44100", "mp3_44100_64"),
+        ("opus_48000_64", "mp3_44100_64"),
+        ("mp3_44100_64", "wav_8000"),
+    ],
 )
-def test_another_format_than_asked_for_is_refused(asked, came):
+def test_a_format_that_was_not_requested_is_rejected(asked, came):
     """The stored file would have the wrong name and type."""
     with pytest.raises(main.ProviderFailed, match=f"without speech in the format {asked}"):
-        main.playable(as_sent(came), asked)
+        main.validate_speech(as_sent(came), asked)
 
 
-@pytest.mark.parametrize("sync", [b"ID3", *(b"\xff" + bytes([sync]) for sync in b"\xfb\xfa\xf3\xf2\xe3\xe2")])
+@pytest.mark.parametrize(
+    "sync", [b"ID3", *(b"\xff" + bytes([sync]) for sync in b"\xfb\xfa\xf3\xf2\xe3\xe2")]
+)
 def test_mp3_begins_with_a_tag_or_a_frame(sync):
-    """Layer III of MPEG 1, 2 and 2.5, with and without a checksum."""
-    assert main.playable(sync + bytes(100), "mp3_44100_64") == sync + bytes(100)
+    """Layer III of MPEG 1, 2 and 2.5, with and without a checksum, is accepted."""
+    assert main.validate_speech(sync + bytes(100), "mp3_44100_64") == sync + bytes(100)
 
 
-@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/html"}, {"Content-Type": "audio/L16;rate=16000"}])
-async def test_the_bytes_decide_not_the_content_type(elevenlabs, headers):
-    """ElevenLabs documents audio/mpeg for whatever it sends."""
+@pytest.mark.parametrize(
+    "headers", [{}, {"Content-Type": "text/html"}, {"Content-Type": "audio/L16;rate=16000"}]
+)
+async def test_the_bytes_decide_and_not_the_content_type(elevenlabs, headers):
+    """ElevenLabs documents audio/mpeg for every format."""
     elevenlabs.respond(200, content=b"ID3speech", headers=headers)
     assert await spoken() == b"ID3speech"
 
 
-@pytest.mark.parametrize(("output_format", "start"), [("mp3_44100_64", b"ID3"), ("pcm_48000", b"\1\2\3")])
+@pytest.mark.parametrize(
+    ("output_format", "start"), [("mp3_44100_64", b"ID3"), ("pcm_48000", b"\1\2\3")]
+)
 @pytest.mark.parametrize(("size", "is_taken"), [(9_500_000, True), (9_500_001, False)])
-async def test_speech_of_9_500_000_bytes_is_the_most(elevenlabs, monkeypatch, output_format, start, size, is_taken):
-    """One byte more is a 400 that says what to do."""
+async def test_speech_over_9_500_000_bytes_is_rejected(
+    elevenlabs, monkeypatch, output_format, start, size, is_taken
+):
+    """One byte more is a 400 that asks for a shorter text."""
     use_settings(monkeypatch, TTS_OUTPUT_FORMAT=output_format)
     elevenlabs.respond(200, content=start.ljust(size, b"\1"))
     if is_taken:
         assert len(await spoken()) >= size
         return
-    error = await error_of(spoken())
-    assert told(error) == (400, "resource", "elevenlabs")
+    error = await error_from(spoken())
+    assert error_kind(error) == (400, "resource", "elevenlabs")
     assert error.detail == "The speech is larger than 9.5 MB; use a shorter text."
 
 
-# What ElevenLabs refuses
+# Error statuses
 
 
 REFUSALS = [  # what it is, the status, that of our answer, whether it can pass
@@ -210,13 +254,16 @@ REFUSALS = [  # what it is, the status, that of our answer, whether it can pass
 ]
 
 
-@pytest.mark.parametrize(("status", "outcome", "retryable"), rows(REFUSALS))
-async def test_every_refusal(elevenlabs, status, outcome, retryable):
-    """What is wrong with the text or voice is a 400; all else a 500. Either way in ElevenLabs' own words."""
+@pytest.mark.parametrize(("status", "outcome", "retryable"), cases(REFUSALS))
+async def test_every_error_status_of_elevenlabs(elevenlabs, status, outcome, retryable):
+    """An error about text or voice is a 400, every other one a 500, both in ElevenLabs' own words."""
     body = {"detail": {"status": "any", "message": "Because."}}
-    headers = {"Location": "https://elsewhere.example/", "Retry-After": "3600"}  # a wait that no call makes
+    headers = {
+        "Location": "https://elsewhere.example/",
+        "Retry-After": "3600",
+    }  # a wait that no call makes
     elevenlabs.respond(status, json=body, headers=headers)
-    error = await error_of(spoken())
-    assert (*told(error), error.retryable) == (outcome, "provider", "elevenlabs", retryable)
+    error = await error_from(spoken())
+    assert (*error_kind(error), error.retryable) == (outcome, "provider", "elevenlabs", retryable)
     assert error.detail.startswith(f"ElevenLabs answered {status}: Because.")
     assert elevenlabs.call_count == 1

@@ -1,4 +1,4 @@
-"""ffmpeg: video and speech put together, measured on real media; and what a bad video or a cancelled job must not do."""
+"""ffmpeg: muxing measured on real media, unusable media, limits of time and memory, and cancelled processes."""
 
 import asyncio
 import os
@@ -20,9 +20,10 @@ import imageio_ffmpeg  # type: ignore[import-untyped]
 import pytest
 
 import main
-from tests import jobs, network
-from tests.jobs import needs_proc
-from tests.network import reply
+from tests.support import network, processes
+from tests.support.application import in_lifespan
+from tests.support.network import reply
+from tests.support.processes import needs_proc
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("_no_child_left")]
 
@@ -31,7 +32,7 @@ serve = network.serve
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 CANNOT_USE = "Video and speech could not be put together; ffmpeg cannot use one of them."
 NO_VIDEO = "What the model made is not an MP4 video."
-BREAKS_OFF = "The video that the model made breaks off."
+BREAKS_OFF = "The video that the model made is cut off."
 SPEECH_HZ, VIDEO_HZ = 440, 1000  # the tones of our speech, and of a video that brings its own sound
 
 
@@ -43,7 +44,7 @@ def ffmpeg(*arguments: object) -> "subprocess.CompletedProcess[bytes]":
 
 def children() -> set[int]:
     """The ffmpeg processes that this one has started and not yet reaped."""
-    return set(jobs.children(os.getpid(), "ffmpeg"))
+    return set(processes.children(os.getpid(), "ffmpeg"))
 
 
 @pytest.fixture
@@ -53,10 +54,21 @@ def _no_child_left() -> Iterator[None]:
     assert children() == set()  # where there is no /proc: always
 
 
+async def mux(video: Path, speech: Path, final: Path, fit: main.Fit = "shortest") -> None:
+    """Put video and speech together as a job does, inside the application's lifespan."""
+    await in_lifespan(main.mux_video_audio(video, speech, final, fit))
+
+
 # Media to put together
 
 RAW = {"pcm": "s16le", "ulaw": "mulaw", "alaw": "alaw"}
-ENCODERS = {"pcm": "pcm_s16le", "wav": "pcm_s16le", "ulaw": "pcm_mulaw", "alaw": "pcm_alaw", "opus": "libopus"}
+ENCODERS = {
+    "pcm": "pcm_s16le",
+    "wav": "pcm_s16le",
+    "ulaw": "pcm_mulaw",
+    "alaw": "pcm_alaw",
+    "opus": "libopus",
+}
 
 
 class Video(NamedTuple):
@@ -83,8 +95,23 @@ class Studio:
         path = self.file("video", *video, ".mp4")
         if not path.exists():
             picture = ("-f", "lavfi", "-i", f"testsrc2=s=160x120:r={video.fps}:d={video.seconds}")
-            sound = ("-f", "lavfi", "-i", f"sine={VIDEO_HZ}:d={video.sound_s}", "-c:a", "aac") if video.sound_s else ()
-            encoder = ("-c:v", "libx264", "-preset", "veryfast", "-bf", "2", "-g", "30", "-pix_fmt", "yuv420p")
+            sound = (
+                ("-f", "lavfi", "-i", f"sine={VIDEO_HZ}:d={video.sound_s}", "-c:a", "aac")
+                if video.sound_s
+                else ()
+            )
+            encoder = (
+                "-c:v",
+                "libx264",
+                "-preset",
+                "veryfast",
+                "-bf",
+                "2",
+                "-g",
+                "30",
+                "-pix_fmt",
+                "yuv420p",
+            )
             ffmpeg(*picture, *sound, *encoder, *video.options, path)
         return path
 
@@ -98,14 +125,14 @@ class Studio:
             muxer = RAW.get(codec, "ogg" if codec == "opus" else codec)
             tone = ("-f", "lavfi", "-i", f"sine={SPEECH_HZ}:d={seconds}:r={rate}")
             ffmpeg(*tone, "-ac", "1", "-ar", rate, *encoder, *bitrate, "-f", muxer, path)
-            path.write_bytes(main.playable(path.read_bytes(), output_format))
+            path.write_bytes(main.validate_speech(path.read_bytes(), output_format))
         return path
 
     async def clip(self, video: Video, speech_s: float, fit: main.Fit) -> Path:
         """Both put together by the service."""
         path = self.file("clip", *video, speech_s, fit, ".mp4")
         if not path.exists():
-            await main.mux_video_audio(self.video(video), self.speech(speech_s), path, fit)
+            await mux(self.video(video), self.speech(speech_s), path, fit)
         return path
 
 
@@ -138,18 +165,26 @@ class Clip:
 
     def __init__(self, path: Path) -> None:
         read = ffmpeg("-i", path, "-map", "0", "-c", "copy", "-f", "framecrc", "-")
-        told = read.stderr.decode()
-        hours, minutes, seconds = re.findall(r"Duration: (\d+):(\d+):([\d.]+)", told)[0]
+        report = read.stderr.decode()
+        hours, minutes, seconds = re.findall(r"Duration: (\d+):(\d+):([\d.]+)", report)[0]
         self.seconds = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        inputs = told.partition("Output #0")[0]
+        inputs = report.partition("Output #0")[0]
         self.streams = re.findall(r"Stream #0:\d.*?: ((?:Video|Audio|Subtitle|Data): \w+)", inputs)
         self.packets: list[list[Packet]] = [[] for _ in self.streams]
         lines = read.stdout.decode().replace(" ", "").splitlines()
-        base = [int(tb[1]) / int(tb[2]) for line in lines if (tb := re.match(r"#tb\d+:(\d+)/(\d+)", line))]
-        for stream, dts, pts, duration, _, checksum, *_ in (line.split(",") for line in lines if line[0] != "#"):
+        base = [
+            int(tb[1]) / int(tb[2])
+            for line in lines
+            if (tb := re.match(r"#tb\d+:(\d+)/(\d+)", line))
+        ]
+        for stream, dts, pts, duration, _, checksum, *_ in (
+            line.split(",") for line in lines if line[0] != "#"
+        ):
             times = (int(value) * base[int(stream)] for value in (dts, pts, duration))
             self.packets[int(stream)].append(Packet(*times, checksum))
-        self.ends = [max(packet.pts + packet.seconds for packet in packets) for packets in self.packets]
+        self.ends = [
+            max(packet.pts + packet.seconds for packet in packets) for packets in self.packets
+        ]
         self.checksums = [packet.checksum for packet in self.packets[0]]
 
 
@@ -157,7 +192,7 @@ seen = lru_cache(Clip)  # for what the studio keeps
 
 
 def complaints(path: Path) -> str:
-    """What ffmpeg has to say when it decodes a whole file."""
+    """What ffmpeg warns of when it decodes a whole file."""
     return ffmpeg("-v", "warning", "-i", path, "-f", "null", "-").stderr.decode()
 
 
@@ -177,15 +212,22 @@ class Sound:
 
 USUAL = Video()
 SOUNDING = Video(6, "24", sound_s=8)
-VIDEOS = {"B-frames": USUAL, "30000/1001": Video(6.006, "30000/1001"), "16 fps": Video(6, "16"), "own sound": SOUNDING}
+VIDEOS = {
+    "B-frames": USUAL,
+    "30000/1001": Video(6.006, "30000/1001"),
+    "16 fps": Video(6, "16"),
+    "own sound": SOUNDING,
+}
 EVERY_FIT = pytest.mark.parametrize("fit", ["shortest", "video", "speech"])
 EVERY_VIDEO = pytest.mark.parametrize("video", VIDEOS.values(), ids=VIDEOS)
 
 
 @EVERY_FIT
 def test_only_files_are_opened_and_no_format_is_guessed(fit):
-    """Both inputs have their demuxer forced and may open nothing but files; all paths are marked as files."""
-    arguments = main.mux_arguments(Path("/f/video"), Path("/f/speech"), "ogg", fit, Path("/f/final"))
+    """Both inputs have a fixed demuxer and may open files only; every path has the prefix file:."""
+    arguments = main.mux_arguments(
+        Path("/f/video"), Path("/f/speech"), "ogg", fit, Path("/f/final")
+    )
     video, speech, outputs = " ".join(arguments).split(" -i ")
     assert video.endswith(" -f mov")
     assert speech.startswith("file:/f/video ")
@@ -198,8 +240,14 @@ def test_only_files_are_opened_and_no_format_is_guessed(fit):
 @pytest.mark.parametrize(
     ("video", "speech_s", "fit", "seconds"),
     [
-        *(pytest.param(video, 9, "speech", 9.5, id=f"9 s speech, {name}") for name, video in VIDEOS.items()),
-        *(pytest.param(video, 9, "shortest", 6.0, id=f"9 s shortest, {name}") for name, video in VIDEOS.items()),
+        *(
+            pytest.param(video, 9, "speech", 9.5, id=f"9 s speech, {name}")
+            for name, video in VIDEOS.items()
+        ),
+        *(
+            pytest.param(video, 9, "shortest", 6.0, id=f"9 s shortest, {name}")
+            for name, video in VIDEOS.items()
+        ),
         pytest.param(SOUNDING, 9, "video", 6.0, id="9 s video, own sound"),
         pytest.param(SOUNDING, 3, "shortest", 3.5, id="3 s shortest, own sound"),
         pytest.param(SOUNDING, 3, "video", 6.0, id="3 s video, own sound"),
@@ -209,7 +257,7 @@ def test_only_files_are_opened_and_no_format_is_guessed(fit):
         pytest.param(Video(0.04), 3, "speech", 3.5, id="a video of one picture"),
     ],
 )
-async def test_fits(video, speech_s, fit, seconds, studio):
+async def test_fit_decides_what_ends_the_clip(video, speech_s, fit, seconds, studio):
     """The clip, its picture and its sound all end where `fit` says."""
     clip = seen(await studio.clip(video, speech_s, fit))
     assert clip.seconds == pytest.approx(seconds, abs=0.1)
@@ -217,25 +265,33 @@ async def test_fits(video, speech_s, fit, seconds, studio):
     assert clip.streams == ["Video: h264", "Audio: aac"]
 
 
-async def test_a_fit_holds_every_time(studio, tmp_path):
-    """ffmpeg's threads may run in any order: the clip's length does not depend on it."""
-    video, speech, finals = studio.video(VIDEOS["16 fps"]), studio.speech(9), [tmp_path / f"{n}.mp4" for n in range(6)]
+async def test_the_length_of_a_clip_is_the_same_every_time(studio, tmp_path):
+    """It does not depend on the order in which ffmpeg's threads run."""
+    video, speech, finals = (
+        studio.video(VIDEOS["16 fps"]),
+        studio.speech(9),
+        [tmp_path / f"{n}.mp4" for n in range(6)],
+    )
     async with main.lifespan(main.app):
-        await asyncio.gather(*(main.mux_video_audio(video, speech, final, "speech") for final in finals))
+        await asyncio.gather(
+            *(main.mux_video_audio(video, speech, final, "speech") for final in finals)
+        )
     assert [Clip(final).seconds for final in finals] == pytest.approx([9.5] * len(finals), abs=0.1)
 
 
 @EVERY_VIDEO
 async def test_the_picture_is_copied_bit_by_bit(video, studio):
-    """Every packet of the video is in the clip, in its order, at its time."""
+    """Every packet of the video is in the clip, in its order and at its time."""
     source, clip = seen(studio.video(video)), seen(await studio.clip(video, 9, "shortest"))
     assert clip.checksums == source.checksums
-    assert [packet.pts for packet in clip.packets[0]] == pytest.approx([packet.pts for packet in source.packets[0]])
+    assert [packet.pts for packet in clip.packets[0]] == pytest.approx(
+        [packet.pts for packet in source.packets[0]]
+    )
 
 
 @EVERY_VIDEO
 async def test_a_repeated_video_runs_steadily(video, studio):
-    """Where the video begins again, no picture is dropped, doubled or late, and nothing complains."""
+    """Where the video starts again, no frame is dropped, doubled or late, and ffmpeg prints no warning."""
     path = await studio.clip(video, 9, "speech")
     source, clip = seen(studio.video(video)), seen(path)
     shown = sorted(packet.pts for packet in clip.packets[0])
@@ -249,7 +305,7 @@ async def test_a_repeated_video_runs_steadily(video, studio):
 
 @EVERY_FIT
 async def test_the_speech_starts_half_a_second_in(fit, studio):
-    """Silence first, then the whole speech, then silence; players complain of nothing, and find the index at once."""
+    """Silence, the whole speech, silence; the file decodes without a warning and its index comes first."""
     path = await studio.clip(USUAL, 3, fit)
     sound, data = Sound(path), path.read_bytes()
     assert (sound.starts_s, sound.ends_s) == pytest.approx((0.5, 3.5), abs=0.06)
@@ -259,19 +315,31 @@ async def test_the_speech_starts_half_a_second_in(fit, studio):
 
 async def test_a_videos_own_sound_is_not_heard(studio):
     """Of the two tones only the speech's is in the clip."""
-    own, heard = Sound(studio.video(SOUNDING)), Sound(await studio.clip(SOUNDING, 9, "shortest"))
-    assert (own.hz, heard.hz) == pytest.approx((VIDEO_HZ, SPEECH_HZ), rel=0.02)
+    own, request_heads = (
+        Sound(studio.video(SOUNDING)),
+        Sound(await studio.clip(SOUNDING, 9, "shortest")),
+    )
+    assert (own.hz, request_heads.hz) == pytest.approx((VIDEO_HZ, SPEECH_HZ), rel=0.02)
 
 
 @pytest.mark.parametrize(
     "output_format",
-    ["mp3_22050_32", "mp3_44100_192", "opus_48000_32", "pcm_8000", "pcm_44100", "wav_48000", "ulaw_8000", "alaw_8000"],
+    [
+        "mp3_22050_32",
+        "mp3_44100_192",
+        "opus_48000_32",
+        "pcm_8000",
+        "pcm_44100",
+        "wav_48000",
+        "ulaw_8000",
+        "alaw_8000",
+    ],
 )
-async def test_every_kind_of_speech_is_understood(output_format, studio, final, monkeypatch):
-    """Speech in any format that ElevenLabs sends is heard in the clip at its time."""
+async def test_every_format_of_speech_is_muxed(output_format, studio, final, monkeypatch):
+    """Speech in each codec that ElevenLabs sends is heard in the clip at its time."""
     monkeypatch.setenv("TTS_OUTPUT_FORMAT", output_format)
     main.get_settings.cache_clear()
-    await main.mux_video_audio(studio.video(), studio.speech(1, output_format), final)
+    await mux(studio.video(), studio.speech(1, output_format), final)
     sound = Sound(final)
     assert (sound.starts_s, sound.ends_s) == pytest.approx((0.5, 1.5), abs=0.06)
     assert sound.hz == pytest.approx(SPEECH_HZ, rel=0.02)
@@ -286,40 +354,57 @@ async def test_every_kind_of_speech_is_understood(output_format, studio, final, 
         pytest.param(lambda speech: speech + speech, 6.0, id="two pieces"),
     ],
 )
-async def test_speech_with_something_beside_it_is_heard(around, ends_s, studio, final, tmp_path):
+async def test_slightly_damaged_speech_is_muxed(around, ends_s, studio, final, tmp_path):
     """Speech that every player plays does not cost the video that was paid for."""
     speech = tmp_path / "speech"
     speech.write_bytes(around(studio.speech(3).read_bytes()))
-    await main.mux_video_audio(studio.video(), speech, final)
+    await mux(studio.video(), speech, final)
     assert Sound(final).ends_s == pytest.approx(ends_s, abs=0.1)
 
 
-@pytest.mark.parametrize("name", ["-y", "concat:a|b 'c' \"d\" $(e) %03d späße\n"], ids=["option", "all else"])
-async def test_the_names_of_files_do_not_matter(name, studio, tmp_path):
-    """No path is read as an option, an address, a pattern or a command."""
+@pytest.mark.parametrize(
+    "name", ["-y", "concat:a|b 'c' \"d\" $(e) %03d späße\n"], ids=["option", "all else"]
+)
+async def test_file_names_are_not_interpreted(name, studio, tmp_path):
+    """No path is read as an option, a URL, a pattern or a command."""
     folder = tmp_path / name
     folder.mkdir()
     video = folder / name
     video.write_bytes(studio.video().read_bytes())
-    await main.mux_video_audio(video, studio.speech(3), folder / f"{name}.final")
+    await mux(video, studio.speech(3), folder / f"{name}.final")
     assert Clip(folder / f"{name}.final").seconds == pytest.approx(3.5, abs=0.1)
 
 
 # Media that cannot be used
 
-NOISE = array("I", (n * 2_654_435_761 >> 7 & 0xFFFFFFFF for n in range(12_500))).tobytes()  # the same each time
+NOISE = array(
+    "I", (n * 2_654_435_761 >> 7 & 0xFFFFFFFF for n in range(12_500))
+).tobytes()  # the same each time
 HLS, CONCAT = "#EXTM3U\n#EXTINF:5,\n{}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {}\n"
 INDEX_FIRST = Video(options=("-movflags", "+faststart"))
 # A box whose length has 64 bits, and one that goes on to the end of the file.
-ODD_BOXES = struct.pack(">I4sQ", 1, b"free", 20) + b"long" + struct.pack(">I4s", 0, b"free") + b"rest"
+ODD_BOXES = (
+    struct.pack(">I4sQ", 1, b"free", 20) + b"long" + struct.pack(">I4s", 0, b"free") + b"rest"
+)
 TONE, SOUND_FILE = ("-f", "lavfi", "-i", "sine=1000:d=1"), ("-c:a", "aac")
-COVER = ("-f", "lavfi", "-i", "color=red:s=64x64", "-frames:v", 1, "-c:v", "mjpeg", "-disposition:v:0", "attached_pic")
+COVER = (
+    "-f",
+    "lavfi",
+    "-i",
+    "color=red:s=64x64",
+    "-frames:v",
+    1,
+    "-c:v",
+    "mjpeg",
+    "-disposition:v:0",
+    "attached_pic",
+)
 
 
 async def refusal(video: Path, speech: Path, final: Path, fit: main.Fit = "shortest") -> str:
     """What is said of media that cannot be used: a failed resource, and nothing of this machine in the clip."""
     with pytest.raises(main.ResourceFailed) as failed:
-        await main.mux_video_audio(video, speech, final, fit)
+        await mux(video, speech, final, fit)
     assert not failed.value.retryable
     assert not final.exists() or b"root:" not in final.read_bytes()
     return failed.value.detail
@@ -332,18 +417,22 @@ async def refusal(video: Path, speech: Path, final: Path, fit: main.Fit = "short
         pytest.param(b"<html><body><h1>404 Not Found</h1></body></html>", NO_VIDEO, id="HTML"),
         pytest.param(NOISE, NO_VIDEO, id="noise"),
         pytest.param(bytes(50_000), NO_VIDEO, id="zeros"),
-        pytest.param(b"\0\0\0\x20ftypisom" + NOISE, BREAKS_OFF, id="noise that begins like a video"),
+        pytest.param(
+            b"\0\0\0\x20ftypisom" + NOISE, BREAKS_OFF, id="noise that begins like a video"
+        ),
         pytest.param(b"\0\0\0\x08ftyp\0\0\0\0mdat" + NOISE, CANNOT_USE, id="noise in a box"),
         pytest.param(HLS.format("file:///etc/passwd").encode(), NO_VIDEO, id="HLS of a file"),
         pytest.param(CONCAT.format("/etc/passwd").encode(), NO_VIDEO, id="ffconcat of a file"),
         # only a picture in an MP4 is a video, whatever ffmpeg could read
         pytest.param((*TONE, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound alone"),
-        pytest.param((*TONE, *COVER, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound with a cover picture"),
+        pytest.param(
+            (*TONE, *COVER, *SOUND_FILE, "-f", "mp4"), CANNOT_USE, id="sound with a cover picture"
+        ),
         pytest.param((*TONE, *SOUND_FILE, "-f", "matroska"), NO_VIDEO, id="another container"),
     ],
 )
-async def test_what_is_no_media_is_refused(content, reason, studio, final, tmp_path):
-    """Whatever came in place of video or speech, sound for a video or an MP4 for speech: none of it becomes a clip."""
+async def test_files_that_are_not_media_are_rejected(content, reason, studio, final, tmp_path):
+    """Neither as the video nor as the speech do they become a clip."""
     media = tmp_path / "media"
     if isinstance(content, bytes):
         media.write_bytes(content)
@@ -355,7 +444,7 @@ async def test_what_is_no_media_is_refused(content, reason, studio, final, tmp_p
 
 @pytest.mark.parametrize("playlist", [HLS, CONCAT], ids=["HLS", "ffconcat"])
 async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path):
-    """In place of video or speech it would open other files, or connect to others, had ffmpeg a choice."""
+    """A playlist in place of video or speech makes ffmpeg open no other file and no connection."""
     video, speech, media = studio.video(), studio.speech(3), tmp_path / "media.mp4"
     server = serve({"/a.mp4": reply(200, video.read_bytes())})
     (tmp_path / "secret.mp4").write_bytes(video.read_bytes())
@@ -364,7 +453,7 @@ async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path
         for inputs in ((media, speech), (video, media)):
             with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
                 await main.run_ffmpeg(main.mux_arguments(*inputs, "mp3", "speech", final), 10)
-    assert server.was_silent()
+    assert server.was_never_contacted()
 
 
 @pytest.mark.parametrize(
@@ -374,27 +463,37 @@ async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path
         pytest.param(INDEX_FIRST, 0.5, b"", False, id="index first, half"),
         pytest.param(INDEX_FIRST, 0.9999, b"", False, id="index first, nearly whole"),
         pytest.param(INDEX_FIRST, 0.01, b"", False, id="index cut"),
-        pytest.param(USUAL, 1, struct.pack(">I4sQ", 1, b"free", 1000) + b"less", False, id="a length in 64 bits"),
-        pytest.param(INDEX_FIRST, 1, ODD_BOXES, True, id="index first, and boxes of unusual length"),
-        pytest.param(Video(options=("-movflags", "+frag_keyframe+empty_moov")), 1, b"", True, id="fragments"),
+        pytest.param(
+            USUAL,
+            1,
+            struct.pack(">I4sQ", 1, b"free", 1000) + b"less",
+            False,
+            id="a length in 64 bits",
+        ),
+        pytest.param(
+            INDEX_FIRST, 1, ODD_BOXES, True, id="index first, and boxes of unusual length"
+        ),
+        pytest.param(
+            Video(options=("-movflags", "+frag_keyframe+empty_moov")), 1, b"", True, id="fragments"
+        ),
         pytest.param(Video(options=("-brand", "qt  ")), 1, b"", True, id="QuickTime"),
     ],
 )
-async def test_a_whole_video_is_taken_and_one_that_breaks_off_is_not(
+async def test_a_truncated_video_is_rejected_and_a_complete_one_is_not(
     video, share, more, is_whole, studio, final, tmp_path
 ):
-    """However an MP4 file is laid out; half a video is not passed on as a short one."""
+    """However the MP4 file is laid out, half a video does not become a short one."""
     whole, given = studio.video(video).read_bytes(), tmp_path / "video.mp4"
     given.write_bytes(whole[: int(len(whole) * share)] + more)
     if is_whole:
-        await main.mux_video_audio(given, studio.speech(3), final)
+        await mux(given, studio.speech(3), final)
         assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
     else:
         assert await refusal(given, studio.speech(9), final) == BREAKS_OFF
 
 
 async def test_a_video_of_many_boxes_is_not_read_to_its_end(studio, final, tmp_path):
-    """A file made to be slow to look through costs a moment."""
+    """A file of millions of boxes, made to be slow to check, is rejected within a second."""
     video = tmp_path / "video.mp4"
     video.write_bytes(struct.pack(">I4s", 8, b"ftyp") + struct.pack(">I4s", 8, b"free") * 4_000_000)
     began = time.process_time()
@@ -403,21 +502,45 @@ async def test_a_video_of_many_boxes_is_not_read_to_its_end(studio, final, tmp_p
 
 
 async def test_a_heavy_video_does_not_fill_the_disk(studio, final, tmp_path):
-    """A fifth of a second of 10 MB repeats until the clip has 100 MB, not until the speech has ended."""
+    """A short video of many bytes repeats until the clip has 100 MB, not until the speech ends."""
     video = tmp_path / "video.mp4"
     noise = "nullsrc=s=1280x720:r=25:d=0.2,noise=alls=100:allf=t"
     ffmpeg(
-        "-f", "lavfi", "-i", noise, "-c:v", "libx264", "-preset", "ultrafast", "-qp", 0, "-pix_fmt", "yuv420p", video
+        "-f",
+        "lavfi",
+        "-i",
+        noise,
+        "-c:v",
+        "libx264",
+        "-preset",
+        "ultrafast",
+        "-qp",
+        0,
+        "-pix_fmt",
+        "yuv420p",
+        video,
     )
     assert video.stat().st_size > 2_500_000
-    assert await refusal(video, studio.speech(9), final, "speech") == "The talking video is larger than 100 MB."
+    assert (
+        await refusal(video, studio.speech(9), final, "speech")
+        == "The final video is larger than 100 MB."
+    )
     assert final.stat().st_size < 130_000_000
 
 
 def test_a_huge_frame_does_not_fill_the_memory(studio, final, tmp_path):
-    """A video of 8192 x 8200 pixels costs ffmpeg hardly more memory than a usual one, whether it can be used or not."""
+    """A video of 8192 x 8200 pixels needs hardly more memory than a usual one."""
     video = tmp_path / "video.mp4"
-    encoder = ("-c:v", "libx264", "-preset", "ultrafast", "-tune", "zerolatency", "-pix_fmt", "gray")
+    encoder = (
+        "-c:v",
+        "libx264",
+        "-preset",
+        "ultrafast",
+        "-tune",
+        "zerolatency",
+        "-pix_fmt",
+        "gray",
+    )
     ffmpeg("-f", "lavfi", "-i", "color=s=8192x8200:r=1", "-frames:v", 1, *encoder, video)
     # In a process of its own: the largest child counts, and the encoder above was larger.
     program = (
@@ -425,8 +548,10 @@ def test_a_huge_frame_does_not_fill_the_memory(studio, final, tmp_path):
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     mux = [FFMPEG, *main.mux_arguments(video, studio.speech(3), "mp3", "shortest", final)]
-    told = subprocess.run([sys.executable, "-c", program, *mux], capture_output=True, check=True, timeout=60)
-    assert int(told.stdout) * (1 if sys.platform == "darwin" else 1024) < 110_000_000
+    measured = subprocess.run(
+        [sys.executable, "-c", program, *mux], capture_output=True, check=True, timeout=60
+    )
+    assert int(measured.stdout) * (1 if sys.platform == "darwin" else 1024) < 110_000_000
 
 
 # The process
@@ -451,19 +576,21 @@ def silent_speech(tmp_path: Path) -> Path:
 
 
 @needs_proc
-async def test_the_time_limit_kills(studio, final, silent_speech, monkeypatch):
-    """What is not put together in a minute never will be: it is ended, reaped, and told as a failed resource."""
+async def test_the_time_limit_kills_ffmpeg(studio, final, silent_speech, monkeypatch):
+    """After FFMPEG_TIMEOUT_S the process is killed and reaped, and the job gets a resource error."""
     assert main.FFMPEG_TIMEOUT_S == 60
     monkeypatch.setattr(main, "FFMPEG_TIMEOUT_S", 0.2)
     began = time.monotonic()
-    with pytest.raises(main.ResourceFailed, match=r"^The video could not be put together within 0\.2 s\.$"):
-        await asyncio.wait_for(main.mux_video_audio(studio.video(), silent_speech, final), 5)
+    with pytest.raises(
+        main.ResourceFailed, match=r"^The video could not be put together within 0\.2 s\.$"
+    ):
+        await asyncio.wait_for(mux(studio.video(), silent_speech, final), 5)
     assert time.monotonic() - began < 2
 
 
 @needs_proc
 async def test_a_call_can_be_cancelled_at_any_moment():
-    """Whether it runs or is just being started: no ffmpeg is left behind, and the job stays cancelled."""
+    """While it runs or is being started: no ffmpeg is left, and the task ends cancelled."""
     for moment in range(25):
         task = asyncio.create_task(main.run_ffmpeg(ENDLESS, 60))
         for _ in range(moment):
@@ -491,8 +618,8 @@ def _open_stdin() -> Iterator[None]:
 
 @needs_proc
 @pytest.mark.usefixtures("_open_stdin")
-async def test_the_process_shares_nothing_with_the_service(monkeypatch):
-    """No key reaches ffmpeg, it reads no input, and Ctrl-C in a terminal, which lets jobs finish, does not end it."""
+async def test_ffmpeg_shares_nothing_with_the_service(monkeypatch):
+    """It gets no key and no input, and Ctrl-C in a terminal does not reach it."""
     monkeypatch.setenv("ELEVEN_API_KEY", "eleven-key")
     task = asyncio.create_task(main.run_ffmpeg(ENDLESS, 60))
     [pid] = await started()
@@ -506,22 +633,36 @@ async def test_the_process_shares_nothing_with_the_service(monkeypatch):
     assert (session, stdin) == (pid, "/dev/null")
 
 
-async def test_what_went_wrong_stands_in_the_log(caplog):
-    """The caller is told that it failed, whoever runs the service why."""
+async def test_ffmpegs_error_is_logged(caplog):
+    """The client gets a general message, the log ffmpeg's own."""
     with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
         await main.run_ffmpeg(["-v", "error", "-i", "file:/nowhere.mp4", "-f", "null", "-"], 10)
-    assert re.search(r"ffmpeg ended with \d+: .*No such file or directory.*/nowhere\.mp4", caplog.text)
+    assert re.search(
+        r"ffmpeg ended with \d+: .*No such file or directory.*/nowhere\.mp4", caplog.text
+    )
 
 
 @needs_proc
-async def test_a_flood_of_words_is_not_kept(caplog):
-    """Of what an ffmpeg writes before the system kills it, only the end stays in memory and goes to the log."""
-    flood = ["-v", "error", "-f", "lavfi", "-i", "color=s=1024x1024:r=1000", "-f", "rawvideo", "pipe:2"]
+async def test_only_the_end_of_ffmpegs_output_is_kept(caplog):
+    """Of 25 MB on stderr a few kB stay in memory and in the log."""
+    flood = [
+        "-v",
+        "error",
+        "-f",
+        "lavfi",
+        "-i",
+        "color=s=1024x1024:r=1000",
+        "-f",
+        "rawvideo",
+        "pipe:2",
+    ]
     tracemalloc.start()
     try:
         task = asyncio.create_task(main.run_ffmpeg(flood, 10))
         [pid] = await started()
-        while int(Path(f"/proc/{pid}/io").read_text().split()[3]) < 25_000_000:  # wchar: written so far
+        while (
+            int(Path(f"/proc/{pid}/io").read_text().split()[3]) < 25_000_000
+        ):  # wchar: written so far
             await asyncio.sleep(0.002)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
@@ -534,11 +675,14 @@ async def test_a_flood_of_words_is_not_kept(caplog):
 
 
 @needs_proc
-async def test_no_more_run_at_once_than_there_are_cores(studio, final, silent_speech, monkeypatch):
-    """Of five muxes on two cores two run; one that ends gives its place to the next, one that is cancelled too."""
+async def test_no_more_muxes_run_than_there_are_cores(studio, final, silent_speech, monkeypatch):
+    """Of five muxes two run on two cores; one that ends or is cancelled gives its slot to the next."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     async with main.lifespan(main.app):
-        muxes = [asyncio.create_task(main.mux_video_audio(studio.video(), silent_speech, final)) for _ in range(5)]
+        muxes = [
+            asyncio.create_task(main.mux_video_audio(studio.video(), silent_speech, final))
+            for _ in range(5)
+        ]
         await started(2)
         await asyncio.sleep(0.1)  # for one too many
         first = children()
@@ -565,19 +709,19 @@ def _fresh_path() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_path")
-async def test_a_missing_ffmpeg_stops_the_start(studio, final, monkeypatch):
-    """Not the first video that was paid for; where no start has checked it, the call itself names what is missing."""
+async def test_a_missing_ffmpeg_stops_the_start(monkeypatch):
+    """The start fails with the path of the missing file, and so does a call."""
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
     with pytest.raises(RuntimeError, match="/nowhere/ffmpeg"):
         async with main.lifespan(main.app):
             pass
     with pytest.raises(RuntimeError, match="/nowhere/ffmpeg"):
-        await main.mux_video_audio(studio.video(), studio.speech(3), final)
+        await main.run_ffmpeg(["-version"], 10)
 
 
 @pytest.mark.usefixtures("_fresh_path")
 async def test_another_ffmpeg_can_be_named(monkeypatch, tmp_path):
-    """By its path; or by a bare name, looked for in PATH once, which runs although ffmpeg gets no environment."""
+    """IMAGEIO_FFMPEG_EXE holds a path, or a name that is looked for in PATH once."""
     (tmp_path / "our-ffmpeg").symlink_to(FFMPEG)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     for name, path in ((FFMPEG, FFMPEG), ("our-ffmpeg", str(tmp_path / "our-ffmpeg"))):
@@ -592,22 +736,24 @@ async def test_another_ffmpeg_can_be_named(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("box", "styp mdat wide free skip moov junk".split())
 async def test_a_video_may_begin_without_ftyp(box, studio, final, tmp_path):
-    """As QuickTime's do; what begins with a box that nobody knows is no video, the rest is ffmpeg's to judge."""
+    """QuickTime files do; an unknown first box is not a video, the rest is for ffmpeg to judge."""
     video = tmp_path / "video.mp4"
     video.write_bytes(studio.video().read_bytes().replace(b"ftyp", box.encode(), 1))
     if box in ("moov", "junk"):
-        assert await refusal(video, studio.speech(3), final) == (NO_VIDEO if box == "junk" else CANNOT_USE)
+        assert await refusal(video, studio.speech(3), final) == (
+            NO_VIDEO if box == "junk" else CANNOT_USE
+        )
         return
-    await main.mux_video_audio(video, studio.speech(3), final)
+    await mux(video, studio.speech(3), final)
     assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
 
 
 @pytest.mark.parametrize(("cores", "slots"), [(None, 1), (3, 3), (64, 4)])
-async def test_a_host_with_many_cores_is_not_filled(cores, slots, monkeypatch):
-    """A container sees all of its host's, and has the memory of a few."""
+async def test_ffmpeg_slots_follow_the_cores_up_to_four(cores, slots, monkeypatch):
+    """A container sees all cores of its host, but has the memory of a few."""
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     async with main.lifespan(main.app):
-        places = main._running.ffmpeg_slots
+        places = main.app_state().ffmpeg_slots
         for _ in range(slots):
             assert not places.locked()
             await places.acquire()

@@ -1,4 +1,4 @@
-"""Videos: the request that buys one, the waiting for it, its outcomes, its end when nobody waits any more."""
+"""Replicate: creating a prediction, polling it, its outcomes, finding a lost one, cancelling it."""
 
 import asyncio
 import itertools
@@ -18,7 +18,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import FAST, REPLICATE_URL, SECRETS, log_lines, rows, use_settings
+from tests.support.application import FAST, REPLICATE_URL, SECRETS, cases, log_lines, use_settings
 
 PICTURE_URL = "https://example.com/pet.jpg"
 VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
@@ -29,7 +29,12 @@ READ_URL = f"{LIST_URL}/p1"
 CANCEL_URL = f"{READ_URL}/cancel"
 JOB = main.JobPromptOnly(image_url=PICTURE_URL, prompt="The cat talks")
 BODY = {"image_url": PICTURE_URL, "prompt": "The cat talks"}
-INPUT = {"prompt": "The cat talks", "first_frame_image": PICTURE_URL, "duration": 6, "resolution": "768p"}
+INPUT = {
+    "prompt": "The cat talks",
+    "first_frame_image": PICTURE_URL,
+    "duration": 6,
+    "resolution": "768p",
+}
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
@@ -37,18 +42,25 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 def prediction(status: str, **fields: Any) -> dict[str, Any]:
     """A prediction as Replicate writes it."""
     urls = {"get": "https://elsewhere.example/get", "cancel": "https://elsewhere.example/cancel"}
-    whole = {"id": "p1", "model": "minimax/hailuo-02", "version": "hidden", "input": INPUT, "output": None, "logs": ""}
+    whole = {
+        "id": "p1",
+        "model": "minimax/hailuo-02",
+        "version": "hidden",
+        "input": INPUT,
+        "output": None,
+        "logs": "",
+    }
     return {**whole, "data_removed": False, "error": None, "urls": urls, "status": status, **fields}
 
 
 DONE = prediction("succeeded", output=VIDEO_URL)
 
 
-def answered(told: Any) -> httpx.Response:
-    """What comes back: an error is raised, a response comes as it is, anything else as JSON."""
-    if isinstance(told, Exception):
-        raise told
-    return told if isinstance(told, httpx.Response) else httpx.Response(200, json=told)
+def respond_with(outcome: Any) -> httpx.Response:
+    """The response of a route: an exception is raised, a response returned, anything else sent as JSON."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome if isinstance(outcome, httpx.Response) else httpx.Response(200, json=outcome)
 
 
 class Replicate:
@@ -62,22 +74,23 @@ class Replicate:
         self.read = router.get(READ_URL).respond(200, json=DONE)
         self.cancel = router.post(CANCEL_URL).respond(200, json=prediction("canceled"))
 
-    def reads(self, *told: Any) -> None:
-        """What the reads tell in turn; the last one stays."""
-        turns = itertools.chain(told, itertools.repeat(told[-1]))
-        self.read.mock(side_effect=lambda request: answered(next(turns)))
+    def reads(self, *outcomes: Any) -> None:
+        """What the polls return one after the other; the last one stays."""
+        turns = itertools.chain(outcomes, itertools.repeat(outcomes[-1]))
+        self.read.mock(side_effect=lambda request: respond_with(next(turns)))
 
     def lists(self, *pages: list[Any]) -> None:
-        """What the list holds, one look after the other; the last one stays."""
+        """The lists of predictions one after the other; the last one stays."""
         turns = itertools.chain(pages, itertools.repeat(pages[-1]))
-        self.list.mock(side_effect=lambda request: answered({"results": next(turns), "next": None}))
+        self.list.mock(
+            side_effect=lambda request: respond_with({"results": next(turns), "next": None})
+        )
 
 
 @pytest.fixture
 def replicate(client: httpx.AsyncClient) -> Iterator[Replicate]:
     """Replicate, for the running service."""
-    assert main._running is not None
-    main._running.held.clear()  # of the jobs before
+    main.app_state().claimed_predictions.clear()  # of the jobs before
     with respx.mock(assert_all_called=False) as router:
         yield Replicate(router)
 
@@ -89,7 +102,7 @@ async def post(client: httpx.AsyncClient, **changes: Any) -> tuple[int, dict[str
 
 
 async def failed(client: httpx.AsyncClient, **changes: Any) -> tuple[int, str, dict[str, Any]]:
-    """Status, detail and `partial` of a picture job that fails at Replicate."""
+    """Status, detail and `partial` of a job that fails at Replicate."""
     status, body = await post(client, **changes)
     assert (body["category"], body["provider"]) == ("provider", "replicate")
     return status, body["detail"], body.get("partial", {})
@@ -98,43 +111,54 @@ async def failed(client: httpx.AsyncClient, **changes: Any) -> tuple[int, str, d
 # The request
 
 
-async def test_the_requests(monkeypatch, client, replicate):
-    """The default model's own fields, by its own route, with a limit to what it may cost; a silent video needs one key only."""
+async def test_the_create_and_the_poll(monkeypatch, client, replicate):
+    """The default model's fields and route, with Cancel-After; a silent video needs one key only."""
     use_settings(monkeypatch, ELEVEN_API_KEY="", SUPABASE_URL="", SUPABASE_SERVICE_ROLE="")
     assert await post(client) == (200, {"video_url": VIDEO_URL})
     create, read = replicate.create.calls.last.request, replicate.read.calls.last.request
     assert (json.loads(create.content), read.content) == ({"input": INPUT}, b"")
-    assert (create.headers["cancel-after"], create.headers["content-type"]) == ("600s", "application/json")
+    assert (create.headers["cancel-after"], create.headers["content-type"]) == (
+        "600s",
+        "application/json",
+    )
     for request in (create, read):  # an address from the answer gets no token
         assert request.headers["authorization"] == f"Bearer {SECRETS['REPLICATE_API_TOKEN']}"
         assert not {"prefer", "xi-api-key", "apikey", "cookie"} & set(request.headers)
 
 
 @pytest.mark.parametrize(
-    ("timeout_s", "cancel_after"), [("1", "5s"), ("90.4", "90s"), ("90.6", "91s"), ("86400", "86400s")]
+    ("timeout_s", "cancel_after"),
+    [("1", "5s"), ("90.4", "90s"), ("90.6", "91s"), ("86400", "86400s")],
 )
-async def test_replicate_ends_it_at_the_jobs_own_limit(monkeypatch, replicate, timeout_s, cancel_after):
-    """Within what Cancel-After takes: 5 s to a day."""
+async def test_cancel_after_is_the_jobs_deadline(monkeypatch, replicate, timeout_s, cancel_after):
+    """It is kept within the 5 s to one day that Replicate accepts."""
     use_settings(monkeypatch, JOB_TIMEOUT_SECONDS=timeout_s)
     await main.hailuo_video_from_prompt(JOB)
     assert replicate.create.calls.last.request.headers["cancel-after"] == cancel_after
 
 
-@pytest.mark.parametrize("helper", [main.hailuo_video_from_prompt, main.replicate_video_from_prompt])
-async def test_without_a_running_service(helper):
-    """The helpers stand on their own."""
-    with respx.mock(assert_all_called=False) as router:
-        Replicate(router).reads(httpx.ReadError("reset"), prediction("processing"), DONE)
-        assert await helper(JOB) == VIDEO_URL
+@pytest.mark.parametrize(
+    "helper", [main.hailuo_video_from_prompt, main.replicate_video_from_prompt]
+)
+async def test_both_helpers_return_the_video_of_a_job(replicate, helper):
+    """Each takes nothing but the request body, and polls on after a broken connection."""
+    replicate.reads(httpx.ReadError("reset"), prediction("processing"), DONE)
+    assert await helper(JOB) == VIDEO_URL
 
 
 # Other models
 
 
-async def test_a_look_up_holds_up_no_other_model(replicate):
-    """Jobs that ask for one model share its look-up; those of other models do not wait for it."""
-    is_asked, schema = asyncio.Event(), {"Input": {"properties": {"image": {"type": "string", "format": "uri"}}}}
-    model = {"is_official": True, "latest_version": {"openapi_schema": {"components": {"schemas": schema}}}}
+async def test_a_slow_look_up_does_not_delay_other_models(replicate):
+    """Jobs share the look-up of their model only."""
+    is_asked, schema = (
+        asyncio.Event(),
+        {"Input": {"properties": {"image": {"type": "string", "format": "uri"}}}},
+    )
+    model = {
+        "is_official": True,
+        "latest_version": {"openapi_schema": {"components": {"schemas": schema}}},
+    }
 
     async def never(request: httpx.Request) -> httpx.Response:
         is_asked.set()
@@ -155,40 +179,46 @@ async def test_a_look_up_holds_up_no_other_model(replicate):
 
 @pytest.mark.parametrize("polls", [1, 10, 100, 5000])
 @pytest.mark.parametrize(("waited_s", "delay_s"), [(0, 0.25), (12, 0.3), (80, 2), (86_400, 2)])
-def test_a_video_is_asked_for_the_less_often_the_longer_it_takes(monkeypatch, waited_s, delay_s, polls):
-    """A finished video waits about one per cent of its own time; all jobs together read at most 2,400 times a minute."""
+def test_polls_get_rarer_the_longer_a_video_takes(monkeypatch, waited_s, delay_s, polls):
+    """The wait is a share of the time so far, and all jobs together make at most 2,400 polls a minute."""
     assert main.poll_delay_s(0, 0) == float(FAST["POLL_MIN_SECONDS"])
     use_settings(monkeypatch, POLL_MIN_SECONDS="0.25")
     assert main.poll_delay_s(waited_s, polls) == pytest.approx(max(delay_s, polls / 40))
 
 
 async def test_the_polls_of_a_process_are_counted(client, replicate):
-    """Twenty jobs that wait share the pace: each reads less often than one alone would."""
+    """Twenty waiting jobs share the rate: each polls less often than one alone would."""
     states = itertools.chain([prediction("processing")] * 20, itertools.repeat(DONE))
     replicate.read.mock(side_effect=lambda request: httpx.Response(200, json=next(states)))
     started = time.monotonic()
     answers = await asyncio.gather(*(post(client) for _ in range(20)))
     assert {status for status, _ in answers} == {200}
-    assert (replicate.read.call_count, main._running and main._running.polls) == (40, 0)
+    assert (replicate.read.call_count, main.app_state().active_polls) == (40, 0)
     assert time.monotonic() - started >= 40 / 2400 * 60 * 0.8
 
 
-async def test_an_odd_prediction_does_not_end_the_job(replicate):
-    """The video is paid for: whatever a read tells, a status that nobody knows or a long log included, it is read again."""
+async def test_an_unusable_poll_does_not_end_the_job(replicate):
+    """The video is paid for: after an invalid response, an unknown status or a long log it is polled again."""
     odd = [
-        *({}, {"id": "p1"}, {"status": "succeeded"}, {"id": "../x", "status": "succeeded"}, {"id": 1}),
+        {},
+        {"id": "p1"},
+        {"status": "succeeded"},
+        {"id": "../x", "status": "succeeded"},
+        {"id": 1},
         *map(prediction, ("starting", "processing", "queued", "PROCESSING", "")),
         prediction("processing", logs="x" * 3_000_000),
     ]
-    replicate.reads(*odd, {"id": "p1", "status": "succeeded", "output": VIDEO_URL, "logs": "x" * 3_000_000})
+    replicate.reads(
+        *odd, {"id": "p1", "status": "succeeded", "output": VIDEO_URL, "logs": "x" * 3_000_000}
+    )
     assert await main.hailuo_video_from_prompt(JOB) == VIDEO_URL
     assert (replicate.read.call_count, replicate.create.call_count) == (len(odd) + 1, 1)
 
 
-async def test_a_prediction_beyond_all_bounds_ends_the_job(client, replicate):
-    """At once, since it would be the same next time; it is not the client's fault, and the id says what was paid for."""
+async def test_a_prediction_over_8_mb_ends_the_job(client, replicate):
+    """At once, since the next poll would return the same; it is a 500 with the id in `partial`."""
     replicate.reads({**DONE, "logs": "x" * 8_000_000})
-    message = "Replicate's answer is larger than the service takes in."
+    message = "Replicate's response is larger than the service reads."
     assert await failed(client) == (500, message, {"prediction_id": "p1"})
     assert replicate.read.call_count == 1
 
@@ -206,9 +236,9 @@ LOGS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("logs", "percent"), rows(LOGS))
+@pytest.mark.parametrize(("logs", "percent"), cases(LOGS))
 def test_the_percentage_is_read_from_the_log(logs, percent):
-    """Where a model writes a progress bar, its last figure tells."""
+    """The last figure of a model's progress bar counts."""
     assert main.Prediction(id="p1", status="processing", logs=logs).percent == percent
 
 
@@ -233,22 +263,27 @@ OUTPUTS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("output", "video"), rows(OUTPUTS))
+@pytest.mark.parametrize(("output", "video"), cases(OUTPUTS))
 def test_the_video_is_found_in_the_output(output, video):
-    """A text, a list or an object; where there is none, it is the provider's failure."""
+    """The output is a string, a list or an object; without a video it is a provider error."""
     made = main.Prediction(id="p1", status="succeeded", output=output)
     assert made.video_url == video
     if video is None:
         with pytest.raises(
-            main.ProviderFailed, match="^The prediction succeeded, but Replicate tells no video"
+            main.ProviderFailed, match="^The prediction succeeded, but Replicate names no video"
         ) as failed:
-            main.video_of(made)
+            main.video_url_or_raise(made)
         assert (failed.value.provider, failed.value.retryable) == ("replicate", False)
 
 
 SECRET = SECRETS["REPLICATE_API_TOKEN"]
 REASONS: list[tuple[Any, ...]] = [
-    ("text", "failed", "It was flagged as sensitive. (E005)", "It was flagged as sensitive. (E005)"),
+    (
+        "text",
+        "failed",
+        "It was flagged as sensitive. (E005)",
+        "It was flagged as sensitive. (E005)",
+    ),
     ("null", "canceled", None, "no reason given"),
     ("object", "aborted", {"message": "Out of memory"}, "Out of memory"),
     ("long, of several lines", "failed", "a\nb\t c" + "x" * 301, "a b c" + "x" * 295),
@@ -256,9 +291,9 @@ REASONS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("status", "error", "words"), rows(REASONS))
+@pytest.mark.parametrize(("status", "error", "words"), cases(REASONS))
 async def test_a_prediction_that_ends_without_a_video(client, replicate, status, error, words):
-    """It is the request's own content: a 400 with Replicate's reason, and the id."""
+    """The job gets a 400 with Replicate's reason and the prediction's id."""
     replicate.reads(prediction(status, error=error))
     message = f"No video was made, the prediction ended as {status}: {words}"
     assert await failed(client) == (400, message, {"prediction_id": "p1"})
@@ -266,52 +301,79 @@ async def test_a_prediction_that_ends_without_a_video(client, replicate, status,
 
 
 @pytest.mark.parametrize("status", [200, 201, 202])
-async def test_a_video_that_is_done_at_once_is_not_read(replicate, status):
-    """The answer to the create, whichever success it is, says it all then."""
+async def test_a_prediction_that_succeeds_at_once_is_not_polled(replicate, status):
+    """The response to the create has everything, whatever its 2xx status."""
     replicate.create.respond(status, json=DONE)
     assert await main.hailuo_video_from_prompt(JOB) == VIDEO_URL
     assert not replicate.read.called
 
 
-# A create whose answer is lost
+# A create whose response is lost
 
-LOST = rows(
+LOST = cases(
     [
-        ("cut after sending", httpx.ReadError("reset"), "Replicate did not answer: ReadError reset."),
-        ("no answer in time", httpx.ReadTimeout("slow"), "Replicate did not answer: ReadTimeout slow."),
+        (
+            "cut after sending",
+            httpx.ReadError("reset"),
+            "Replicate did not answer: ReadError reset.",
+        ),
+        (
+            "no answer in time",
+            httpx.ReadTimeout("slow"),
+            "Replicate did not answer: ReadTimeout slow.",
+        ),
         ("a gateway's page", httpx.Response(502, html="<p>Bad</p>"), "Replicate answered 502: Bad"),
         ("408", httpx.Response(408), "Replicate answered 408: Request Timeout"),
-        ("no prediction", httpx.Response(201), "Replicate answered without a prediction; one may have been made."),
+        (
+            "no prediction",
+            httpx.Response(201),
+            "Replicate answered without a prediction; one may have been created.",
+        ),
     ]
 )
 
 
 @pytest.mark.parametrize(
-    "told",
+    "payload",
     [
-        *(None, [], {"status": "starting"}, {"id": "p1"}, {"id": 5, "status": "starting"}),
-        *({"id": name, "status": "starting"} for name in ("", "../x", "p1?a=b", "%2e%2e%2fx", "p1\n", "a" * 101)),
+        None,
+        [],
+        {"status": "starting"},
+        {"id": "p1"},
+        {"id": 5, "status": "starting"},
+        *(
+            {"id": name, "status": "starting"}
+            for name in ("", "../x", "p1?a=b", "%2e%2e%2fx", "p1\n", "a" * 101)
+        ),
     ],
 )
-def test_what_is_no_prediction(told):
-    """Without an id that can stand in a path nothing can be read or cancelled."""
-    assert main.prediction_in(told) is None
+def test_a_prediction_needs_a_status_and_a_valid_id(payload):
+    """Without an id that can stand in a path it can neither be polled nor cancelled."""
+    assert main.parse_prediction(payload) is None
 
 
 @pytest.mark.parametrize(("outcome", "message"), LOST)
-async def test_a_create_that_was_not_made_is_not_repeated(monkeypatch, client, replicate, outcome, message):
-    """It is looked for several times; the client is told which call was in doubt."""
-    use_settings(monkeypatch, PATIENCE_SECONDS="2")
+async def test_a_lost_create_is_searched_for_and_not_retried(
+    monkeypatch, client, replicate, outcome, message
+):
+    """Several searches are made; the error names the call in doubt."""
+    use_settings(monkeypatch, PATIENCE_SECONDS="8")
     replicate.create.mock(side_effect=[outcome])
     assert await failed(client) == (500, message, {})
-    assert (replicate.create.call_count, replicate.read.called, replicate.cancel.called) == (1, False, False)
+    assert (replicate.create.call_count, replicate.read.called, replicate.cancel.called) == (
+        1,
+        False,
+        False,
+    )
     assert replicate.list.call_count > 2
 
 
 @pytest.mark.parametrize(("outcome", "message"), LOST)
-async def test_a_create_whose_answer_is_lost_is_found(monkeypatch, client, replicate, outcome, message):
-    """Its prediction, as soon as Replicate lists it, is gone on with."""
-    use_settings(monkeypatch, PATIENCE_SECONDS="4")
+async def test_a_prediction_whose_create_response_is_lost_is_found(
+    monkeypatch, client, replicate, outcome, message
+):
+    """The job continues with it as soon as Replicate lists it."""
+    use_settings(monkeypatch, PATIENCE_SECONDS="40")
     replicate.create.mock(side_effect=[outcome])
     replicate.lists([], [prediction("starting")])
     before = datetime.now(timezone.utc)
@@ -323,16 +385,16 @@ async def test_a_create_whose_answer_is_lost_is_found(monkeypatch, client, repli
 
 OTHERS = [
     ("another input", {"input": {**INPUT, "prompt": "The dog talks"}}),
-    ("an input that is gone", {"input": {}}),
+    ("an input that has expired", {"input": {}}),
     ("another model", {"model": "some/model"}),
     ("no id", {"id": "../x"}),
     ("another job's of this process", {"id": "held"}),
 ]
 
 
-@pytest.mark.parametrize("others", rows(OTHERS))
-async def test_only_its_own_prediction_is_gone_on_with(client, replicate, others):
-    """Exactly the same model and input, and of no other job."""
+@pytest.mark.parametrize("others", cases(OTHERS))
+async def test_only_an_equal_unclaimed_prediction_is_used(client, replicate, others):
+    """Model and input must be equal, and no other job may have claimed it."""
     replicate.create.respond(201, json={**DONE, "id": "held"})
     await post(client)
     replicate.create.mock(side_effect=httpx.ReadError("reset"))
@@ -341,22 +403,26 @@ async def test_only_its_own_prediction_is_gone_on_with(client, replicate, others
 
 
 async def test_the_list_is_read_page_by_page(client, replicate):
-    """As far as it leads on at Replicate itself: the token goes nowhere else."""
+    """Only pages at Replicate itself are followed: the token is sent nowhere else."""
     replicate.create.mock(side_effect=httpx.ReadError("reset"))
-    told = {"results": [prediction("starting", input={})] * 100, "next": f"{LIST_URL}?cursor=abc"}
+    first = {"results": [prediction("starting", input={})] * 100, "next": f"{LIST_URL}?cursor=abc"}
     last = {"results": [prediction("starting")], "next": "https://elsewhere.example/v1/predictions"}
-    replicate.list.mock(side_effect=[httpx.Response(200, json=told), httpx.Response(200, json=last)])
+    replicate.list.mock(
+        side_effect=[httpx.Response(200, json=first), httpx.Response(200, json=last)]
+    )
     assert await post(client) == (200, {"video_url": VIDEO_URL})
     assert dict(replicate.list.calls.last.request.url.params) == {"cursor": "abc"}
-    replicate.list.mock(side_effect=lambda request: httpx.Response(200, json={**last, "results": []}))
+    replicate.list.mock(
+        side_effect=lambda request: httpx.Response(200, json={**last, "results": []})
+    )
     assert (await failed(client))[::2] == (500, {})
 
 
-# Nobody waits any more
+# Cancelling
 
 
 def cancellable(work: Awaitable[Any]) -> tuple[anyio.CancelScope, "asyncio.Task[bool]"]:
-    """Work in a task, as a job's is, the scope that cancels it, and whether it heard of that."""
+    """Work in a task as a job is, the scope that cancels it, and whether it was cancelled."""
     scope = anyio.CancelScope()
 
     async def run() -> bool:
@@ -368,20 +434,19 @@ def cancellable(work: Awaitable[Any]) -> tuple[anyio.CancelScope, "asyncio.Task[
 
 
 async def ended_while_waiting(replicate: Replicate) -> None:
-    """A video is asked for, and the asking ended while it is being made."""
+    """Start a job and cancel it while its video is being made."""
     replicate.reads(prediction("processing"))
     job = main.Job("-")
-    heard, (scope, task) = job.listen(), cancellable(main.hailuo_video_from_prompt(JOB, job))
+    heard, (scope, task) = job.subscribe(), cancellable(main.hailuo_video_from_prompt(JOB, job))
     while (event := await asyncio.wait_for(heard.get(), 5)) is None or event.status != "processing":
         pass
     scope.cancel()
     assert await asyncio.wait_for(task, 5)
-    assert main._running is not None
-    assert main._running.polls == 0
+    assert main.app_state().active_polls == 0
 
 
-async def test_a_cancelled_caller_cancels_the_prediction(replicate, caplog):
-    """Once, by its id; and nothing is read after."""
+async def test_a_cancelled_job_cancels_its_prediction(replicate, caplog):
+    """Once, by its id; nothing is polled afterwards."""
     caplog.set_level("INFO", logger="talking_pet")
     await ended_while_waiting(replicate)
     reads = replicate.read.call_count
@@ -393,15 +458,19 @@ async def test_a_cancelled_caller_cancels_the_prediction(replicate, caplog):
     assert (replicate.read.call_count, replicate.cancel.call_count) == (reads, 1)
 
 
-async def test_the_end_of_the_process_is_told_and_logged(client, replicate, caplog):
-    """The job whose request uvicorn cancels still has an answer, and its line in the log says why it ended."""
+async def test_a_shutdown_is_answered_and_logged(client, replicate, caplog):
+    """A job whose request uvicorn cancels is still answered, and its log line has the outcome."""
     replicate.reads(prediction("processing"))
     asking = asyncio.create_task(client.post("/jobs_prompt_only", json=BODY))
     while not replicate.read.called:
         await asyncio.sleep(0.001)
     asking.cancel()
     answer = (await asking).json()
-    assert (answer["category"], answer["retryable"], answer["partial"]) == ("internal", True, {"prediction_id": "p1"})
+    assert (answer["category"], answer["retryable"], answer["partial"]) == (
+        "internal",
+        True,
+        {"prediction_id": "p1"},
+    )
     assert answer["detail"] == "The service is restarting and could not finish the job; try again."
     assert re.fullmatch(r"job outcome=shutdown ms=\d+ prediction_id=p1", log_lines(caplog)[-1])
 
@@ -409,14 +478,18 @@ async def test_the_end_of_the_process_is_told_and_logged(client, replicate, capl
 CANCELS: list[tuple[Any, ...]] = [
     ("no answer", [httpx.ReadTimeout("slow")], "cancelled"),
     ("busy", [httpx.Response(503), httpx.Response(429)], "cancelled"),
-    ("refused", [httpx.Response(404, text="Gone.")], "not cancelled: Replicate answered 404: Gone."),
+    (
+        "refused",
+        [httpx.Response(404, text="Gone.")],
+        "not cancelled: Replicate answered 404: Gone.",
+    ),
     ("never reached", [httpx.ConnectError("refused")] * 99, "not cancelled: no answer in time"),
 ]
 
 
-@pytest.mark.parametrize(("failures", "words"), rows(CANCELS))
-async def test_a_cancel_is_repeated(monkeypatch, replicate, caplog, failures, words):
-    """As often as its time allows, since it can do no harm twice; if it fails, an operator finds the id in the log."""
+@pytest.mark.parametrize(("failures", "words"), cases(CANCELS))
+async def test_a_cancel_is_retried(monkeypatch, replicate, caplog, failures, words):
+    """For as long as it may take, since it does no harm twice; if it fails, the id is in the log."""
     caplog.set_level("INFO", logger="talking_pet")
     use_settings(monkeypatch, PATIENCE_SECONDS="1")
     last = [] if "not" in words else [httpx.Response(200, json=prediction("canceled"))]
@@ -433,16 +506,18 @@ ON_ITS_WAY: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("outcome", "cancels"), rows(ON_ITS_WAY))
-async def test_a_create_that_is_on_its_way_is_waited_for_and_cancelled(replicate, outcome, cancels):
-    """Only its answer tells which prediction to cancel, or else the list; the caller's end is all that is heard of it."""
+@pytest.mark.parametrize(("outcome", "cancels"), cases(ON_ITS_WAY))
+async def test_a_create_in_flight_is_awaited_and_its_prediction_cancelled(
+    replicate, outcome, cancels
+):
+    """Only its response, or else the list, has the id to cancel."""
     replicate.lists([prediction("starting")])
     is_sent, may_answer = asyncio.Event(), asyncio.Event()
 
     async def slowly(request: httpx.Request) -> httpx.Response:
         is_sent.set()
         await may_answer.wait()
-        return answered(outcome)
+        return respond_with(outcome)
 
     replicate.create.mock(side_effect=slowly)
     scope, task = cancellable(main.hailuo_video_from_prompt(JOB))
@@ -452,38 +527,53 @@ async def test_a_create_that_is_on_its_way_is_waited_for_and_cancelled(replicate
     assert not task.done()
     may_answer.set()
     await asyncio.wait_for(task, 5)
-    assert (replicate.create.call_count, replicate.cancel.call_count, replicate.read.called) == (1, cancels, False)
+    assert (replicate.create.call_count, replicate.cancel.call_count, replicate.read.called) == (
+        1,
+        cancels,
+        False,
+    )
 
 
 @pytest.mark.parametrize("ticks", range(6))
-async def test_a_process_that_ends_while_an_event_comes_stops_the_job(ticks):
-    """The job hears of it, whichever tick the end of its request comes in, and no event is lost."""
+async def test_a_cancelled_stream_stops_the_job_and_loses_no_event(ticks):
+    """In whichever tick of the event loop the request is cancelled."""
     job = main.Job("-")
-    task = asyncio.create_task(main.next_part(job, events := job.listen()))
+    task = asyncio.create_task(main.next_sse_chunk(job, events := job.subscribe()))
     for _ in range(4):
         await asyncio.sleep(0)
-    job.tell("started")
+    job.emit("started")
     for _ in range(ticks):
         await asyncio.sleep(0)
     is_heard = task.cancel()
-    parts = [await task, *([await main.next_part(job, events)] if is_heard else [])]
-    assert (job.scope.cancel_called, sum(b"started" in part for part in parts if part)) == (is_heard, 1)
+    parts = [await task, *([await main.next_sse_chunk(job, events)] if is_heard else [])]
+    assert (job.scope.cancel_called, sum(b"started" in part for part in parts if part)) == (
+        is_heard,
+        1,
+    )
 
 
-async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatch, client, tmp_path: Path):
-    """Nor is it lost where connections are kept: whoever is cancelled while a file comes in ends cancelled."""
+async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(
+    monkeypatch, client, tmp_path: Path
+):
+    """A download that is cancelled ends cancelled, and its connection is idle or closed."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):  # whoever was cancelled has gone
+        with suppress(
+            ConnectionError, asyncio.IncompleteReadError
+        ):  # whoever was cancelled has gone
             while await reader.readuntil(b"\r\n\r\n"):
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n")
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
                 await asyncio.sleep(0)
                 writer.write(b"video")
         writer.close()
 
     use_settings(monkeypatch, ALLOW_PRIVATE_URLS="true")
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    url, is_ended, moments = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/video", False, 0
+    url, is_ended, moments = (
+        f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/video",
+        False,
+        0,
+    )
     while not is_ended:
         scope, task = cancellable(main.download(url, tmp_path / "video"))
         for _ in range(moments):
@@ -491,8 +581,7 @@ async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatc
         is_ended, moments = task.done(), moments + 1
         scope.cancel()
         assert await asyncio.wait_for(task, 5) != is_ended
-        assert main._running is not None
-        pool = main._running.http._transport.trusted._pool
+        pool = main.app_state().http._transport.trusted
         assert [kept for kept in pool.connections if not (kept.is_idle() or kept.is_closed())] == []
     server.close()  # its connections are kept by the client, and Python 3.12 would wait for them
     assert moments > 10

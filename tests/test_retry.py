@@ -1,4 +1,4 @@
-"""What is sent again, after which wait, and what never; and the words that are taken from a refusal."""
+"""Retry policy: what is retried, with which backoff and for how long; and the messages of error responses."""
 
 import asyncio
 import json
@@ -17,8 +17,17 @@ import pytest
 import respx
 
 import main
-from tests import network
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SECRETS, SUPABASE_URL, answer, error_of, rows, use_settings
+from tests.support import network
+from tests.support.application import (
+    ELEVEN_URL,
+    REPLICATE_URL,
+    SECRETS,
+    SUPABASE_URL,
+    cases,
+    error_from,
+    provider_response,
+    use_settings,
+)
 
 serve = network.serve
 NOW = 1_790_000_000.0  # a clock time
@@ -26,7 +35,10 @@ PROMPT = {"prompt": "Talk"}
 STARTING = {"id": "p1", "status": "starting"}
 DONE = {"id": "p1", "status": "succeeded", "output": "https://replicate.delivery/xezq/video.mp4"}
 INPUT = {"Input": {"properties": {"image": {"type": "string", "format": "uri"}}}}
-MODEL = {"is_official": True, "latest_version": {"openapi_schema": {"components": {"schemas": INPUT}}}}
+MODEL = {
+    "is_official": True,
+    "latest_version": {"openapi_schema": {"components": {"schemas": INPUT}}},
+}
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
@@ -38,7 +50,7 @@ def providers(client: httpx.AsyncClient) -> Iterator[respx.MockRouter]:
         yield router
 
 
-# How long to wait
+# Retry-After, backoff, budgets
 
 ASKED = [  # what it is, Retry-After, the body, seconds
     ("nothing said", "", "", None),
@@ -65,67 +77,104 @@ ASKED = [  # what it is, Retry-After, the body, seconds
 ]
 
 
-@pytest.mark.parametrize(("header", "body", "asked_s"), rows(ASKED))
-def test_the_wait_that_a_provider_asks_for(header, body, asked_s):
-    """Read from the body's figure, the header or the words, whatever they hold."""
-    assert main.asked_wait_s(answer(429, body, retry_after=header), NOW) == asked_s
+@pytest.mark.parametrize(("header", "body", "asked_s"), cases(ASKED))
+def test_retry_after_is_read_from_body_header_or_words(header, body, asked_s):
+    """The body's number comes first, then the header, then the provider's words."""
+    assert provider_response(429, body, retry_after=header).retry_after_s(NOW) == asked_s
 
 
-CAPS = [
-    ("at once is not before the first wait", 0.0, 0.5, 0.5),
-    ("as asked", 0.7, 0.7, 0.7),
-    ("at the cap", 30.0, 30.0, 30.0),
-    ("above the cap", 30.001, None, 30.0),
-    ("for ever", float("inf"), None, 30.0),
+PATIENT = main.RetryPolicy(statuses=(), budget=main.UNTIL_DEADLINE, patient=True)
+IMPATIENT = main.RetryPolicy(statuses=(), budget=main.UNTIL_DEADLINE)
+CAPS = [  # Retry-After, attempts, the least wait of an impatient call and of a patient one
+    ("at once is not before the exponential delay", 0.0, 3, 2.0, 2.0),
+    ("less than the exponential delay", 0.7, 3, 2.0, 2.0),
+    ("as the provider asks", 7.0, 3, 7.0, 7.0),
+    ("at the cap", 30.0, 1, 30.0, 30.0),
+    ("above the cap", 30.001, 1, None, 30.0),
+    ("for ever", float("inf"), 1, None, 30.0),
 ]
 
 
-@pytest.mark.parametrize(("asked_s", "unpaid_s", "paid_s"), rows(CAPS))
-def test_a_providers_own_figure_is_kept_up_to_the_cap(monkeypatch, asked_s, unpaid_s, paid_s):
-    """Half a minute: who asks for more is given up, or asked again after that if it is about what is paid for."""
+@pytest.mark.parametrize(("asked_s", "attempts", "impatient_s", "patient_s"), cases(CAPS))
+def test_retry_after_is_obeyed_up_to_the_cap(
+    monkeypatch, asked_s, attempts, impatient_s, patient_s
+):
+    """The wait is never shorter than Retry-After and the exponential delay, and has jitter on top."""
     use_settings(monkeypatch, RETRY_FIRST_SECONDS="0.5", PATIENCE_SECONDS="")
-    tries = main.Tries()
-    waits = [main.Retry({}, tries, is_paid=is_paid).delay_s(tries, 3, 9.0, asked_s) for is_paid in (False, True)]
-    assert waits == [unpaid_s, paid_s]
+    for retry, least_s in ((IMPATIENT, impatient_s), (PATIENT, patient_s)):
+        delays_s = [
+            main.retry_delay_s(retry, main.UNTIL_DEADLINE, attempts, 9.0, asked_s)
+            for _ in range(200)
+        ]
+        if least_s is None:
+            assert set(delays_s) == {None}
+        else:
+            assert least_s <= min(delays_s) < 1.02 * least_s
+            assert max(delays_s) <= 1.1 * least_s
+            assert len(set(delays_s)) > 1 or asked_s > 30
 
 
 ENDS = [
-    ("the third of four attempts", main.Tries(attempts=4), 3, 1e6, True),
-    ("the fourth", main.Tries(attempts=4), 4, 0.0, False),
-    ("two minutes, not over", main.Tries(patience=main.WHOLE), 1000, 119.9, True),
-    ("two minutes, over", main.Tries(patience=main.WHOLE), 1000, 120.0, False),
-    ("a minute, over", main.Tries(patience=main.HALF), 1000, 60.0, False),
-    ("half a minute, over", main.Tries(patience=main.QUARTER), 1000, 30.0, False),
-    ("without end", main.Tries(), 10_000, 1e6, True),
+    ("the third of four attempts", main.RetryBudget(attempts=4), 3, 1e6, True),
+    ("the fourth", main.RetryBudget(attempts=4), 4, 0.0, False),
+    ("two minutes, not over", main.RetryBudget(patience_share=main.PAID_SHARE), 1000, 119.9, True),
+    ("two minutes, over", main.RetryBudget(patience_share=main.PAID_SHARE), 1000, 120.0, False),
+    ("a minute, over", main.RetryBudget(patience_share=main.THROTTLE_SHARE), 1000, 60.0, False),
+    (
+        "half a minute, over",
+        main.RetryBudget(patience_share=main.MAX_WAIT_SHARE),
+        1000,
+        30.0,
+        False,
+    ),
+    ("without end", main.RetryBudget(), 10_000, 1e6, True),
 ]
 
 
-@pytest.mark.parametrize(("tries", "attempts", "failing_s", "goes_on"), rows(ENDS))
-def test_trying_again_comes_to_an_end(monkeypatch, tries, attempts, failing_s, goes_on):
+@pytest.mark.parametrize(("budget", "attempts", "failing_s", "goes_on"), cases(ENDS))
+def test_retries_come_to_an_end(monkeypatch, budget, attempts, failing_s, goes_on):
     """By the number of attempts, or by the time since the first failure, whatever the provider asks."""
     use_settings(monkeypatch, PATIENCE_SECONDS="")
     for asked_s in (None, 0.0, 1.0):
-        assert (main.Retry({}, tries).delay_s(tries, attempts, failing_s, asked_s) is not None) == goes_on
+        delay_s = main.retry_delay_s(IMPATIENT, budget, attempts, failing_s, asked_s)
+        assert (delay_s is not None) == goes_on
 
 
-@pytest.mark.parametrize(("attempt", "longest_s"), [(1, 0.5), (2, 1), (3, 2), (5, 8), (6, 8), (100_000, 8)])
-def test_waits_double_up_to_eight_seconds(monkeypatch, attempt, longest_s):
-    """From RETRY_FIRST_SECONDS on; each is shortened by up to a quarter, so that jobs do not come back together."""
+@pytest.mark.parametrize(
+    ("attempts", "longest_s"), [(1, 0.5), (2, 1), (3, 2), (5, 8), (6, 8), (100_000, 8)]
+)
+def test_backoff_doubles_up_to_eight_seconds(monkeypatch, attempts, longest_s):
+    """From RETRY_FIRST_SECONDS on; jitter takes off up to a quarter, so that jobs do not come back together."""
     use_settings(monkeypatch, RETRY_FIRST_SECONDS="0.5")
-    waits = [main.Retry({}, main.Tries()).delay_s(main.Tries(), attempt, 0.0, None) or 0 for _ in range(400)]
-    assert 0.75 * longest_s <= min(waits) < 0.78 * longest_s
-    assert 0.97 * longest_s < max(waits) <= longest_s
+    delays_s = [
+        main.retry_delay_s(IMPATIENT, main.UNTIL_DEADLINE, attempts, 0.0, None) or 0
+        for _ in range(400)
+    ]
+    assert 0.75 * longest_s <= min(delays_s) < 0.78 * longest_s
+    assert 0.97 * longest_s < max(delays_s) <= longest_s
 
 
-# What is repeated
+# What is retried
 
 Work = Callable[[], Awaitable[Any]]
 UNSENT = [httpx.ConnectError("refused"), httpx.ConnectTimeout("slow"), httpx.PoolTimeout("full")]
 DOUBTFUL = [  # it may have been done
-    *(httpx.ReadTimeout("slow"), httpx.ReadError("reset"), httpx.WriteError("reset"), httpx.WriteTimeout("slow")),
-    *(httpx.RemoteProtocolError("Server disconnected without sending a response."), httpx.DecodingError("not gzip")),
+    httpx.ReadTimeout("slow"),
+    httpx.ReadError("reset"),
+    httpx.WriteError("reset"),
+    httpx.WriteTimeout("slow"),
+    httpx.RemoteProtocolError("Server disconnected without sending a response."),
+    httpx.DecodingError("not gzip"),
 ]
-UNREADABLE = [b"", b"<html>502</html>", b'{"id": "p1", "sta', b"\xff\xfe\x00", b"[]", b"null", b"[" * 100_000]
+UNREADABLE = [
+    b"",
+    b"<html>502</html>",
+    b'{"id": "p1", "sta',
+    b"\xff\xfe\x00",
+    b"[]",
+    b"null",
+    b"[" * 100_000,
+]
 STATUSES = (*range(301, 305), *range(400, 432), 451, *range(500, 512), 520, 524, 529, 544, 599)
 SERVER_ERRORS = range(500, 600)
 REPEATED_STATUSES = {
@@ -157,7 +206,9 @@ FAILURES: dict[str, Callable[[], Any]] = {
     "throttled": lambda: httpx.Response(429),
     "down": lambda: httpx.Response(503),
     "no connection": lambda: httpx.ConnectError("refused"),
-    "no certificate": lambda: httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"),
+    "no certificate": lambda: httpx.ConnectError(
+        "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed"
+    ),
     "cut": lambda: httpx.ReadError("reset"),
     "unreadable": lambda: httpx.Response(200, content=b"<html>"),
 }
@@ -173,32 +224,65 @@ def read_table() -> Iterator[Any]:
 
 
 @pytest.fixture
-def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, Work, httpx.Response]]:
+def calls(
+    tmp_path: Path, providers: respx.MockRouter
+) -> dict[str, tuple[str, Work, httpx.Response]]:
     """Each call of a job: where it goes, the work that makes it, and an answer that it is content with."""
     v1, file_url = f"{REPLICATE_URL}/v1", DONE["output"]
-    providers.route(url=f"{v1}/predictions").respond(200, json={"results": []})  # a create that failed is not found
+    providers.route(url=f"{v1}/predictions").respond(
+        200, json={"results": []}
+    )  # a create that failed is not found
     stored = httpx.Response(200, json={"Key": "a"})
     upload_url = f"{SUPABASE_URL}/storage/v1/object/pets/a.mp3"
 
     upload = partial(main.supabase_upload, "a.mp3", b"ID3speech", "audio/mpeg")
     fetch = partial(main.download, file_url, tmp_path / "video")
     create_url, started = f"{v1}/models/minimax/hailuo-02/predictions", main.Prediction(**STARTING)
-    speech_url, spoken = f"{ELEVEN_URL}/v1/text-to-speech/voice", httpx.Response(200, content=b"ID3speech")
+    speech_url, spoken = (
+        f"{ELEVEN_URL}/v1/text-to-speech/voice",
+        httpx.Response(200, content=b"ID3speech"),
+    )
     created, listed = httpx.Response(201, json=STARTING), httpx.Response(200, json={"results": []})
     return {
         "speech": (speech_url, lambda: main.elevenlabs_tts_bytes("Hello", "voice"), spoken),
-        "create": (create_url, lambda: main.create_prediction(main.HAILUO, PROMPT, main.Job("-")), created),
-        "model": (f"{v1}/models/a/b", lambda: main.look_up_model("a/b"), httpx.Response(200, json=MODEL)),
-        "list": (f"{v1}/predictions", lambda: anext(main.predictions_since(time.time()), None), listed),
-        "read": (f"{v1}/predictions/p1", lambda: main.read_prediction(started), httpx.Response(200, json=DONE)),
-        "upload": (upload_url, partial(upload, main.STORE_RETRY), stored),
-        "fetch": (file_url, partial(fetch, main.FETCH_RETRY), httpx.Response(200, content=b"video")),
-        "paid upload": (upload_url, partial(upload, main.PAID_STORE_RETRY), stored),
-        "paid fetch": (file_url, partial(fetch, main.PAID_FETCH_RETRY), httpx.Response(200, content=b"video")),
+        "create": (
+            create_url,
+            lambda: main.create_prediction(main.HAILUO, PROMPT, main.Job("-")),
+            created,
+        ),
+        "model": (
+            f"{v1}/models/a/b",
+            lambda: main.look_up_model("a/b"),
+            httpx.Response(200, json=MODEL),
+        ),
+        "list": (
+            f"{v1}/predictions",
+            lambda: anext(main.predictions_since(time.time()), None),
+            listed,
+        ),
+        "read": (
+            f"{v1}/predictions/p1",
+            lambda: main.poll_prediction(started),
+            httpx.Response(200, json=DONE),
+        ),
+        "upload": (upload_url, partial(upload, main.UPLOAD_RETRY), stored),
+        "fetch": (
+            file_url,
+            partial(fetch, main.DOWNLOAD_RETRY),
+            httpx.Response(200, content=b"video"),
+        ),
+        "paid upload": (upload_url, partial(upload, main.PAID_UPLOAD_RETRY), stored),
+        "paid fetch": (
+            file_url,
+            partial(fetch, main.PAID_DOWNLOAD_RETRY),
+            httpx.Response(200, content=b"video"),
+        ),
     }
 
 
-async def count_requests(router: respx.MockRouter, url: str, work: Work, outcomes: list[Any]) -> tuple[int, bool]:
+async def count_requests(
+    router: respx.MockRouter, url: str, work: Work, outcomes: list[Any]
+) -> tuple[int, bool]:
     """How many requests the work makes when it meets these outcomes in turn, and whether it succeeds."""
     route = router.route(url=url).mock(side_effect=outcomes)
     before = route.call_count
@@ -210,28 +294,37 @@ async def count_requests(router: respx.MockRouter, url: str, work: Work, outcome
 
 
 @EVERY_CALL
-async def test_which_outcomes_are_repeated(monkeypatch, providers, calls, call):
-    """Every status there is, every way to have no answer, every unreadable one; what may be bought is not bought again."""
-    use_settings(monkeypatch, PATIENCE_SECONDS="0.02" if call == "create" else "4")  # a create is looked for
+async def test_which_outcomes_are_retried(monkeypatch, providers, calls, call):
+    """Every status, every transport error and every invalid response; what may be paid for is not sent twice."""
+    use_settings(
+        monkeypatch, PATIENCE_SECONDS="0.02" if call == "create" else "4"
+    )  # a create is looked for
     url, work, success = calls[call]
     is_safe = call not in ("speech", "create")
     outcomes = [(httpx.Response(status), status in REPEATED_STATUSES[call]) for status in STATUSES]
     outcomes += [(error, True) for error in UNSENT] + [(error, is_safe) for error in DOUBTFUL]
     if "fetch" not in call:
-        outcomes += [(httpx.Response(success.status_code, content=body), is_safe) for body in UNREADABLE]
+        outcomes += [
+            (httpx.Response(success.status_code, content=body), is_safe) for body in UNREADABLE
+        ]
     for outcome, is_repeated in outcomes:
         expected = (2, True) if is_repeated else (1, False)
-        assert await count_requests(providers, url, work, [outcome, success]) == expected, repr(outcome)
+        assert await count_requests(providers, url, work, [outcome, success]) == expected, repr(
+            outcome
+        )
 
 
 @pytest.mark.parametrize(("call", "kind", "attempts"), list(read_table()))
-async def test_how_often_a_call_is_made(monkeypatch, providers, calls, call, kind, attempts):
-    """What is not paid for yet gives up after a few attempts, what is paid for is waited for."""
+async def test_how_many_attempts_a_call_makes(monkeypatch, providers, calls, call, kind, attempts):
+    """A call gives up after a few attempts, unless something is paid for already."""
     if attempts == "on":
         use_settings(monkeypatch, PATIENCE_SECONDS="40")
     url, work, success = calls[call]
     expected = (10, True) if attempts == "on" else (int(attempts), False)
-    assert await count_requests(providers, url, work, [*(FAILURES[kind]() for _ in range(9)), success]) == expected
+    assert (
+        await count_requests(providers, url, work, [*(FAILURES[kind]() for _ in range(9)), success])
+        == expected
+    )
 
 
 SHARES = [
@@ -244,15 +337,17 @@ SHARES = [
 ]
 
 
-@pytest.mark.parametrize(("call", "status", "patience_s"), rows(SHARES))
-async def test_how_long_patience_lasts(providers, calls, call, status, patience_s):
-    """Each outcome has its share of PATIENCE_SECONDS, here 0.4."""
+@pytest.mark.parametrize(("call", "status", "patience_s"), cases(SHARES))
+async def test_how_long_a_call_is_retried(providers, calls, call, status, patience_s):
+    """Each outcome has its share of PATIENCE_SECONDS, here 0.4 s."""
     url, work, _ = calls[call]
-    providers.route(url=url).respond(status, headers={"Retry-After": "0.005"}, json={"detail": "No."})
+    providers.route(url=url).respond(
+        status, headers={"Retry-After": "0.005"}, json={"detail": "No."}
+    )
     took_s = math.inf
     for _ in range(3):  # a busy machine makes it longer, never shorter
         started = time.monotonic()
-        error = await error_of(work())
+        error = await error_from(work())
         assert f"{status}: No." in error.detail
         took_s = min(took_s, time.monotonic() - started)
         if took_s < 1.9 * patience_s:
@@ -261,22 +356,27 @@ async def test_how_long_patience_lasts(providers, calls, call, status, patience_
 
 
 @EVERY_CALL
-async def test_a_wait_that_is_too_long_ends_what_costs_nothing_to_end(providers, calls, call):
-    """Without a wait, and saying so; what is paid for is asked again after the longest wait there is, here 0.1 s."""
+async def test_a_retry_after_over_the_cap_ends_an_unpaid_call(providers, calls, call):
+    """At once, with an error that has the number; a paid call waits for the cap, here 0.1 s."""
     url, work, success = calls[call]
     throttled = httpx.Response(429, headers={"Retry-After": "31"}, json={"detail": "Too many."})
-    started, route = time.monotonic(), providers.route(url=url).mock(side_effect=[throttled, success])
+    started, route = (
+        time.monotonic(),
+        providers.route(url=url).mock(side_effect=[throttled, success]),
+    )
     if call in PAID:
         await work()
         assert (route.call_count, time.monotonic() - started >= 0.1) == (2, True)
         return
-    error = await error_of(work())
+    error = await error_from(work())
     assert route.call_count == 1
-    assert error.detail.rstrip(".").endswith("429: Too many. (it asks to wait 31 s, longer than a job can)")
+    assert error.detail.rstrip(".").endswith(
+        "429: Too many. (it asks to wait 31 s, longer than a job can)"
+    )
 
 
 @pytest.mark.parametrize("call", ["upload", "fetch"])
-async def test_the_truth_in_a_400_of_the_storage_decides(providers, calls, call):
+async def test_the_status_code_in_a_storage_400_decides(providers, calls, call):
     """Supabase answers 400 to nearly everything; `statusCode` in the body is what it means."""
     url, work, success = calls[call]
     for status in ("404", "429", "500", "544", "400", "403", "413", "4290", "", "9" * 5000):
@@ -291,20 +391,24 @@ def closing(first: bytes) -> Callable[[socket.socket], None]:
 
     def talk(connection: socket.socket) -> None:
         connection.sendall(first.replace(b"connection: close", b"connection: keep-alive"))
-        while (more := connection.recv(65_536)) and b"HTTP/1.1" not in more:  # what is left of the first request
+        while (
+            more := connection.recv(65_536)
+        ) and b"HTTP/1.1" not in more:  # what is left of the first request
             pass
 
     return talk
 
 
-async def test_what_must_not_be_sent_twice_has_a_connection_of_its_own(monkeypatch, client, serve):
-    """A connection that was kept may be closed by the server just as a create or speech is sent on it."""
+async def test_creates_and_speech_use_new_connections(monkeypatch, client, serve):
+    """The server may close a kept connection just as a request is sent that must not be sent twice."""
     look_up, created = json.dumps(MODEL).encode(), json.dumps(STARTING).encode()
     server = serve(
         {
             "/v1/models/a/b": closing(network.reply(200, look_up)),
             "/v1/models/minimax/hailuo-02/predictions": closing(network.reply(201, created)),
-            "/v1/text-to-speech/voice?output_format=mp3_44100_64": closing(network.reply(200, b"ID3speech")),
+            "/v1/text-to-speech/voice?output_format=mp3_44100_64": closing(
+                network.reply(200, b"ID3speech")
+            ),
         }
     )
     use_settings(monkeypatch, REPLICATE_BASE_URL=server.url, ELEVEN_BASE_URL=server.url)
@@ -314,32 +418,52 @@ async def test_what_must_not_be_sent_twice_has_a_connection_of_its_own(monkeypat
         assert (await main.create_prediction(main.HAILUO, PROMPT, main.Job("-"))).id == "p1"
 
 
-async def test_every_repeat_is_logged(providers, calls, caplog):
-    """One line says what happened and when it goes on."""
+async def test_every_retry_is_logged(providers, calls, caplog):
+    """One line has what happened and the wait until the next attempt."""
     url, work, success = calls["speech"]
     failure = httpx.Response(503, json={"detail": {"message": "Maintenance"}})
     await count_requests(providers, url, work, [failure, httpx.ConnectError("refused"), success])
     assert [line.partition(" ")[2] for line in caplog.messages] == [
-        "POST api.elevenlabs.io attempt=1 failed (503: Maintenance), next in 0.0 s",
-        "POST api.elevenlabs.io attempt=2 failed (ConnectError refused), next in 0.0 s",
+        "POST api.elevenlabs.io attempt=1 failed (503: Maintenance), retry in 0.0 s",
+        "POST api.elevenlabs.io attempt=2 failed (ConnectError refused), retry in 0.0 s",
     ]
 
 
-# The words of a refusal
+# The message of an error response
 
-LIST_SHAPE = {"detail": [{"loc": ["body", "text"], "msg": "field required"}, {"loc": ["seed"], "msg": "no integer"}]}
+LIST_SHAPE = {
+    "detail": [
+        {"loc": ["body", "text"], "msg": "field required"},
+        {"loc": ["seed"], "msg": "no integer"},
+    ]
+}
 PAGE = """<!DOCTYPE html><html><head><title>502 Bad Gateway</title><style>p { color: red }</style>
 <script>var secret = "<b>";</script></head><body><h1>502 Bad&nbsp;Gateway</h1>
 <!-- padding --><p>cloudflare &amp; friends</p></body></html>"""
 DEPTHS = {5: "?", 6: "Bad Request", 700: "Bad Request", 100_000: "Bad Request"}
 WORDS: list[tuple[str, int, str | bytes, str]] = [  # what it is, the status, the body, the words
-    ("ElevenLabs", 400, '{"detail": {"status": "voice_not_found", "message": "No such voice."}}', "No such voice."),
+    (
+        "ElevenLabs",
+        400,
+        '{"detail": {"status": "voice_not_found", "message": "No such voice."}}',
+        "No such voice.",
+    ),
     ("ElevenLabs, list", 400, json.dumps(LIST_SHAPE), "field required; no integer"),
-    ("Replicate", 402, '{"title": "Any", "detail": "- No\\n credit.\\n", "status": 402}', "- No credit."),
+    (
+        "Replicate",
+        402,
+        '{"title": "Any", "detail": "- No\\n credit.\\n", "status": 402}',
+        "- No credit.",
+    ),
     ("only a title", 400, '{"title": "Unauthenticated"}', "Unauthenticated"),
     ("Supabase", 400, '{"statusCode": "409", "error": "Duplicate", "message": "Exists"}', "Exists"),
     ("an error in an object", 400, '{"error": {"message": "inner"}}', "inner"),
-    ("the first that says something", 400, '{"detail": null, "message": "", "error": "third"}', "third"),
+    (
+        "the first that says something",
+        400,
+        '{"detail": null, "message": "", "error": "third"}',
+        "third",
+    ),
     ("lists in a list", 400, '["one", ["two", {"msg": "three"}]]', "one; two; three"),
     ("nothing", 429, "", "Too Many Requests"),
     ("nothing, under no standard's status", 544, "", "no message"),
@@ -348,8 +472,16 @@ WORDS: list[tuple[str, int, str | bytes, str]] = [  # what it is, the status, th
     ("JSON cut off", 400, '{"detail": "cut', "Bad Request"),
     ("not UTF-8", 400, b'{"detail": "\xff\xfe"}', "Bad Request"),
     ("2 MB of noise", 400, b"\x00\x9f\x92\x96" * 500_000, "Bad Request"),
-    *((f"{depth} deep", 400, '{"detail":' * depth + '"?"' + "}" * depth, words) for depth, words in DEPTHS.items()),
-    ("300 characters", 400, json.dumps({"detail": ["x" * 100] * 100}), ("x" * 100 + "; ") * 2 + "x" * 96),
+    *(
+        (f"{depth} deep", 400, '{"detail":' * depth + '"?"' + "}" * depth, words)
+        for depth, words in DEPTHS.items()
+    ),
+    (
+        "300 characters",
+        400,
+        json.dumps({"detail": ["x" * 100] * 100}),
+        ("x" * 100 + "; ") * 2 + "x" * 96,
+    ),
     ("a proxy's page", 502, PAGE, "502 Bad Gateway 502 Bad Gateway cloudflare & friends"),
     ("a page that says nothing", 400, "<html></html>", "Bad Request"),
     ("a page that is not UTF-8", 400, b"<p>caf\xe9</p>", "caf\ufffd"),
@@ -357,37 +489,50 @@ WORDS: list[tuple[str, int, str | bytes, str]] = [  # what it is, the status, th
 ]
 
 
-@pytest.mark.parametrize(("status", "body", "message"), rows(WORDS))
-def test_a_providers_own_words_are_found(status, body, message):
-    """Whatever shape its body has, a page without its tags; the status' own phrase if there is none."""
-    assert main.provider_message(answer(status, body)) == message
+@pytest.mark.parametrize(("status", "body", "message"), cases(WORDS))
+def test_the_message_of_an_error_response_is_found(status, body, message):
+    """In whatever shape of JSON, or in a page without its tags; else the phrase of the status."""
+    assert main.provider_message(provider_response(status, body)) == message
 
 
 def test_plain_text_is_a_message_too():
     """Proxies answer so."""
-    assert main.provider_message(answer(502, "error code: 1015\n", content_type="text/plain")) == "error code: 1015"
+    assert (
+        main.provider_message(
+            provider_response(502, "error code: 1015\n", content_type="text/plain")
+        )
+        == "error code: 1015"
+    )
 
 
-@pytest.mark.parametrize("shape", ['{{"detail": "{text}"}}', "<html><p>{text}</p></html>"], ids=["JSON", "HTML"])
-@pytest.mark.parametrize("text", ["{key} is not valid", "x" * 280 + " {key}", "key={key}, Authorization: Bearer {key}"])
+@pytest.mark.parametrize(
+    "shape", ['{{"detail": "{text}"}}', "<html><p>{text}</p></html>"], ids=["JSON", "HTML"]
+)
+@pytest.mark.parametrize(
+    "text", ["{key} is not valid", "x" * 280 + " {key}", "key={key}, Authorization: Bearer {key}"]
+)
 async def test_a_key_that_a_provider_echoes_is_not_passed_on(providers, calls, caplog, text, shape):
-    """Neither whole nor its beginning where the message is cut, neither to the client nor to the log."""
+    """Neither whole nor in part, neither to the client nor to the log."""
     caplog.set_level(logging.DEBUG, logger="talking_pet")
     url, work, _ = calls["upload"]
     key = SECRETS["SUPABASE_SERVICE_ROLE"]
     body = shape.format(text=text.format(key=key))
-    providers.route(url=url).mock(side_effect=[httpx.Response(status, html=body) for status in (429, 401)])
-    error = await error_of(work())
+    providers.route(url=url).mock(
+        side_effect=[httpx.Response(status, html=body) for status in (429, 401)]
+    )
+    error = await error_from(work())
     assert "***" in error.detail or "x" * 200 in error.detail
     assert not [line for line in (error.detail, str(error), *caplog.messages) if key[:8] in line]
 
 
-async def test_no_error_tells_a_key(providers, calls, caplog):
-    """Not one of the HTTP library, nor a traceback, nor anything else, wherever its text comes from."""
+async def test_no_error_contains_a_key(providers, calls, caplog):
+    """Neither an error of the HTTP library nor a traceback, wherever its text comes from."""
     key = SECRETS["ELEVEN_API_KEY"]
     url, work, _ = calls["speech"]
     providers.route(url=url).mock(side_effect=httpx.WriteError(f"cannot send {key}"))
-    assert (await error_of(work())).detail == "ElevenLabs did not answer: WriteError cannot send ***."
+    assert (
+        await error_from(work())
+    ).detail == "ElevenLabs did not answer: WriteError cannot send ***."
     assert main.ServiceError(" and ".join(SECRETS.values())).detail == "*** and *** and ***"
     assert key not in main.as_service_error(RuntimeError(f"no place for {key}")).detail
     assert "RuntimeError: no place for ***" in caplog.text
@@ -411,12 +556,12 @@ class Noise(httpx.AsyncByteStream):
 
 
 @EVERY_CALL
-async def test_a_refusal_without_end_is_not_read_to_its_end(providers, calls, call):
-    """No more than the limit is held, whatever a server sends, and its connection given back; who refuses is told."""
+async def test_an_endless_error_body_is_not_read_to_its_end(providers, calls, call):
+    """No more than the limit is held, the connection is closed, and the error names the status."""
     url, work, _ = calls[call]
     body = Noise()
     providers.route(url=url).mock(side_effect=[httpx.Response(402, stream=body)])
-    error = await error_of(work())
+    error = await error_from(work())
     assert "402: Payment Required" in error.detail
     assert error.http_status == 500
     assert (body.sent <= 12_000_000, body.is_closed) == (True, True)

@@ -1,4 +1,4 @@
-"""Settings: defaults, what is refused and in which words, where they come from."""
+"""Settings: defaults, accepted and rejected values, and where they come from."""
 
 import importlib.util
 import os
@@ -9,9 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import respx
 
 import main
-from tests.inprocess import SECRETS, log_lines, running_application, use_settings
+from tests.support.application import SECRETS, log_lines, running_application, use_settings
 
 pytestmark = pytest.mark.anyio
 
@@ -35,11 +36,16 @@ DEFAULTS = {
     "KEEPALIVE_SECONDS": 10,
 }
 KEYS_FOR_SPEECH = ["ELEVEN_API_KEY", "REPLICATE_API_TOKEN", "SUPABASE_URL", "SUPABASE_SERVICE_ROLE"]
-JOB = {"image_url": "https://example.com/pet.jpg", "prompt": "It talks", "text": "Hello", "voice_id": "abc"}
+JOB = {
+    "image_url": "https://example.com/pet.jpg",
+    "prompt": "It talks",
+    "text": "Hello",
+    "voice_id": "abc",
+}
 
 # What is set, and what it is read as.
 TAKEN: dict[str, dict[str, object]] = {
-    "ELEVEN_API_KEY": {" sk_abc \n": "sk_abc"},
+    "ELEVEN_API_KEY": {" sk_abcde \n": "sk_abcde"},
     "SUPABASE_SERVICE_ROLE": {"sb_secret_x-Y_9": "sb_secret_x-Y_9"},
     "SUPABASE_URL": {
         "https://x.supabase.co/": "https://x.supabase.co",
@@ -62,9 +68,9 @@ TAKEN: dict[str, dict[str, object]] = {
     },
 }
 
-NOT_A_URL = "should be an absolute http(s) URL, such as https://example.com"
-NOT_ORIGINS = "should be *, one origin such as https://example.com, or several separated by commas"
-NO_KEY = "holds a blank or a character that no key has"
+NOT_A_URL = "must be an absolute http(s) URL, such as https://example.com"
+NOT_ORIGINS = "must be *, one origin such as https://example.com, or several separated by commas"
+NO_KEY = "contains a blank or a character that no key has"
 NOT_A_NUMBER = "Input should be a valid number, unable to parse string as a number"
 OVER_A_DAY = "Input should be less than or equal to 86400"
 TOO_SMALL = "Input should be greater than or equal to 1"
@@ -75,10 +81,19 @@ REFUSED = {
     "ELEVEN_BASE_URL": {"api.elevenlabs.io": NOT_A_URL},
     "REPLICATE_BASE_URL": {"ftp://replicate.com": NOT_A_URL},
     "SUPABASE_URL": dict.fromkeys(
-        ("https://", "https://user@x.supabase.co", "https://x.supabase.co?a=1", "https://x supabase.co"), NOT_A_URL
+        (
+            "https://",
+            "https://user@x.supabase.co",
+            "https://x.supabase.co?a=1",
+            "https://x supabase.co",
+        ),
+        NOT_A_URL,
     ),
     "SUPABASE_BUCKET": {"a/b": "String should match pattern '^[A-Za-z0-9_.-]+$'"},
-    "TTS_MAX_CHARS": {"0": TOO_SMALL, "many": "Input should be a valid integer, unable to parse string as an integer"},
+    "TTS_MAX_CHARS": {
+        "0": TOO_SMALL,
+        "many": "Input should be a valid integer, unable to parse string as an integer",
+    },
     "JOB_TIMEOUT_SECONDS": {
         **{"0": TOO_SMALL, "10m": NOT_A_NUMBER},
         **dict.fromkeys(("86401", "nan", "inf"), OVER_A_DAY),
@@ -89,7 +104,12 @@ REFUSED = {
     "PATIENCE_SECONDS": {"0": NOT_POSITIVE, "601": "Input should be less than or equal to 600"},
     "KEEPALIVE_SECONDS": {"0": NOT_POSITIVE, "16": "Input should be less than or equal to 15"},
     "ALLOWED_ORIGIN": dict.fromkeys(
-        ("example.com", "https://a.example/path", "https://a.example,", "https://a.example https://b.example"),
+        (
+            "example.com",
+            "https://a.example/path",
+            "https://a.example,",
+            "https://a.example https://b.example",
+        ),
         NOT_ORIGINS,
     ),
 }
@@ -114,62 +134,78 @@ def loaded_from(file: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(
+        main.logger, "filters", [*main.logger.filters]
+    )  # the other module puts its own there
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize("text", [None, "", "  \t"], ids=["unset", "empty", "blank"])
-def test_a_variable_without_a_value_is_its_default(text):
-    """Empty counts as unset; the table above leaves no setting out."""
+def test_an_empty_variable_has_its_default(text):
+    """Empty counts as unset; the table above has every setting."""
     settings = main.read_settings(dict.fromkeys(DEFAULTS, text))
     assert {name.upper(): value for name, value in settings} == DEFAULTS
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_values_are_taken(name):
-    """A sound value is taken, tidied up."""
+def test_valid_values_are_accepted(name):
+    """A valid value is accepted in its plain form."""
     assert {text: setting(name, text) for text in TAKEN[name]} == TAKEN[name]
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_malformed_value_is_refused_in_one_line(name):
-    """The message names variable, value and what is wrong, and nothing else."""
+def test_an_invalid_value_is_rejected_in_one_line(name):
+    """The message has the variable, the value and the reason, and nothing else."""
     expected = [f"{name}={text!r}: {message}" for text, message in REFUSED[name].items()]
     assert [refusal(name, text) for text in REFUSED[name]] == expected
 
 
-@pytest.mark.parametrize("text", ["mp3", "mp3_44100_65", "mp3_44100_641", "opus_44100_64", "wav_8000_32", "xulaw_8000"])
-def test_a_speech_format_that_does_not_exist_is_refused_with_those_that_do(text):
-    """How ElevenLabs' formats are written stands in the message."""
-    told = refusal("TTS_OUTPUT_FORMAT", text)
-    assert told.startswith(f"TTS_OUTPUT_FORMAT={text!r}: String should match pattern '^(mp3_22050_32|")
+@pytest.mark.parametrize(
+    "text", ["mp3", "mp3_44100_65", "mp3_44100_641", "opus_44100_64", "wav_8000_32", "xulaw_8000"]
+)
+def test_an_unknown_speech_format_is_rejected_with_the_known_ones(text):
+    """The message has the pattern of ElevenLabs' formats."""
+    message = refusal("TTS_OUTPUT_FORMAT", text)
+    assert message.startswith(
+        f"TTS_OUTPUT_FORMAT={text!r}: String should match pattern '^(mp3_22050_32|"
+    )
 
 
 @pytest.mark.parametrize("text", ["secret 123", "secret\n123", "secr\u00e9t123"])
 def test_a_malformed_key_is_not_shown(text):
-    """What is wrong with a key is told, the key is not."""
-    assert [refusal(name, text) for name in SECRETS] == [f"{name}=(not shown): {NO_KEY}" for name in SECRETS]
+    """The message has the reason, but not the key."""
+    assert [refusal(name, text) for name in SECRETS] == [
+        f"{name}=(not shown): {NO_KEY}" for name in SECRETS
+    ]
 
 
-def test_keys_do_not_show_in_the_settings_themselves():
-    """Settings that end in a log or a traceback hold no key."""
+def test_the_text_of_the_settings_has_no_key():
+    """Settings that end up in a log or a traceback reveal no key."""
     settings = main.read_settings(SECRETS)
     assert not [key for key in SECRETS.values() if key in repr(settings) or key in str(settings)]
 
 
-def test_the_process_does_not_start_with_a_malformed_value():
-    """uvicorn ends with code 1 and one line."""
+def test_the_process_does_not_start_with_an_invalid_value():
+    """uvicorn exits with code 1 and one line."""
     command = [sys.executable, "-m", "uvicorn", "main:app", "--host", "127.0.0.1", "--port", "0"]
     environment = {**os.environ, "JOB_TIMEOUT_SECONDS": "soon"}
-    ended = subprocess.run(command, cwd=MAIN.parent, env=environment, capture_output=True, text=True, timeout=30)
+    ended = subprocess.run(
+        command, cwd=MAIN.parent, env=environment, capture_output=True, text=True, timeout=30
+    )
     line = f"JOB_TIMEOUT_SECONDS='soon': {NOT_A_NUMBER}"
     assert (ended.returncode, ended.stdout, ended.stderr.splitlines()) == (1, "", [line])
 
 
-def test_the_environment_wins_over_the_env_file(tmp_path, monkeypatch):
-    """`.env` beside main.py fills in what the environment leaves unset; an empty variable hides its line."""
-    lines = ["TTS_MAX_CHARS=11", "SUPABASE_BUCKET=file", "REPLICATE_API_TOKEN=r8_file", "JOB_TIMEOUT_SECONDS="]
+def test_the_environment_overrides_the_env_file(tmp_path, monkeypatch):
+    """`.env` fills in what the environment leaves unset; an empty variable hides its line."""
+    lines = [
+        "TTS_MAX_CHARS=11",
+        "SUPABASE_BUCKET=file",
+        "REPLICATE_API_TOKEN=r8_file",
+        "JOB_TIMEOUT_SECONDS=",
+    ]
     (tmp_path / ".env").write_text("\n".join(lines))
     monkeypatch.delenv("TTS_MAX_CHARS")
     monkeypatch.setenv("SUPABASE_BUCKET", "environment")
@@ -183,9 +219,11 @@ def test_settings_are_read_once():
     assert main.get_settings() is main.get_settings()
 
 
-@pytest.mark.parametrize("unset", [[], ["ELEVEN_API_KEY", "SUPABASE_URL"], KEYS_FOR_SPEECH], ids=len)
-async def test_missing_keys_are_warned_of_once_at_start(monkeypatch, caplog, unset):
-    """One line names every variable without which something will fail; none if all are there."""
+@pytest.mark.parametrize(
+    "unset", [[], ["ELEVEN_API_KEY", "SUPABASE_URL"], KEYS_FOR_SPEECH], ids=len
+)
+async def test_missing_keys_are_one_warning_at_start(monkeypatch, caplog, unset):
+    """One line has every missing variable; without one there is no line."""
     use_settings(monkeypatch, **dict.fromkeys(unset, ""))
     async with main.lifespan(main.app):
         pass
@@ -196,13 +234,17 @@ async def test_missing_keys_are_warned_of_once_at_start(monkeypatch, caplog, uns
 @pytest.mark.parametrize("model", [None, "kwaivgi/kling-v2.1"])
 @pytest.mark.parametrize("key", [None, "a-key"], ids=["without a key", "with a key"])
 @pytest.mark.parametrize("name", KEYS_FOR_SPEECH)
-async def test_a_request_that_needs_an_unset_key_is_answered_500_naming_it(monkeypatch, respx_mock, name, key, model):
-    """Before any provider is called, a model's look-up included; a silent video needs one token, its file the storage."""
+async def test_a_request_that_needs_an_unset_key_is_answered_500_naming_it(
+    monkeypatch, name, key, model
+):
+    """Before any provider is called; a silent video needs one token, its record the storage."""
     use_settings(monkeypatch, **{name: ""})
     headers = {"Idempotency-Key": key} if key else {}
     needed = ["REPLICATE_API_TOKEN", *(["SUPABASE_URL", "SUPABASE_SERVICE_ROLE"] if key else [])]
-    async with running_application() as client:
-        asked = [await client.post("/jobs_prompt_tts", json={**JOB, "model": model}, headers=headers)]
+    async with running_application() as client, respx.mock():
+        asked = [
+            await client.post("/jobs_prompt_tts", json={**JOB, "model": model}, headers=headers)
+        ]
         silent = {**JOB, "seconds": 7}  # refused next
         if name in needed:
             asked.append(await client.post("/jobs_prompt_only", json=silent, headers=headers))
@@ -210,5 +252,9 @@ async def test_a_request_that_needs_an_unset_key_is_answered_500_naming_it(monke
             assert (await client.post("/jobs_prompt_only", json=silent)).status_code == 400
     for response in asked:
         error = response.json()
-        assert (response.status_code, error["category"], error["retryable"]) == (500, "configuration", False)
+        assert (response.status_code, error["category"], error["retryable"]) == (
+            500,
+            "configuration",
+            False,
+        )
         assert error["detail"] == f"The service is not set up for this: set {name}."

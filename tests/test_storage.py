@@ -1,4 +1,4 @@
-"""Storage: the upload as Supabase wants it, from memory and from disk, and every way it can fail."""
+"""Supabase Storage: the upload request, from memory and from disk, and every error."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +9,14 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import SECRETS, SUPABASE_URL, error_of, rows, told, use_settings
+from tests.support.application import (
+    SECRETS,
+    SUPABASE_URL,
+    cases,
+    error_from,
+    error_kind,
+    use_settings,
+)
 
 PATH = "audio/0b1f3a52-8d6e-4c6f-9a53-2f4f3c1f7a10.mp3"
 UPLOAD_URL = f"{SUPABASE_URL}/storage/v1/object/pets/{PATH}"
@@ -45,8 +52,8 @@ async def upload(content: bytes | Path = SPEECH) -> str:
 
 
 @pytest.mark.parametrize("key", [SECRETS["SUPABASE_SERVICE_ROLE"], "sb_secret_0123456789_abcdefg"])
-async def test_the_request(supabase, monkeypatch, content, key):
-    """Exactly what Supabase documents: raw body, its length, a bare type, the upsert as a header; no header twice."""
+async def test_the_upload_request(supabase, monkeypatch, content, key):
+    """As Supabase documents it: raw body, its length, a plain type, the upsert header; no header twice."""
     use_settings(monkeypatch, SUPABASE_SERVICE_ROLE=key)
     assert await upload(content) == PUBLIC_URL
     request = supabase.calls.last.request
@@ -65,16 +72,16 @@ async def test_the_request(supabase, monkeypatch, content, key):
 
 
 async def test_a_video_is_read_piece_by_piece(tmp_path):
-    """It never lies in memory as a whole."""
+    """It is never held in memory as a whole."""
     video = tmp_path / "video.mp4"
     video.write_bytes(b"0123456789" * 350_000)
-    pieces = [piece async for piece in main.FileBody(video)]
+    pieces = [piece async for piece in main.FileStream(video)]
     assert b"".join(pieces) == video.read_bytes()
     assert max(map(len, pieces)) <= 1_000_000
 
 
-async def test_a_failed_upload_is_repeated_from_the_first_byte(content):
-    """Also without a running service: the helper stands on its own."""
+async def test_a_failed_upload_is_retried_from_the_first_byte(client, content):
+    """Each attempt sends the whole file, from memory and from disk."""
     with respx.mock as router:
         outcomes = [httpx.ReadError("reset"), httpx.Response(503), httpx.Response(200, json=STORED)]
         route = router.post(UPLOAD_URL).mock(side_effect=outcomes)
@@ -82,34 +89,39 @@ async def test_a_failed_upload_is_repeated_from_the_first_byte(content):
         assert [call.request.content for call in route.calls] == [SPEECH] * 3
 
 
-# What Supabase refuses: HTTP 400 to nearly everything, the truth in the body
+# Errors: HTTP 400 to nearly everything, the real status in the body
 
 
 REFUSALS: list[tuple[Any, ...]] = [
     ("no such bucket", 400, "404"),
     ("exists", 400, "409"),
-    ("nothing more is told", 400, None),
+    ("no status in the body", 400, None),
     ("a gateway's 401", 401, None),
     ("no route", 404, 404),
     ("a redirect, which is not followed", 301, None),
 ]
 
 
-@pytest.mark.parametrize(("status", "meant"), rows(REFUSALS))
-async def test_every_refusal(supabase, status, meant):
-    """Never the client's fault, told in the storage's words, and not asked again."""
+@pytest.mark.parametrize(("status", "meant"), cases(REFUSALS))
+async def test_every_error_of_the_storage(supabase, status, meant):
+    """It is never the client's fault, has the storage's own words, and is not retried."""
     body = {"statusCode": meant, "error": "any", "message": "Because.", "code": "Any"}
     supabase.respond(status, json=body, headers={"Location": "https://elsewhere.example/"})
-    error = await error_of(upload())
-    assert (*told(error), error.retryable) == (500, "resource", "supabase", meant == "409" or status == 301)
+    error = await error_from(upload())
+    assert (*error_kind(error), error.retryable) == (
+        500,
+        "resource",
+        "supabase",
+        meant == "409" or status == 301,
+    )
     assert error.detail == f"Supabase Storage answered {status}: Because."
     assert supabase.call_count == 1
 
 
 @pytest.mark.parametrize("body", [{}, {"Key": None}, {"Key": ""}])
-async def test_a_success_that_stored_nothing_is_a_failure(supabase, body):
-    """Some other server's 200 is no promise that the file is there."""
+async def test_a_200_that_stored_nothing_is_an_error(supabase, body):
+    """Another server's 200 does not mean that the file is there."""
     supabase.respond(200, json=body)
-    error = await error_of(upload())
-    assert told(error) == (500, "resource", "supabase")
+    error = await error_from(upload())
+    assert error_kind(error) == (500, "resource", "supabase")
     assert error.detail == "Supabase Storage answered without having stored the file."

@@ -1,12 +1,12 @@
-"""The service in this process: settings put into the environment, the application called without a socket.
+"""The application in this process: settings in the environment, and calls without a socket.
 
-Only what lies outside main.py is replaced: the environment here, HTTP by respx in the tests.
+Only what is outside main.py is replaced: the environment here, HTTP by respx in the tests.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -21,11 +21,12 @@ SECRETS = {
     "REPLICATE_API_TOKEN": "r8_0123456789abcdefghijABCDEFGHIJ",
     "SUPABASE_SERVICE_ROLE": "eyJhbGciOiJIUzI1NiJ9.eyJyb2xlIjoic2VydmljZSJ9.c2lnbmF0dXJl",
 }
+Result = TypeVar("Result")
 FAST = {"POLL_MIN_SECONDS": "0.0001", "RETRY_FIRST_SECONDS": "0.0001", "PATIENCE_SECONDS": "0.4"}
 
 
 def use_settings(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
-    """A complete, impatient configuration with these changes; an empty text unsets a variable."""
+    """Set a complete configuration with short waits and these changes; an empty string unsets a variable."""
     for name, value in {**SECRETS, "SUPABASE_URL": SUPABASE_URL, **FAST, **variables}.items():
         monkeypatch.setenv(name, value)
     main.get_settings.cache_clear()
@@ -40,31 +41,41 @@ async def running_application() -> AsyncIterator[httpx.AsyncClient]:
             yield client
 
 
-async def error_of(work: Awaitable[Any]) -> main.ServiceError:
+async def in_lifespan(work: Awaitable[Result]) -> Result:
+    """The result of some work while the application is started: providers are called only then."""
+    async with main.lifespan(main.app):
+        return await work
+
+
+async def error_from(work: Awaitable[Any]) -> main.ServiceError:
     """The error that some work ends with."""
     with pytest.raises(main.ServiceError) as caught:
         await asyncio.wait_for(work, 10)
     return caught.value
 
 
-def told(error: main.ServiceError) -> tuple[int, str, str | None]:
+def error_kind(error: main.ServiceError) -> tuple[int, str, str | None]:
     """Status, category and provider of an error."""
     return error.http_status, error.category, error.provider
 
 
-def answer(status: int, body: bytes | str = b"", **headers: str) -> main.ProviderResponse:
-    """A provider's answer, as the HTTP plumbing holds it."""
+def provider_response(
+    status: int, body: bytes | str = b"", **headers: str
+) -> main.ProviderResponse:
+    """A provider's response, as the HTTP code holds it."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return main.ProviderResponse(status, httpx.Headers(named), body.encode() if isinstance(body, str) else body)
+    return main.ProviderResponse(
+        status, httpx.Headers(named), body.encode() if isinstance(body, str) else body
+    )
 
 
-def rows(table: list[tuple[Any, ...]]) -> list[Any]:
+def cases(table: list[tuple[Any, ...]]) -> list[Any]:
     """A table of cases for parametrize, each named by its first cell."""
     return [pytest.param(*row, id=name) for name, *row in table]
 
 
 def log_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the service has logged, each line without the request id that it begins with."""
+    """The service's log lines, each without the request id at its start."""
     lines = [record.getMessage() for record in caplog.records if record.name == "talking_pet"]
     assert all(line.startswith("request_id=") for line in lines)
     return [line.partition(" ")[2] for line in lines]

@@ -13,22 +13,24 @@ import httpx
 import pytest
 
 import main
-from tests import network
-from tests.network import PATH, URL, Answer, Server, head, redirect, reply
+from tests.support import network
+from tests.support.network import PATH, URL, Answer, Server, debug_head, redirect, reply
 
 pytestmark = pytest.mark.anyio
 
-serve, inside, internet = network.serve, network.inside, network.internet
+serve, internal_server, internet = network.serve, network.internal_server, network.internet
 client, pets = network.client, network.pets
 
 REFUSED = reply(405)
 HEAD, GET = f"HEAD {PATH}", f"GET {PATH}"
 
 
-async def test_three_fields_are_told(client: httpx.AsyncClient, pets: Server) -> None:
-    """The answer holds status, content type and size, and no other header or byte of the remote answer."""
-    pets.answers[PATH] = [reply(200, b"video", content_type="video/mp4", x_inside="s3cret", server="s3cret/1")]
-    answer = await head(client)
+async def test_the_answer_has_three_fields(client: httpx.AsyncClient, pets: Server) -> None:
+    """Status, content type and size; no other header and no byte of the remote response."""
+    pets.answers[PATH] = [
+        reply(200, b"video", content_type="video/mp4", x_inside="s3cret", server="s3cret/1")
+    ]
+    answer = await debug_head(client)
     assert answer.status_code == 200
     assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": 5}
     assert "s3cret" not in f"{answer.headers} {answer.text}"
@@ -44,19 +46,32 @@ async def test_three_fields_are_told(client: httpx.AsyncClient, pets: Server) ->
         pytest.param(reply(404), 404, None, 0, id="not found"),
         pytest.param(reply(599), 599, None, 0, id="a status that nobody knows"),
         pytest.param(reply(content_type=""), 200, None, 0, id="an empty type"),
-        pytest.param(reply(content_type="video/mp4; a=b"), 200, "video/mp4; a=b", 0, id="a type with parameters"),
+        pytest.param(
+            reply(content_type="video/mp4; a=b"),
+            200,
+            "video/mp4; a=b",
+            0,
+            id="a type with parameters",
+        ),
         pytest.param(reply(content_type="x" * 5000), 200, "x" * 200, 0, id="a very long type"),
         pytest.param(reply(content_length=None), 200, None, None, id="no length"),
         pytest.param(reply(content_length="9" * 18), 200, None, 10**18 - 1, id="18 digits"),
-        pytest.param(reply(content_length="9" * 19), 200, None, None, id="more than a signed 64-bit number"),
+        pytest.param(
+            reply(content_length="9" * 19), 200, None, None, id="more than a signed 64-bit number"
+        ),
     ],
 )
-async def test_what_the_remote_answer_says_is_told(
-    remote: bytes, status: int, content_type: str | None, size: int | None, client: httpx.AsyncClient, pets: Server
+async def test_remote_status_type_and_size_are_passed_on(
+    remote: bytes,
+    status: int,
+    content_type: str | None,
+    size: int | None,
+    client: httpx.AsyncClient,
+    pets: Server,
 ) -> None:
-    """A remote error is what the caller wants to see; type and size are told if they can be some."""
+    """A remote error is a result too; a type or size that is not valid is null or cut."""
     pets.answers[PATH] = [remote]
-    answer = await head(client)
+    answer = await debug_head(client)
     assert answer.status_code == 200
     assert answer.json() == {"status": status, "content_type": content_type, "bytes": size}
 
@@ -65,47 +80,61 @@ async def test_what_the_remote_answer_says_is_told(
 
 
 @pytest.mark.parametrize("refused", [400, 403, 404, 405, 500, 501])
-async def test_a_refused_head_falls_back_to_a_ranged_get(refused: int, client: httpx.AsyncClient, pets: Server) -> None:
-    """A server that takes no HEAD is asked for the first byte, and the whole size is told."""
+async def test_a_refused_head_falls_back_to_a_ranged_get(
+    refused: int, client: httpx.AsyncClient, pets: Server
+) -> None:
+    """A server that rejects HEAD is asked for the first byte, and the whole size is returned."""
     part = reply(206, b"f", content_type="video/mp4", content_range="bytes 0-0/12345")
     pets.answers |= {HEAD: [reply(refused)], GET: [part]}
-    answer = await head(client)
+    answer = await debug_head(client)
     assert answer.json() == {"status": 206, "content_type": "video/mp4", "bytes": 12_345}
     assert pets.requests == [HEAD, GET]
-    assert "range: bytes=0-0" in pets.heard[1].lower().split("\r\n")
+    assert "range: bytes=0-0" in pets.request_heads[1].lower().split("\r\n")
 
 
 @pytest.mark.parametrize(
-    ("got", "told"),
+    ("partial", "size"),
     [
         pytest.param(reply(200, b"x" * 5000), 5000, id="no part: the whole file"),
         pytest.param(reply(206, b"f", content_range="bytes */0"), 0, id="empty file"),
         pytest.param(reply(206, b"f", content_range="bytes 0-0/*"), None, id="whole size unknown"),
-        pytest.param(reply(206, b"f", content_range="bytes 0-0/" + "9" * 30), None, id="whole size absurd"),
-        pytest.param(reply(206, b"f", content_range="bytes 0-0/many"), None, id="whole size no number"),
+        pytest.param(
+            reply(206, b"f", content_range="bytes 0-0/" + "9" * 30), None, id="whole size absurd"
+        ),
+        pytest.param(
+            reply(206, b"f", content_range="bytes 0-0/many"), None, id="whole size no number"
+        ),
         pytest.param(reply(206, b"f", content_range="bytes"), None, id="no range"),
         pytest.param(reply(206, b"f"), None, id="a part of something"),
     ],
 )
 async def test_the_size_of_a_part_is_not_taken_for_the_whole(
-    got: bytes, told: int | None, client: httpx.AsyncClient, pets: Server
+    partial: bytes, size: int | None, client: httpx.AsyncClient, pets: Server
 ) -> None:
-    """Of a part, only what its Content-Range tells is the file's size."""
-    pets.answers |= {HEAD: [REFUSED], GET: [got]}
-    assert (await head(client)).json()["bytes"] == told
+    """The size of a partial response comes from its Content-Range header only."""
+    pets.answers |= {HEAD: [REFUSED], GET: [partial]}
+    assert (await debug_head(client)).json()["bytes"] == size
 
 
-async def test_the_ranged_get_follows_redirects_too(client: httpx.AsyncClient, pets: Server) -> None:
-    """The fallback starts at the URL that was asked for."""
+async def test_the_ranged_get_follows_redirects_too(
+    client: httpx.AsyncClient, pets: Server
+) -> None:
+    """The fallback starts again at the URL of the request."""
     part = reply(206, b"f", content_range="bytes 0-0/9")
-    pets.answers |= {PATH: [redirect("/other.mp4")], "HEAD /other.mp4": [REFUSED], "GET /other.mp4": [part]}
-    assert (await head(client)).json() == {"status": 206, "content_type": None, "bytes": 9}
+    pets.answers |= {
+        PATH: [redirect("/other.mp4")],
+        "HEAD /other.mp4": [REFUSED],
+        "GET /other.mp4": [part],
+    }
+    assert (await debug_head(client)).json() == {"status": 206, "content_type": None, "bytes": 9}
     assert pets.requests == [HEAD, "HEAD /other.mp4", GET, "GET /other.mp4"]
 
 
 @pytest.mark.parametrize("request_line", [HEAD, GET])
-async def test_an_endless_body_is_never_read(request_line: str, client: httpx.AsyncClient, pets: Server) -> None:
-    """The head of an answer is enough: the connection is closed before its body is read."""
+async def test_an_endless_body_is_never_read(
+    request_line: str, client: httpx.AsyncClient, pets: Server
+) -> None:
+    """The connection is closed after the headers, before the body is read."""
     sent: list[int] = []
     left = threading.Event()
 
@@ -119,23 +148,23 @@ async def test_an_endless_body_is_never_read(request_line: str, client: httpx.As
 
     pets.answers |= {HEAD: [REFUSED], request_line: [flood]}
 
-    answer = await asyncio.wait_for(head(client), 5)
+    answer = await asyncio.wait_for(debug_head(client), 5)
 
     assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": None}
     assert await asyncio.to_thread(left.wait, 2)
     assert sum(sent) < 20_000_000  # what the system's buffers hold
 
 
-# No answer, or none in time
+# Servers that do not respond in time
 
 
 def never(connection: socket.socket) -> None:
-    """Say nothing until the other side leaves."""
+    """Send nothing until the client disconnects."""
     connection.recv(1)
 
 
 def drip(connection: socket.socket) -> None:
-    """Begin an answer that never gets to its end, a byte at a time."""
+    """Send a response head a byte at a time, without end."""
     connection.sendall(b"HTTP/1.1 200 OK\r\nX-Drip: ")
     while True:
         connection.sendall(b"x")
@@ -143,34 +172,35 @@ def drip(connection: socket.socket) -> None:
 
 
 def slow_redirect(connection: socket.socket) -> None:
-    """A redirect to itself after a while: no single step is late, all together are."""
+    """Redirect to the same URL after a while: no single step is late, all together are."""
     time.sleep(0.08)
     connection.sendall(redirect(PATH))
 
 
 @pytest.mark.parametrize(
-    ("request_line", "answer_late"), [(HEAD, never), (HEAD, drip), (HEAD, slow_redirect), (GET, never)]
+    ("request_line", "answer_late"),
+    [(HEAD, never), (HEAD, drip), (HEAD, slow_redirect), (GET, never)],
 )
-async def test_the_limit_is_for_all_steps_together(
+async def test_the_time_limit_covers_all_steps_together(
     request_line: str,
     answer_late: Callable[[socket.socket], None],
     client: httpx.AsyncClient,
     pets: Server,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """However a server wastes time, the answer comes within the limit, which is ten seconds outside of tests."""
+    """However a server wastes time, the answer comes within HEAD_TIMEOUT_S, ten seconds outside of tests."""
     assert main.HEAD_TIMEOUT_S == 10.0
     monkeypatch.setattr(main, "HEAD_TIMEOUT_S", 0.15)
     pets.answers |= {HEAD: [REFUSED], request_line: [answer_late]}
-    answer = await asyncio.wait_for(head(client), 2)
+    answer = await asyncio.wait_for(debug_head(client), 2)
     assert (answer.status_code, answer.json()["category"]) == (500, "resource")
     assert answer.json()["detail"] == "The URL did not answer within 0.15 s."
 
 
-async def test_names_that_take_long_hold_up_no_video(
+async def test_slow_name_look_ups_do_not_delay_downloads(
     client: httpx.AsyncClient, pets: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Whoever asks for many names that nobody answers for keeps others waiting here, but no download."""
+    """Forty names that no name server answers for delay other /debug/head requests only."""
     answered, known = threading.Event(), socket.getaddrinfo
 
     def look_up(host: Any, *arguments: Any, **options: Any) -> Any:
@@ -179,7 +209,9 @@ async def test_names_that_take_long_hold_up_no_video(
         return known(host, *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    asked = [asyncio.create_task(head(client, f"http://n{n}.tarpit.example/")) for n in range(40)]
+    asked = [
+        asyncio.create_task(debug_head(client, f"http://n{n}.tarpit.example/")) for n in range(40)
+    ]
     await asyncio.sleep(0.1)
 
     await asyncio.wait_for(main.download(URL, tmp_path / "video"), 5)
@@ -202,13 +234,20 @@ def endless_headers(connection: socket.socket) -> None:
         pytest.param(b"", id="nothing"),
         pytest.param(b"220 mail.example ESMTP\r\n", id="another protocol"),
         pytest.param(endless_headers, id="headers without end"),
-        *(reply(content_length=length) for length in ("abc", "-1", "1e3", "0x10", "4, 5", "9" * 21, "9" * 5000)),
-        pytest.param(reply(content_length="１２".encode().decode("latin-1")), id="full-width digits"),
+        *(
+            reply(content_length=length)
+            for length in ("abc", "-1", "1e3", "0x10", "4, 5", "9" * 21, "9" * 5000)
+        ),
+        pytest.param(
+            reply(content_length="１２".encode().decode("latin-1")), id="full-width digits"
+        ),
     ],
 )
-async def test_what_is_no_http_is_a_failed_answer(remote: Answer, client: httpx.AsyncClient, pets: Server) -> None:
-    """Whatever answers in place of an HTTP server, the caller is told so."""
+async def test_a_response_that_is_not_http_is_a_failed_resource(
+    remote: Answer, client: httpx.AsyncClient, pets: Server
+) -> None:
+    """Another protocol, endless headers and an invalid length are each a 500 with the reason."""
     pets.answers[PATH] = [remote]
-    answer = await head(client)
+    answer = await debug_head(client)
     assert (answer.status_code, answer.json()["category"]) == (500, "resource")
     assert answer.json()["detail"].startswith("The URL did not answer: RemoteProtocolError")

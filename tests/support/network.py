@@ -15,7 +15,7 @@ import anyio
 import httpx
 import pytest
 
-from tests.inprocess import running_application
+from tests.support.application import running_application
 
 PATIENCE_S = 5.0
 PUBLIC = "93.184.216.34"  # leads to a server of the test where `internet` says so
@@ -30,7 +30,9 @@ Answers = Mapping[str, Answer | Sequence[Answer]]
 def reply(status: int = 200, body: bytes = b"", **headers: str | None) -> bytes:
     """A whole HTTP answer; `content_type="text/html"` becomes Content-Type, None leaves a header out."""
     fields = {"content_length": str(len(body)), "connection": "close"} | headers
-    lines = [f"{name.replace('_', '-')}: {value}" for name, value in fields.items() if value is not None]
+    lines = [
+        f"{name.replace('_', '-')}: {value}" for name, value in fields.items() if value is not None
+    ]
     return "\r\n".join([f"HTTP/1.1 {status} Any", *lines, "", ""]).encode("latin-1") + body
 
 
@@ -50,7 +52,7 @@ class Server:
             path: [given] if isinstance(given, bytes) or callable(given) else list(given)
             for path, given in answers.items()
         }
-        self.heard: list[str] = []  # the head of each request
+        self.request_heads: list[str] = []  # the head of each request
         self.callers: list[Any] = []  # the address of each connection
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.port: int = self._socket.getsockname()[1]
@@ -61,10 +63,10 @@ class Server:
     @property
     def requests(self) -> list[str]:
         """The first line of each request without the protocol, such as "GET /video.mp4"."""
-        return [head.split(" HTTP/")[0] for head in self.heard]
+        return [debug_head.split(" HTTP/")[0] for debug_head in self.request_heads]
 
-    def was_silent(self) -> bool:
-        """True if nobody has connected, as a connection of our own shows, which is accepted after all earlier ones."""
+    def was_never_contacted(self) -> bool:
+        """True if nobody has connected, checked by a connection of our own that is accepted after all earlier ones."""
         with socket.create_connection(("127.0.0.1", self.port)) as ours:
             caller, deadline = ours.getsockname(), time.monotonic() + PATIENCE_S
             while caller not in self.callers:
@@ -89,12 +91,12 @@ class Server:
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):  # the other side has left
             connection.settimeout(PATIENCE_S)
-            head = b""
-            while b"\r\n\r\n" not in head:
+            debug_head = b""
+            while b"\r\n\r\n" not in debug_head:
                 if not (more := connection.recv(65_536)):
                     return
-                head += more
-            self.heard.append(head.split(b"\r\n\r\n")[0].decode("latin-1"))
+                debug_head += more
+            self.request_heads.append(debug_head.split(b"\r\n\r\n")[0].decode("latin-1"))
             answer = self._answer_to(self.requests[-1])
             if callable(answer):
                 answer(connection)
@@ -117,11 +119,16 @@ class Internet:
     connections that it makes are real. `inside` is a server that nobody must reach.
     """
 
-    def __init__(self, inside: Server) -> None:
-        self.inside = inside
+    def __init__(self, internal_server: Server) -> None:
+        self.internal_server = internal_server
         # What each look-up in turn finds; the last one stays. Some systems know these two, all should.
-        self.names: dict[str, list[list[str]]] = {"localhost.": [["127.0.0.1"]], "127.0.0.1.": [["127.0.0.1"]]}
-        self.addresses: dict[str, int | None] = {}  # the local port behind an address; None: nobody listens
+        self.names: dict[str, list[list[str]]] = {
+            "localhost.": [["127.0.0.1"]],
+            "127.0.0.1.": [["127.0.0.1"]],
+        }
+        self.addresses: dict[
+            str, int | None
+        ] = {}  # the local port behind an address; None: nobody listens
         self.looked_up: list[str] = []
         self.connected: list[str] = []
         self._real_getaddrinfo = socket.getaddrinfo
@@ -140,7 +147,11 @@ class Internet:
         self.looked_up.append(name)
         if answers := self.names.get(name):
             found = answers.pop(0) if len(answers) > 1 else answers[0]
-            return [entry for ip in found for entry in self._real_getaddrinfo(ip, port, type=socket.SOCK_STREAM)]
+            return [
+                entry
+                for ip in found
+                for entry in self._real_getaddrinfo(ip, port, type=socket.SOCK_STREAM)
+            ]
         if name != "localhost":
             flags |= socket.AI_NUMERICHOST
         return self._real_getaddrinfo(host, port, family, type, proto, flags)
@@ -148,7 +159,7 @@ class Internet:
     async def connect(self, remote_host: Any, remote_port: int, **options: Any) -> Any:
         """anyio.connect_tcp by the addresses known here; a port of loopback that is in use stays itself."""
         self.connected.append(str(remote_host))
-        port = self.addresses.get(str(remote_host), self.inside.port)
+        port = self.addresses.get(str(remote_host), self.internal_server.port)
         if str(remote_host) == "127.0.0.1" and remote_port not in (80, 443):
             port = remote_port
         if port is None:
@@ -170,15 +181,15 @@ def serve() -> Iterator[Callable[[Answers], Server]]:
 
 
 @pytest.fixture
-def inside(serve: Callable[[Answers], Server]) -> Server:
-    """A server inside: whatever a test fetches, it must hear nothing."""
+def internal_server(serve: Callable[[Answers], Server]) -> Server:
+    """A server at a private address: no test may reach it."""
     return serve({"/": reply(200, b"secret")})
 
 
 @pytest.fixture
-def internet(inside: Server, monkeypatch: pytest.MonkeyPatch) -> Internet:
+def internet(internal_server: Server, monkeypatch: pytest.MonkeyPatch) -> Internet:
     """The network of this process, in the test's hands."""
-    network = Internet(inside)
+    network = Internet(internal_server)
     monkeypatch.setattr(socket, "getaddrinfo", network.getaddrinfo)
     monkeypatch.setattr(anyio, "connect_tcp", network.connect)
     return network
@@ -192,13 +203,15 @@ async def client(anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
 
 
 @pytest.fixture
-def pets(serve: Callable[[Answers], Server], internet: Internet, client: httpx.AsyncClient) -> Server:
-    """A server with a video that is reached under a public name and address; the service runs."""
+def pets(
+    serve: Callable[[Answers], Server], internet: Internet, client: httpx.AsyncClient
+) -> Server:
+    """A server with a video, reached under a public name and address; the application runs."""
     server = serve({PATH: reply(200, b"video", content_type="video/mp4")})
     internet.add("pets.example", server)
     return server
 
 
-async def head(client: httpx.AsyncClient, url: str = URL) -> httpx.Response:
-    """Ask the service to look at a URL."""
+async def debug_head(client: httpx.AsyncClient, url: str = URL) -> httpx.Response:
+    """Send a URL to /debug/head."""
     return await client.post("/debug/head", json={"url": url})
