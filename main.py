@@ -115,7 +115,7 @@ MAX_VALUE_CHARS = 2_000  # of a default; an enum's values are shorter
 MAX_DESCRIPTION_CHARS = 300
 MAX_NUMBER = 1e15  # larger ones bound nothing
 MAX_FIELD_ERRORS = 20  # that Replicate reports about one input
-MAX_OUTPUT_URLS = 1_000  # the video's URL is among the first few
+MAX_OUTPUT_VALUES = 1_000  # the video's URL is among the first few
 MAX_MP3_GAPS = 1_000  # places in a speech where a frame is looked for
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
 
@@ -189,7 +189,7 @@ FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of an 8K frame ha
 HEAD_TIMEOUT_S = 10.0
 PICTURE_TIMEOUT_S = 3.0
 MAX_HEADS = 8  # remote files that are looked at for /debug/head at once
-MAX_PICTURE_CHECKS = 32  # ... and for jobs
+MAX_PICTURE_CHECKS = 100  # ... and for jobs
 MAX_HEAD_BYTES = 32 * 1024  # that the servers of one remote file may send, redirects included
 READ_BYTES = 4 * 1024  # of them at a time, so that little is read beyond the headers
 MAX_REDIRECTS = 5
@@ -845,10 +845,9 @@ def redact(text: str) -> str:
 def add_request_id_and_redact(record: logging.LogRecord) -> bool:
     """Start a log line with its request id, keep secrets out of it, and bound its length."""
     prefix = f"request_id={current_request_id.get()} "
-    message = record.getMessage()
-    if message.startswith(prefix):  # this file was imported twice
-        return True
-    line = redact(prefix + message)
+    line = record.getMessage()
+    if not line.startswith(prefix):  # it does where this file was imported twice
+        line = redact(prefix + line)
     if len(line) > MAX_LOG_CHARS:  # a traceback says most at its end
         line = f"{line[: MAX_LOG_CHARS // 2]} ... {line[-MAX_LOG_CHARS // 2 :]}"
     record.msg = line
@@ -3004,15 +3003,18 @@ def last_percent(logs: Any) -> int | None:
 
 def first_url(output: Any) -> str | None:
     """Return the first URL in a prediction's output, which is a string, a list or an object."""
-    try:
-        text = json.dumps(output, ensure_ascii=False)
-    except RecursionError:  # nested deeper than any video's output
-        return None
-    # A quoted URL that is not an object's key.
-    urls = re.finditer(r'(?i)"(https?://[^"\s\\]+)"(?!: )', text)
-    for match in islice(urls, MAX_OUTPUT_URLS):
-        with suppress(ValueError):
-            return check_http_url(match[1])
+    pending = [output]
+    for _ in range(MAX_OUTPUT_VALUES):
+        if not pending:
+            break
+        value = pending.pop()
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            pending.extend(reversed(value[:MAX_OUTPUT_VALUES]))
+        elif isinstance(value, str) and re.match("https?://", value, re.IGNORECASE):
+            with suppress(ValueError):
+                return check_http_url(value)
     return None
 
 
