@@ -348,10 +348,13 @@ def test_the_limits_of_every_field_are_in_the_contract(contract: dict[str, Any])
 
 
 @pytest.mark.parametrize("path", POST_ROUTES)
-def test_examples_of_the_docs_work_in_the_sandbox(client: httpx.Client, contract: dict[str, Any], path: str) -> None:
-    """What /docs puts into a request body, by each field's example or default, is a request that succeeds."""
+def test_examples_of_the_docs_work_in_the_sandbox(
+    client: httpx.Client, contract: dict[str, Any], sandbox: Sandbox, path: str
+) -> None:
+    """What /docs puts into a request body, by each field's example or default, succeeds with a picture that exists."""
     schema = contract["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     fields = contract["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["properties"]
     body = {name: field["examples"][0] if "examples" in field else field["default"] for name, field in fields.items()}
+    body |= {name: sandbox.image_url for name in ("image_url", "url") if name in body}
     response = client.post(path, json=body)
     assert (response.status_code, response.json().get("status", 200)) == (200, 200), response.text
