@@ -2580,7 +2580,7 @@ def is_unknown_host(exc: BaseException | None) -> bool:
     while exc is not None:
         if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_NONAME:
             return True
-        exc = exc.__cause__
+        exc = exc.__cause__ or exc.__context__  # httpcore raises its own without a cause
     return False
 
 

@@ -5,7 +5,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 import main
@@ -233,7 +232,8 @@ async def test_the_answer_tells_what_is_cut(
     assert result["cut_seconds"] == pytest.approx(cut, abs=0.1)
     assert cut or result["cut_seconds"] == 0
     path = tmp_path / "final.mp4"
-    path.write_bytes(httpx.get(result["final_url"], trust_env=False).content)  # noqa: ASYNC210
+    async with service_client(service.url) as client:
+        path.write_bytes((await client.get(result["final_url"])).content)
     assert result["final_seconds"] == pytest.approx(media.probe(path).seconds, abs=EXACT_S)
 
 
