@@ -150,7 +150,8 @@ CONVERT_MAX_BYTES = 400_000_000  # ... of a conversion: it takes 170 to 290 MB
 CONVERT_TIMEOUT_S = 180.0
 CONVERT_NICENESS = 10  # the others' muxes, and the service itself, go first
 MAX_CONVERT_PIXELS = 1920 * 1088
-MIN_FRAME_S = 0.0156  # between frames: 60 a second, where times are in whole milliseconds
+# Frames a second. A frame that is longer than the speech would not be in the final video at all.
+CONVERT_RATE = "min(60,max(12,source_fps))"
 
 HEAD_TIMEOUT_S = 10.0
 PICTURE_TIMEOUT_S = 3.0
@@ -2806,15 +2807,11 @@ def convert_arguments(
     if source.is_plain:
         arguments += ["-c:v", "copy"]
     else:
-        # A frame is left out if it follows too soon on the one before it. 4:2:0 has even sizes.
-        filters = f"select='isnan(prev_selected_t)+gte(t-prev_selected_t,{MIN_FRAME_S})'"
-        filters += ",crop=trunc(iw/2)*2:trunc(ih/2)*2:0:0"
+        filters = f"fps='{CONVERT_RATE}',crop=trunc(iw/2)*2:trunc(ih/2)*2:0:0"  # 4:2:0 is even
         if source.has_alpha:
             filters += ",premultiply=inplace=1"  # over black
         arguments += ["-vf", f"{filters},scale=out_range=tv", "-pix_fmt", "yuv420p"]
         arguments += ["-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-bf", "0"]
-        # Each frame at its own time: a variable rate stays one, a long one is not filled up.
-        arguments += ["-fps_mode", "vfr", "-enc_time_base", "demux"]
     arguments += ["-threads", "1", *OUTPUT_OPTIONS, f"file:{target}"]
     return arguments
 
@@ -3521,17 +3518,10 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
             await download(video_url, video)
             video_format = await asyncio.to_thread(read_video_format, video)
 
-        speaks = model.speech_field is not None  # the model's video, by itself
-        if not plays_everywhere(video_format, speaks):
-            with job.stage("convert"):
-                converted = folder / "converted.mp4"
-                video = await convert_video(video, video_format, converted, with_sound=speaks)
-
-        final = video
-        if not speaks:
-            final = folder / "final.mp4"
-            with job.stage("mux"):
-                await mux_video_audio(video, speech, final, body.fit)
+        video_speaks = model.speech_field is not None
+        final = await make_final_video(
+            video, video_format, None if video_speaks else speech, body.fit, job
+        )
 
         with job.stage("final_upload"):
             path = f"videos/{uuid.uuid4()}.mp4"
@@ -3607,6 +3597,26 @@ async def make_video(
         video_url = await replicate_video_from_prompt(body, audio_url, job, model)
     job.partial.video_url = video_url
     return video_url
+
+
+async def make_final_video(
+    video: Path, video_format: VideoFormat, speech: Path | None, fit: Fit, job: Job
+) -> Path:
+    """Make a video that plays everywhere and says the speech; None: the model's video speaks by itself.
+
+    Raises ResourceFailed, OSError.
+    """
+    if not plays_everywhere(video_format, as_it_is=speech is None):
+        with job.stage("convert"):
+            converted = video.with_name("converted.mp4")
+            video = await convert_video(video, video_format, converted, with_sound=speech is None)
+    if speech is None:
+        return video
+
+    final = video.with_name("final.mp4")
+    with job.stage("mux"):
+        await mux_video_audio(video, speech, final, fit)
+    return final
 
 
 # ---- Routes ----------------------------------------------------------------------------------------
