@@ -34,6 +34,7 @@ import signal
 import socket
 import ssl
 import struct
+import sys
 import tempfile
 import threading
 import time
@@ -118,6 +119,8 @@ MAX_FIELD_ERRORS = 20  # that Replicate reports about one input
 MAX_OUTPUT_VALUES = 1_000  # the video's URL is among the first few
 MAX_MP3_GAPS = 1_000  # places in a speech where a frame is looked for
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
+MAX_MP4_INDEX_BYTES = 1_000_000  # of `moov`; the video's description is near its start
+MAX_HEAD_BYTES = 64 * 1024  # of a file, from which its format is known
 
 # Seconds of silence on a connection, not of a whole call.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
@@ -185,6 +188,13 @@ CUT_TOLERANCE_S = 0.1  # streams end with a whole frame: less than this is not c
 FFMPEG_TIMEOUT_S = 60.0
 MAX_FFMPEG = 4  # at once, and no more than cores: each takes some 50 MB
 FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of an 8K frame has less
+MUX_MAX_BYTES = 200_000_000  # RLIMIT_DATA of a mux: it takes 66 to 77 MB, a 4K video as well
+CONVERT_MAX_BYTES = 400_000_000  # ... of a conversion: it takes 170 to 290 MB
+CONVERT_TIMEOUT_S = 180.0
+CONVERT_NICENESS = 10  # the others' muxes, and the service itself, go first
+MAX_CONVERT_PIXELS = 1920 * 1088
+# Frames a second. A frame that is longer than the speech would not be in the final video at all.
+CONVERT_RATE = "min(60,max(12,source_fps))"
 
 HEAD_TIMEOUT_S = 10.0
 PICTURE_TIMEOUT_S = 3.0
@@ -441,7 +451,7 @@ FieldErrorCode = TypeAliasType(
 )
 # What a message says, to be filled into a translation of it: {"max": 600, "got": 659}.
 ErrorParams = dict[str, str | int | float | list[Any]]
-Stage = Literal["speech", "audio_upload", "video", "download", "mux", "final_upload"]
+Stage = Literal["speech", "audio_upload", "video", "download", "convert", "mux", "final_upload"]
 StageState = Literal["started", "progress", "done"]
 Fit = Literal["shortest", "video", "speech"]
 
@@ -1412,6 +1422,7 @@ class AppState:
 
     http: httpx.AsyncClient
     ffmpeg_slots: asyncio.Semaphore
+    conversion_slot: asyncio.Semaphore  # of its own: no mux waits for a conversion
     speech_line: "ProviderLine" = field(default_factory=lambda: ProviderLine("elevenlabs"))
     create_line: "ProviderLine" = field(
         default_factory=lambda: ProviderLine("replicate", MAX_CREATES)
@@ -1455,7 +1466,7 @@ async def open_app_state() -> AsyncIterator[AppState]:
     headers = {"Accept-Encoding": "identity"}  # nothing is unpacked: a small body stays small
     async with httpx.AsyncClient(transport=transport, timeout=TIMEOUT, headers=headers) as http:
         ffmpeg_slots = asyncio.Semaphore(min(os.cpu_count() or 1, MAX_FFMPEG))
-        yield AppState(http, ffmpeg_slots)
+        yield AppState(http, ffmpeg_slots, conversion_slot=asyncio.Semaphore(1))
 
 
 # ---- HTTP calls: retry policy and backoff ----------------------------------------------------------
@@ -3536,7 +3547,7 @@ async def cancel_prediction(prediction_id: str) -> None:
         logger.warning("prediction_id=%s not cancelled: %s", prediction_id, reason)
 
 
-# ---- ffmpeg: muxing --------------------------------------------------------------------------------
+# ---- ffmpeg: muxing and conversion -----------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -3549,20 +3560,252 @@ def ffmpeg_path() -> str:
     return os.path.abspath(found)  # it runs without a PATH
 
 
+class VideoFormat(NamedTuple):
+    """What a model's file is, read from its first bytes and an MP4's index."""
+
+    name: str  # with its article, for people
+    demuxer: str  # ffmpeg's
+    is_plain: bool = False  # H.264 that plays everywhere, in MP4 or MOV: its picture can be copied
+    is_ready: bool = False  # an MP4 with its index first and sound that plays everywhere, or none
+    has_alpha: bool = False
+    decoder: str | None = None  # ffmpeg's, where its usual one has no alpha
+
+
+# How a file begins, and what it is. No demuxer: it is no video. An MP4 without ftyp is QuickTime's.
+VIDEO_FORMATS = [
+    (rb".{4}ftyp(?!qt  )", "an MP4 video", "mov"),
+    (rb".{4}(ftyp|styp|moov|mdat|wide|free|skip)", "a MOV video", "mov"),
+    (rb"\x1aE\xdf\xa3", "a WebM or Matroska video", "matroska"),
+    (rb"GIF8[79]a", "a GIF", "gif"),
+    (rb"RIFF.{4}WEBPVP8X.*ANIM", "an animated WebP", "webp_anim"),
+    (rb"\x89PNG\r\n.*acTL", "an animated PNG", "apng"),
+    (rb"RIFF.{4}AVI ", "an AVI video", "avi"),
+    (rb"OggS", "an Ogg video", "ogg"),
+    (rb"FLV\x01", "an FLV video", "flv"),
+    (rb"G.{187}G", "an MPEG-TS video", "mpegts"),
+    (rb"\xff\xd8\xff|\x89PNG\r\n|RIFF.{4}WEBP", "a still picture", None),
+    (rb"#EXTM3U", "an HLS playlist", None),
+    (rb"PK\x03\x04", "a ZIP archive", None),
+    (rb"\s*<", "a web page", None),
+    (rb"", "a file of an unknown format", None),
+]
+ALPHA_DEMUXERS = ("gif", "webp_anim", "apng")
+ALPHA_CODECS = (b"ap4h", b"ap4x", b"rle ", b"png ")  # of QuickTime
+WEBM_ALPHA = b"\x53\xc0\x81\x01"  # the element AlphaMode, of a VP8 or VP9 track
+EXP_GOLOMB = "(?:1|01.|001..|0001...|00001....)"  # bits of a number from 0 to 30 in H.264
+CUT_OFF = "The video that the model made is cut off."
+
+
+def read_video_format(video: Path) -> VideoFormat:
+    """Return what a model's file is. Raises ResourceFailed if it is no video, or cut off."""
+    with video.open("rb") as file:
+        head = file.read(MAX_HEAD_BYTES)
+        file_format = find_video_format(head)
+        if file_format.demuxer == "mov":
+            check_mp4(video)
+            return read_mp4_format(file, file_format)
+        if is_cut_off(file, head, file_format.demuxer):
+            raise ResourceFailed(CUT_OFF, "replicate", code="media_unusable", retryable=False)
+    if file_format.demuxer in ALPHA_DEMUXERS:
+        return file_format._replace(has_alpha=True)
+    if file_format.demuxer == "matroska" and WEBM_ALPHA in head:
+        decoder = "libvpx" if b"V_VP8" in head else "libvpx-vp9"
+        return file_format._replace(has_alpha=True, decoder=decoder)
+    return file_format
+
+
+def plays_everywhere(video_format: VideoFormat, as_it_is: bool) -> bool:
+    """Return whether a video needs no conversion before it is muxed, or stored as it is."""
+    if as_it_is:
+        return video_format.is_plain and video_format.is_ready
+    return video_format.is_plain
+
+
+def find_video_format(head: bytes) -> VideoFormat:
+    """Return the format of a file by its first bytes alone. Raises ResourceFailed if it is no video."""
+    for pattern, name, demuxer in VIDEO_FORMATS:
+        if not re.match(pattern, head, re.DOTALL):
+            continue
+        if demuxer:
+            return VideoFormat(name, demuxer)
+        break
+    raise ResourceFailed(
+        f"The model made {name}, not a video.", "replicate", code="media_unusable", retryable=False
+    )
+
+
+def is_cut_off(file: BinaryIO, head: bytes, demuxer: str) -> bool:
+    """Return whether a file ends before the end that its format states, where it states one."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 64))
+    tail = file.read()
+    if head.startswith(b"RIFF"):
+        stated = int.from_bytes(head[4:8], "little")
+        return size < stated < 0xFFFFFFFF  # that much: written as a stream
+    if demuxer == "gif":
+        return not tail.rstrip(b"\0\r\n").endswith(b";")
+    if demuxer == "apng":
+        return b"IEND" not in tail
+    if demuxer == "matroska":
+        return size < matroska_end(head)
+    return False
+
+
+def matroska_end(head: bytes) -> int:
+    """Return where a Matroska file's segment ends, 0 if it does not say (RFC 8794, element sizes)."""
+    offset = head.find(b"\x18\x53\x80\x67") + 4  # the element Segment
+    if offset < 4 or offset + 8 > len(head) or head[offset] == 0:
+        return 0
+    length = 9 - head[offset].bit_length()  # of the size itself: 1 to 8 bytes
+    bits = 7 * length
+    segment_bytes = int.from_bytes(head[offset : offset + length], "big") & ((1 << bits) - 1)
+    if segment_bytes == (1 << bits) - 1:  # unknown, as a live stream writes it
+        return 0
+    return offset + length + segment_bytes
+
+
+def check_mp4(video: Path) -> None:
+    """Refuse a file that is not an MP4 or is cut off: ffmpeg would make a shorter video of it.
+
+    Raises ResourceFailed.
+    """
+    first_boxes = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip")  # QuickTime: any
+    size = video.stat().st_size
+    offset = 0
+    with video.open("rb") as file:
+        for name, _, end in top_level_boxes(file, size):
+            if offset == 0 and name not in first_boxes:
+                message = "What the model made is not an MP4 video."
+                raise ResourceFailed(message, "replicate", code="media_unusable", retryable=False)
+            offset = end
+    if offset != size or size == 0:
+        raise ResourceFailed(CUT_OFF, "replicate", code="media_unusable", retryable=False)
+
+
+def top_level_boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
+    """Yield an MP4's boxes: name, start of the content, end.
+
+    ISO/IEC 14496-12: 4 bytes length, 4 bytes name; a length of 0 means to the end of the file, of 1 that
+    the length follows in 8 bytes.
+    """
+    offset = 0
+    for _ in range(MAX_MP4_BOXES):
+        if offset >= size:
+            return
+        file.seek(offset)
+        header = file.read(16).ljust(16, b"\0")
+        length, name, long_length = struct.unpack(">I4sQ", header)
+        header_bytes = 8
+        if length == 0:
+            length = size - offset
+        elif length == 1:
+            length = long_length
+            header_bytes = 16
+        end = offset + max(8, length)
+        yield name, offset + header_bytes, end
+        offset = end
+
+
+def read_mp4_format(file: BinaryIO, file_format: VideoFormat) -> VideoFormat:
+    """Return what is in an MP4 or MOV, by the description of its tracks in `moov`."""
+    size = file.seek(0, os.SEEK_END)
+    index = b""
+    index_first = False
+    names = []
+    for name, start, end in top_level_boxes(file, size):
+        names.append(name)
+        if name == b"moov":
+            file.seek(start)
+            index = file.read(min(end - start, MAX_MP4_INDEX_BYTES))
+            index_first = b"mdat" not in names
+            break
+
+    video_codec, video_entry = b"", b""
+    sound_plays = True
+    for handler, codec, entry in mp4_tracks(index):
+        if handler == b"vide" and not video_codec:  # the one that ffmpeg takes as well
+            video_codec, video_entry = codec, entry
+        if handler == b"soun" and codec != b"mp4a":
+            sound_plays = False
+    return file_format._replace(
+        is_plain=video_codec == b"avc1" and is_plain_h264(video_entry),
+        is_ready=index_first and sound_plays and names[0] == b"ftyp" and "MP4" in file_format.name,
+        has_alpha=video_codec in ALPHA_CODECS,
+    )
+
+
+def mp4_tracks(index: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Yield each track of `moov`: its handler, its codec and that codec's description (a sample entry)."""
+    for media in find_boxes(index, b"trak", b"mdia"):
+        handler = next(find_boxes(media, b"hdlr"), b"")[8:12]
+        table = next(find_boxes(media, b"minf", b"stbl", b"stsd"), b"")
+        entries = list(islice(boxes(table[8:]), 2))
+        if len(entries) == 1:
+            codec, entry = entries[0]
+            yield handler, codec, entry
+        else:  # a track that changes its codec
+            yield handler, b"mixed", b""
+
+
+def boxes(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield name and content of the boxes inside one."""
+    offset = 0
+    while offset + 8 <= len(content):
+        length, name = struct.unpack_from(">I4s", content, offset)
+        if length < 8:  # 0 ends QuickTime's lists; no box in here is so long that it needs 64 bits
+            return
+        yield name, content[offset + 8 : offset + length]
+        offset += length
+
+
+def find_boxes(content: bytes, name: bytes, *inner: bytes) -> Iterator[bytes]:
+    """Yield the content of the boxes of this name, or of those inside them, by their names."""
+    for found, box in boxes(content):
+        if found == name and inner:
+            yield from find_boxes(box, *inner)
+        elif found == name:
+            yield box
+
+
+def is_plain_h264(entry: bytes) -> bool:
+    """Return whether an H.264 track is Baseline, Main or High, 8 bit and 4:2:0.
+
+    78 bytes of a sample entry go before its boxes. `avcC`: version, profile, 2 bytes, the length of
+    lengths, how many sequence parameter sets follow, the length of the first in 2 bytes, that set.
+    """
+    record = next(find_boxes(entry[78:], b"avcC"), b"")
+    if len(record) < 16 or record[0] != 1:
+        return False
+    profile = record[1]
+    if profile in (66, 77):  # Baseline and Main are never anything else
+        return True
+    if profile != 100:
+        return False
+    # Of the set, after a byte of its type and 3 of profile and level: id, chroma format (1 is 4:2:0),
+    # bits of luma and of chroma beyond 8 (ITU-T H.264, 7.3.2.1.1). `avcC` may not repeat them.
+    bits = "".join(f"{byte:08b}" for byte in record[12:16])
+    return re.match(EXP_GOLOMB + "01011", bits) is not None  # 1 is written 010, and 0 is 1
+
+
+FFMPEG_OPTIONS = ["-hide_banner", "-nostdin", "-y", "-v", "error", "-filter_threads", "1"]
+FFMPEG_OPTIONS += ["-max_alloc", str(FFMPEG_MAX_ALLOC_BYTES)]
+# Of each input; its demuxer is forced as well: a playlist named .mp4 is not followed.
+INPUT_OPTIONS = ["-protocol_whitelist", "file", "-threads", "1"]
+# Of the output. A short video of many bytes would grow without end as it repeats.
+OUTPUT_OPTIONS = ["-fs", str(MAX_DOWNLOAD_BYTES + 1), "-movflags", "+faststart", "-f", "mp4"]
+
+
 def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path) -> list[str]:
     """Return ffmpeg's arguments: the video copied, our speech half a second in, ended as `fit` says."""
-    # The demuxer is forced and only files are opened: a playlist named .mp4 is not followed.
-    input_options = ["-protocol_whitelist", "file", "-threads", "1"]
     audio_filter = f"adelay={SPEECH_OFFSET_MS}:all=1"
     if fit == "video":
         audio_filter += ",apad"
 
-    arguments = ["-hide_banner", "-nostdin", "-y", "-v", "error"]
-    arguments += ["-max_alloc", str(FFMPEG_MAX_ALLOC_BYTES), "-filter_threads", "1"]
+    arguments = [*FFMPEG_OPTIONS]
     if fit == "speech":
         arguments += ["-stream_loop", "-1"]
-    arguments += [*input_options, "-f", "mov", "-i", f"file:{video}"]
-    arguments += [*input_options, "-f", demuxer, "-i", f"file:{speech}"]
+    arguments += [*INPUT_OPTIONS, "-f", "mov", "-i", f"file:{video}"]
+    arguments += [*INPUT_OPTIONS, "-f", demuxer, "-i", f"file:{speech}"]
     # The model's picture and our speech, whatever else the video contains.
     arguments += ["-map", "0:V:0", "-map", "1:a:0", "-c:v", "copy"]
     # A voice is 39 dB above its error; with the default coder at 128k 29 dB, for 1.6 times the CPU.
@@ -3570,9 +3813,7 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
     arguments += ["-af", audio_filter]
     # By default a copied stream may run ten seconds ahead, and would not end with the shortest.
     arguments += ["-shortest", "-shortest_buf_duration", "3600"]
-    # A short video of many bytes would grow without end as it repeats.
-    arguments += ["-fs", str(MAX_DOWNLOAD_BYTES + 1)]
-    arguments += ["-movflags", "+faststart", "-f", "mp4", f"file:{final}"]
+    arguments += [*OUTPUT_OPTIONS, f"file:{final}"]
     return arguments
 
 
@@ -3584,13 +3825,63 @@ async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "sh
     await asyncio.to_thread(check_mp4, video)
     arguments = mux_arguments(video, speech, speech_format().extension, fit, final)
     async with app_state().ffmpeg_slots:
-        await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S)
+        await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S, MUX_MAX_BYTES)
     if final.stat().st_size > MAX_DOWNLOAD_BYTES:  # noqa: ASYNC240  ffmpeg has stopped there
         message = "The final video is larger than 100 MB."
         raise ResourceFailed(message, code="media_unusable", retryable=False)
 
 
-async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
+def convert_arguments(
+    video: Path, source: VideoFormat, target: Path, with_sound: bool
+) -> list[str]:
+    """Return ffmpeg's arguments: an MP4 that plays everywhere, its sound as AAC or left out."""
+    arguments = [*FFMPEG_OPTIONS, *INPUT_OPTIONS, "-max_pixels", str(MAX_CONVERT_PIXELS)]
+    if source.decoder:
+        arguments += ["-c:v", source.decoder]
+    arguments += ["-f", source.demuxer, "-i", f"file:{video}", "-map", "0:V:0"]
+    if with_sound:
+        arguments += ["-map", "0:a:0?", "-c:a", "aac", "-b:a", "128k"]
+
+    if source.is_plain:
+        arguments += ["-c:v", "copy"]
+    else:
+        filters = f"fps='{CONVERT_RATE}',crop=trunc(iw/2)*2:trunc(ih/2)*2:0:0"  # 4:2:0 is even
+        if source.has_alpha:
+            filters += ",premultiply=inplace=1"  # over black
+        arguments += ["-vf", f"{filters},scale=out_range=tv", "-pix_fmt", "yuv420p"]
+        arguments += ["-c:v", "libx264", "-preset", "veryfast", "-crf", "20", "-bf", "0"]
+    arguments += ["-threads", "1", *OUTPUT_OPTIONS, f"file:{target}"]
+    return arguments
+
+
+async def convert_video(video: Path, source: VideoFormat, target: Path, with_sound: bool) -> Path:
+    """Convert a video that would not play everywhere; return what is to be delivered.
+
+    That is an MP4 as it came if it cannot be converted within the limits: it plays somewhere. Raises
+    ResourceFailed, which names the format, for anything else; OSError.
+    """
+    arguments = convert_arguments(video, source, target, with_sound)
+    try:
+        async with app_state().conversion_slot:
+            await run_ffmpeg(arguments, CONVERT_TIMEOUT_S, CONVERT_MAX_BYTES, CONVERT_NICENESS)
+        if target.stat().st_size > MAX_DOWNLOAD_BYTES:  # noqa: ASYNC240  ffmpeg has stopped there
+            raise ResourceFailed(
+                "The converted video is larger than 100 MB.", code="media_unusable", retryable=False
+            )
+    except ResourceFailed as exc:
+        if source.demuxer == "mov":
+            logger.warning("the video is delivered as it came: %s", exc.detail)
+            return video
+        message = f"The model made {source.name}, which could not be converted to an MP4 video."
+        raise ResourceFailed(
+            message, "replicate", code="media_unusable", retryable=exc.retryable
+        ) from exc
+    return target
+
+
+async def run_ffmpeg(
+    arguments: list[str], timeout_s: float, max_bytes: int = MUX_MAX_BYTES, niceness: int = 0
+) -> None:
     """Run ffmpeg to its end; it is killed and reaped however this call ends. Raises ResourceFailed, OSError."""
     command = [await asyncio.to_thread(ffmpeg_path), *arguments]
     stderr_tail = b""
@@ -3598,6 +3889,7 @@ async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
     process = await anyio.open_process(
         command, stdin=DEVNULL, stdout=DEVNULL, env={}, start_new_session=True
     )
+    limit_process(process.pid, max_bytes, niceness)
     async with process:
         assert process.stderr is not None
         try:
@@ -3616,6 +3908,20 @@ async def run_ffmpeg(arguments: list[str], timeout_s: float) -> None:
         raise_ffmpeg_error(process.returncode, stderr_tail)
 
 
+def limit_process(pid: int, max_bytes: int, niceness: int) -> None:
+    """Limit the memory of a process that leads its own group, and lower its priority: on Linux.
+
+    RLIMIT_DATA counts what it can write to. RLIMIT_AS would also count ffmpeg's own 170 MB, and 64 MB
+    that malloc reserves for each thread: it cannot tell a bomb from a video.
+    """
+    if sys.platform == "linux":
+        import resource
+
+        with suppress(OSError):  # it has ended already
+            resource.prlimit(pid, resource.RLIMIT_DATA, (max_bytes, max_bytes))
+            os.setpriority(os.PRIO_PGRP, pid, niceness)  # all its threads
+
+
 def raise_ffmpeg_error(returncode: int | None, stderr_tail: bytes) -> None:
     """Log how ffmpeg failed, and raise ResourceFailed, or OSError if the disk is full."""
     lines = stderr_tail.decode("utf-8", "replace").split("\n")
@@ -3627,74 +3933,16 @@ def raise_ffmpeg_error(returncode: int | None, stderr_tail: bytes) -> None:
     raise ResourceFailed(message, code="media_unusable", retryable=False)
 
 
-def check_mp4(video: Path) -> None:
-    """Refuse a file that is not an MP4 or is cut off: ffmpeg would make a shorter video of it.
-
-    Walks the boxes at the top level (ISO/IEC 14496-12): 4 bytes length, 4 bytes name; a length of 0 means
-    to the end of the file, of 1 that the length follows in 8 bytes. Raises ResourceFailed.
-    """
-    first_boxes = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip")  # QuickTime: any
-    size = video.stat().st_size
-    offset = 0
-    with video.open("rb") as file:
-        for _ in range(MAX_MP4_BOXES):
-            if offset >= size:
-                break
-            file.seek(offset)
-            header = file.read(16).ljust(16, b"\0")
-            length, name, long_length = struct.unpack(">I4sQ", header)
-            if offset == 0 and name not in first_boxes:
-                message = "What the model made is not an MP4 video."
-                raise ResourceFailed(message, "replicate", code="media_unusable", retryable=False)
-            if length == 0:
-                offset = size
-            elif length == 1:
-                offset += max(8, long_length)
-            else:
-                offset += max(8, length)
-    if offset != size or size == 0:
-        message = "The video that the model made is cut off."
-        raise ResourceFailed(message, "replicate", code="media_unusable", retryable=False)
-
-
-class Mp4Box(NamedTuple):
-    """A box of an MP4: its name, and where its content lies in the file."""
-
-    name: bytes
-    start: int
-    end: int
-
-
-def mp4_boxes(file: BinaryIO, start: int, end: int) -> Iterator[Mp4Box]:
-    """Yield the boxes that lie between two places of a file, one behind the other."""
-    for _ in range(MAX_MP4_BOXES):
-        file.seek(start)
-        header = file.read(16)
-        if start + 8 > end or len(header) < 8:
-            return
-        length, name, long_length = struct.unpack(">I4sQ", header.ljust(16, b"\0"))
-        content = start + 8
-        if length == 1:
-            length = long_length
-            content += 8
-        elif length == 0:  # to the end of the file
-            length = end - start
-        if length < content - start:
-            return
-        yield Mp4Box(name, content, min(start + length, end))
-        start += length
-
-
 def mp4_seconds(video: Path) -> float | None:
     """Return how long an MP4 plays, as its movie header says; None if it does not (ISO/IEC 14496-12)."""
     with video.open("rb") as file:
-        for box in mp4_boxes(file, 0, video.stat().st_size):
-            if box.name != b"moov":
+        for name, start, end in top_level_boxes(file, video.stat().st_size):
+            if name != b"moov":
                 continue
-            for child in mp4_boxes(file, box.start, box.end):
-                if child.name == b"mvhd":
-                    file.seek(child.start)
-                    return movie_header_seconds(file.read(32).ljust(32, b"\0"))
+            file.seek(start)
+            index = file.read(min(end - start, MAX_MP4_INDEX_BYTES))
+            header = next(find_boxes(index, b"mvhd"), b"")
+            return movie_header_seconds(header.ljust(32, b"\0"))
     return None
 
 
@@ -4771,28 +5019,26 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
         video = folder / "video.mp4"
         with job.stage("download"):
             await download(video_url, video)
-            await wait_out_descriptors(partial(asyncio.to_thread, check_mp4, video))
+            read_format = partial(asyncio.to_thread, read_video_format, video)
+            video_format = await wait_out_descriptors(read_format)
 
-        final = video
-        if model.speech_field is None:  # else the model's video speaks by itself
-            final = folder / "final.mp4"
-            with job.stage("mux"):
-                mux = partial(mux_video_audio, video, speech, final, body.fit)
-                await wait_out_descriptors(mux)
+        # A model that takes speech makes a video that speaks by itself.
+        speech_to_mux = speech if model.speech_field is None else None
+        final = await make_final_video(video, video_format, speech_to_mux, body.fit, job)
 
         final_seconds = await asyncio.to_thread(mp4_seconds, final)
         with job.stage("final_upload"):
             path = f"videos/{uuid.uuid4()}.mp4"
             final_url = await supabase_upload(path, final, "video/mp4", PAID_UPLOAD_RETRY)
 
-    speaks_itself = model.speech_field is not None
+    heard_in_full = model.speech_field is not None
     return SpeechResult(
         audio_url=audio_url,
         video_url=video_url,
         final_url=final_url,
         audio_seconds=job.audio_seconds,
         final_seconds=final_seconds,
-        cut_seconds=0.0 if speaks_itself else cut_seconds(job.audio_seconds, final_seconds),
+        cut_seconds=0.0 if heard_in_full else cut_seconds(job.audio_seconds, final_seconds),
     )
 
 
@@ -4897,6 +5143,27 @@ async def make_video(
         video_url = await replicate_video_from_prompt(body, audio_url, job, model)
     job.partial.video_url = video_url
     return video_url
+
+
+async def make_final_video(
+    video: Path, video_format: VideoFormat, speech: Path | None, fit: Fit, job: Job
+) -> Path:
+    """Make a video that plays everywhere and says the speech; None: the model's video speaks by itself.
+
+    Raises ResourceFailed, OSError.
+    """
+    if not plays_everywhere(video_format, as_it_is=speech is None):
+        with job.stage("convert"):
+            converted = video.with_name("converted.mp4")
+            convert = partial(convert_video, video, video_format, converted, speech is None)
+            video = await wait_out_descriptors(convert)
+    if speech is None:
+        return video
+
+    final = video.with_name("final.mp4")
+    with job.stage("mux"):
+        await wait_out_descriptors(partial(mux_video_audio, video, speech, final, fit))
+    return final
 
 
 # ---- Routes ----------------------------------------------------------------------------------------

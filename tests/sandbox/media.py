@@ -218,7 +218,7 @@ def video(
             options += ["-shortest"]
         else:
             options += ["-t", f"{plan.seconds:g}"]
-        options += ["-f", "mp4"]
+        options += ["-movflags", "+faststart", "-f", "mp4"]
 
         try:
             return ffmpeg(*options, stdin=picture)
