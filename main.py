@@ -762,6 +762,7 @@ class Unauthorized(InvalidInput):
     """The request carries none of the tokens of SERVICE_TOKEN."""
 
     http_status = 401
+    code = "unauthorized"
     headers = {"WWW-Authenticate": "Bearer"}
 
 
@@ -796,9 +797,11 @@ class ProviderFailed(ServiceError):
 class ProviderBusy(ProviderFailed):
     """The line at a provider is too long for the job's deadline; nothing was asked for."""
 
+    code = "busy"
+
     def __init__(self, detail: str, provider: Provider, retry_after_s: float) -> None:
         super().__init__(detail, provider)
-        self.retry_after_s = retry_after_s
+        self.headers = {"Retry-After": str(math.ceil(retry_after_s))}
 
 
 class SpeechTooLarge(ServiceError):
@@ -2529,7 +2532,8 @@ async def head(url: str, timeout_s: float, slots: asyncio.Semaphore) -> HeadResu
         raise ResourceFailed(message, code="download_failed") from exc
     except TimeoutError as exc:
         if is_waiting:
-            raise ResourceFailed("The service looks at too many files; try again.") from exc
+            message = "The service looks at too many files; try again."
+            raise ResourceFailed(message, code="busy") from exc
         message = f"The URL did not answer within {timeout_s:g} s."
         raise ResourceFailed(message, code="download_failed") from exc
 
@@ -3131,7 +3135,9 @@ def check_allowed_model(name: str) -> None:
     allowed = get_settings().allowed_models
     if allowed is not None and name not in allowed.split(","):
         choices = one_line(allowed.replace(",", " or "))
-        raise invalid_field("model", f"must be {choices}")
+        params: ErrorParams = {"allowed": allowed.split(",")}
+        message = f"must be {choices}"
+        raise invalid_field("model", message, code="model_not_allowed", params=params)
 
 
 def begin_lookup(name: str, is_known: bool) -> ModelLookup:
@@ -3144,7 +3150,7 @@ def begin_lookup(name: str, is_known: bool) -> ModelLookup:
             message = (
                 f"The service looks up {MAX_LOOKUPS_PER_MINUTE} new models a minute; try again."
             )
-            raise ResourceFailed(message)
+            raise ResourceFailed(message, code="busy")
         state.lookups_at.append(now)
 
     task = asyncio.create_task(look_up_model(name))
@@ -4233,10 +4239,7 @@ def error_response(
 
 async def handle_service_error(request: Request, exc: ServiceError) -> Response:
     """Answer an error of the service's own."""
-    headers = {}
-    if isinstance(exc, ProviderBusy):
-        headers["Retry-After"] = str(math.ceil(exc.retry_after_s))
-    return error_response(request, exc, headers)
+    return error_response(request, exc)
 
 
 # Pydantic's error types: our code and plain words.

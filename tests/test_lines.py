@@ -313,7 +313,7 @@ async def test_who_would_come_too_late_is_refused_at_once(
     with pytest.raises(main.ProviderBusy, match="429: Too many") as caught:
         line.check_turn(job, ahead)
     error = caught.value
-    assert error.retry_after_s == pytest.approx(retry_after_s, abs=1)
+    assert float(error.headers["Retry-After"]) == pytest.approx(retry_after_s, abs=1)
     assert (error.http_status, error.category, error.retryable) == (500, "provider", True)
 
 

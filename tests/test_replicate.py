@@ -586,3 +586,33 @@ async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(
         assert [kept for kept in pool.connections if not (kept.is_idle() or kept.is_closed())] == []
     server.close()  # its connections are kept by the client, and Python 3.12 would wait for them
     assert moments > 10
+
+
+# What was found while reading
+
+
+async def test_a_poll_that_is_refused_for_good_cancels_a_prediction_that_nobody_can_resume(
+    client, replicate
+):
+    """Without a key nobody comes back for it, and it must not run on and be billed."""
+    replicate.read.respond(410, json={"detail": "Gone."})
+    status, detail, partial = await failed(client)
+    assert (status, partial) == (500, {"prediction_id": "p1"})
+    assert detail.startswith("Replicate answered 410")
+    assert replicate.cancel.call_count == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "is_ours"), [("abc123", True), ("abc", False), ("", False), (None, False)]
+)
+def test_a_listed_prediction_has_exactly_our_version(listed, is_ours):
+    """A part of the version's id is another version."""
+    model = main.VideoModel("a/b", "a/b:abc123", {}, ())
+    found = {"model": "a/b", "version": listed, "input": {"prompt": "Talk"}}
+    assert main.is_prediction_of(found, model, {"prompt": "Talk"}) == is_ours
+
+
+def test_a_response_is_parsed_once():
+    """However often a policy, an error and a message look at it."""
+    response = main.ProviderResponse(200, httpx.Headers(), b'{"id": "p1"}')
+    assert response.payload is response.payload

@@ -184,6 +184,13 @@ def test_a_malformed_key_is_not_shown(text):
     ]
 
 
+def test_a_key_is_not_so_short_that_words_contain_it():
+    """Redacted everywhere, a key of one letter would leave no text readable."""
+    for name in SECRETS:
+        message = f"{name}=(not shown): must have at least 8 characters"
+        assert refusal(name, "k") == message
+
+
 def test_the_text_of_the_settings_has_no_key():
     """Settings that end up in a log or a traceback reveal no key."""
     settings = main.read_settings(SECRETS)
