@@ -609,8 +609,11 @@ def redact(text: str) -> str:
 
 def add_request_id_and_redact(record: logging.LogRecord) -> bool:
     """Start a log line with its request id, and keep secrets out of it."""
-    record.msg = redact(f"request_id={current_request_id.get()} {record.getMessage()}")
-    record.args = ()
+    prefix = f"request_id={current_request_id.get()} "
+    message = record.getMessage()
+    if not message.startswith(prefix):  # it does where this file was imported twice
+        record.msg = redact(prefix + message)
+        record.args = ()
     return True
 
 
@@ -749,7 +752,7 @@ class Job:
         """Return the error of a job that was cancelled, or has passed its deadline."""
         if self.cancel_reason or not self.past_deadline():
             advice = "send the same request again" if self.record else "try again"
-            return ServiceError(f"The service is restarting and did not finish the job; {advice}.")
+            return ServiceError(f"The service is restarting and could not finish the job; {advice}.")
 
         stage = self.current_stage
         provider = STAGE_PROVIDERS.get(stage)
@@ -928,6 +931,8 @@ class PublicOnlyBackend(httpcore.AnyIOBackend):
         return await connect(addresses[-1], port, timeout, local_address, socket_options)
 
     async def _resolve(self, host: str, port: int, timeout_s: float | None) -> list[str]:
+        with suppress(ValueError):
+            return [str(ipaddress.ip_address(host))]
         try:
             with anyio.fail_after(timeout_s):
                 return await self._resolver.resolve(host, port)

@@ -51,7 +51,8 @@ WORD = re.compile(r"[\w./:;=*+-]+")  # a text with blanks is a message
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Writes each line of main.py's functions and the test it runs for, none in the service's own processes.
 TRACER = """import os, sys, threading
-main, told = os.path.join(os.path.dirname(__file__), "main.py"), os.open(__file__ + ".txt", os.O_CREAT | os.O_APPEND | 1)
+main = os.path.join(os.path.dirname(__file__), "main.py")
+output = os.open(__file__ + ".txt", os.O_CREAT | os.O_APPEND | 1)
 test, seen = "", set()
 def trace(frame, event, arg):
     global test
@@ -60,7 +61,7 @@ def trace(frame, event, arg):
             seen.clear()
         if frame.f_lineno not in seen:
             seen.add(frame.f_lineno)
-            os.write(told, f"{frame.f_lineno} {test}\\n".encode())
+            os.write(output, f"{frame.f_lineno} {test}\\n".encode())
         return trace
 sys.settrace(trace)
 threading.settrace(trace)
@@ -291,20 +292,21 @@ class Tree:
 
     def cover(self, source: Source) -> Iterator[tuple[str, tuple[float, dict[str, list[int]]]]]:
         """The seconds of CPU of every test file and the lines of functions that each of its tests runs."""
-        traced, told = list(source.lines), self.root / "lines.py.txt"
+        traced = list(source.lines)
+        lines_run = self.root / "lines.py.txt"
         last = int(source.tree.body[0].end_lineno or 1) - 1  # of the introduction
         traced[last] = traced[last].rstrip() + "; import lines as _\n"
         (self.root / "lines.py").write_text(TRACER)
         for name in sorted(path.name for path in (ROOT / "tests").glob("test_*.py") if path.name not in LEFT_OUT):
             file, before = f"tests/{name}", resource.getrusage(resource.RUSAGE_CHILDREN)
-            told.write_text("")
+            lines_run.write_text("")
             result, failed = self.run("".join(traced), "--maxfail=1000", file)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             seconds = round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
             if result != "survived" and seconds < QUICK_S and self.run(source.text, file)[0] != "survived":
                 raise SystemExit(f"{failed or file} fails without any mutant")
             lines: dict[str, set[int]] = defaultdict(set)
-            for line, _, test in (row.partition(" ") for row in told.read_text().splitlines()):
+            for line, _, test in (row.partition(" ") for row in lines_run.read_text().splitlines()):
                 lines[test].add(int(line))
             yield file, (seconds, {test: sorted(some) for test, some in lines.items()})
             print(f"{file}: {seconds} s", flush=True)
@@ -370,7 +372,7 @@ def report(rows: list[Row], earlier: list[Row]) -> None:
 
 
 def main() -> None:
-    """Take the mutants that are not in the results yet, then tell what became of all."""
+    """Take the mutants that are not in the results yet, then report what became of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a file of JSON lines, new or to go on with")
     parser.add_argument("--before", type=Path, help="results of an earlier version, to compare with")

@@ -1,4 +1,4 @@
-"""Take the README's picture of the finished try-it page: `python .ci/screenshot.py` writes tests/sandbox/page.png."""
+"""`python .ci/screenshot.py`: take the README's picture of the try-it page, tests/sandbox/page.png."""
 
 import subprocess
 from pathlib import Path
@@ -12,29 +12,29 @@ from tests.sandbox import Sandbox, Service
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "tests" / "sandbox" / "page.png"
 SIZE: ViewportSize = {"width": 1180, "height": 860}
-MOMENT = 0.8  # of the video, in seconds
+MOMENT_S = 0.8  # of the video
 
 
 def finish_a_job(page: Page, url: str) -> None:
-    """Run one job on the page, then hold its video at a good moment."""
+    """Run one job on the page, and pause its video at a good moment."""
     page.goto(url)
     page.click("#start")
     page.wait_for_selector("#job[data-state=done]", timeout=60_000)
-    page.wait_for_function(f"video.currentTime > {MOMENT}")
-    page.evaluate(f"video.pause(), video.currentTime = {MOMENT}, scrollTo(0, 0)")
+    page.wait_for_function(f"video.currentTime > {MOMENT_S}")
+    page.evaluate(f"video.pause(), video.currentTime = {MOMENT_S}, scrollTo(0, 0)")
     page.wait_for_function("!video.seeking")
     page.mouse.move(0, 0)
 
 
 def shrink(raw: Path, picture: Path) -> None:
-    """Write a PNG of 256 colours: a third of the bytes, and nobody sees it."""
+    """Write a PNG of 256 colours: it has a third of the bytes and looks the same."""
     filters = "split[a][b];[a]palettegen=stats_mode=full[p];[b][p]paletteuse=dither=bayer:bayer_scale=4"
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-i", str(raw), "-vf", filters, str(picture)]
     subprocess.run(command, check=True, timeout=60)
 
 
 def main() -> None:
-    """Sandbox, service, browser; one job; one picture."""
+    """Run one job on the sandbox in a browser, and take a picture of the page."""
     raw = PICTURE.with_suffix(".raw.png")
     with (
         Sandbox(video_seconds=1.5) as sandbox,

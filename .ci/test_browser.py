@@ -1,4 +1,4 @@
-"""The try-it page in a real browser: sandbox, service and page on three origins, as in real life."""
+"""The try-it page in a real browser; the service has another origin, as in production."""
 
 import json
 import signal
@@ -11,7 +11,7 @@ from playwright.sync_api import Page, Request, Route, expect
 from tests.sandbox import Sandbox, Service
 
 JOB_MS = 30_000  # a job on the sandbox takes 1 to 3 s
-FAILURES_SHOWN = "#job[data-state=failed] #failure:visible"
+FAILURE = "#job[data-state=failed] #failure:visible"
 OpenPage = Callable[..., Page]
 StartService = Callable[..., Service]
 
@@ -29,25 +29,25 @@ def make_video(page: Page, **fields: str) -> None:
 
 
 def failure(page: Page, *, key: bool = True, **fields: str) -> str:
-    """Run a job that fails; what the page then says. Without a key it fails at once also where it could be repeated."""
+    """Run a job that fails, and return what the page says; without a key nothing is retried."""
     page.set_checked("#keep", key)
     make_video(page, **fields)
-    return page.locator(FAILURES_SHOWN).inner_text(timeout=JOB_MS)
+    return page.locator(FAILURE).inner_text(timeout=JOB_MS)
 
 
-def videos_bought(sandbox: Sandbox) -> int:
-    """Predictions made."""
+def videos_paid_for(sandbox: Sandbox) -> int:
+    """How many predictions there are."""
     return len(sandbox.predictions)
 
 
-def slow_video(sandbox: Sandbox, seconds: float = 1.5) -> None:
-    """Let the next videos take long enough for something to happen meanwhile."""
+def slow_down_videos(sandbox: Sandbox, seconds: float = 1.5) -> None:
+    """Let videos take long enough for something to happen meanwhile."""
     sandbox.video_seconds = seconds
 
 
-def making_video(page: Page) -> None:
+def wait_until_video_starts(page: Page) -> None:
     """Wait until the video is being made."""
-    expect(page.locator("#stages li[data-state=started]")).to_contain_text("Video the picture", timeout=JOB_MS)
+    expect(page.locator("#stages li[data-state=started]")).to_contain_text("Animate the picture", timeout=JOB_MS)
 
 
 def overflow(page: Page) -> int:
@@ -55,16 +55,16 @@ def overflow(page: Page) -> int:
     return int(page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth"))
 
 
-SEEN_AND_HEARD = """(({ videoWidth, webkitAudioDecodedByteCount, muted }) =>
+PLAYBACK = """(({ videoWidth, webkitAudioDecodedByteCount, muted }) =>
     [videoWidth, webkitAudioDecodedByteCount, muted])(document.getElementById("video"))"""
 
 
-def plays(page: Page, *, sound: bool = True) -> None:
-    """Make sure that the video moves on, has a picture, and that its sound is decoded."""
+def assert_plays(page: Page, *, sound: bool = True) -> None:
+    """Assert that the video plays, with a picture and, unless it is silent, with sound."""
     page.wait_for_function("document.getElementById('video').currentTime > 0.8", timeout=10_000)
-    picture, heard, muted = page.evaluate(SEEN_AND_HEARD)
-    assert picture > 0
-    assert (heard > 0) is sound
+    width, audio_bytes, muted = page.evaluate(PLAYBACK)
+    assert width > 0
+    assert (audio_bytes > 0) is sound
     assert not muted
 
 
@@ -72,19 +72,19 @@ def plays(page: Page, *, sound: bool = True) -> None:
 
 
 def test_a_job_runs_to_a_video_that_plays_with_sound(page: Page, sandbox: Sandbox) -> None:
-    """One click, six steps with their times, then the video plays by itself and the three addresses can be copied."""
+    """After one click there are six stages with their times; then the video plays, with its three URLs."""
     make_video(page)
     wait_for(page, "done")
-    plays(page)
+    assert_plays(page)
     assert page.locator("#stages li[data-state=done]").count() == 6
     assert all(text.endswith(" s") for text in page.locator("#stages time").all_inner_texts())
-    shown = [page.input_value(f"#{name}") for name in ("audio_url", "video_url", "final_url")]
-    assert [page.request.get(url).status for url in shown] == [200, 200, 200]
+    urls = [page.input_value(f"#{name}") for name in ("audio_url", "video_url", "final_url")]
+    assert [page.request.get(url).status for url in urls] == [200, 200, 200]
     assert len(sandbox.calls("create")) == 1
 
 
 def test_the_bar_shows_the_percentage_of_the_video(page: Page, sandbox: Sandbox) -> None:
-    """While the video is made, the bar has the percentage that the model's log tells."""
+    """While the video is made, the bar shows the percentage in the model's log."""
     sandbox.reads_to_finish, sandbox.video_seconds = 8, 1.5
     make_video(page)
     page.wait_for_function(
@@ -96,18 +96,18 @@ def test_the_bar_shows_the_percentage_of_the_video(page: Page, sandbox: Sandbox)
 
 
 def test_without_a_text_the_video_is_silent(page: Page, sandbox: Sandbox) -> None:
-    """An empty text asks for the video alone: no voice is bought, one step is shown."""
+    """With an empty text there is no speech to pay for, and only one stage is shown."""
     page.fill("#text", "")
-    expect(page.locator("#start")).to_have_text("Make a video without speech")
+    expect(page.locator("#start")).to_have_text("Make a silent video")
     make_video(page)
     wait_for(page, "done")
-    plays(page, sound=False)
+    assert_plays(page, sound=False)
     assert page.locator("#stages li").count() == 1
     assert sandbox.calls("speech") == []
 
 
 def test_settings_reach_the_model_and_empty_ones_are_left_out(page: Page, sandbox: Sandbox) -> None:
-    """A filled-in field is sent as it is; an empty one leaves the choice to the service."""
+    """A filled-in field is sent as it is; an empty one is left to the service."""
     with page.expect_request("**/jobs_prompt_tts") as sent:
         make_video(page, seconds="10", resolution="512p")
     wait_for(page, "done")
@@ -118,17 +118,17 @@ def test_settings_reach_the_model_and_empty_ones_are_left_out(page: Page, sandbo
 
 
 def test_a_browser_without_streams_gets_plain_json(open_page: OpenPage) -> None:
-    """The page then asks for JSON: no steps, the same video."""
+    """The page then asks for JSON: it shows no stages, but the same video."""
     page = open_page(script="delete Response.prototype.body")
     with page.expect_request("**/jobs_prompt_tts") as sent:
         make_video(page)
     wait_for(page, "done")
     assert sent.value.headers["accept"] == "application/json"
-    plays(page)
+    assert_plays(page)
 
 
-def test_a_picture_can_be_chosen_and_pasted(page: Page, sandbox: Sandbox, tmp_path: Path) -> None:
-    """Both go to the sandbox, which gives the address that the job then uses."""
+def test_a_picture_can_be_chosen_and_pasted(page: Page, sandbox: Sandbox) -> None:
+    """Both are uploaded to the sandbox, and the job uses the URL that it returns."""
     pet = Path(__file__).parent.parent / "tests" / "sandbox" / "pet.jpg"
     page.set_input_files("#file", pet)
     expect(page.locator("#picture-hint")).to_have_text("Uploaded.")
@@ -148,8 +148,8 @@ PASTE = """bytes => {
 }"""
 
 
-def test_a_file_that_is_no_picture_is_refused_in_words(page: Page, tmp_path: Path) -> None:
-    """The address in the field stays as it was."""
+def test_a_file_that_is_not_a_picture_is_rejected(page: Page, tmp_path: Path) -> None:
+    """The page says so, and the address in the field stays as it was."""
     before = page.input_value("#image_url")
     (tmp_path / "note.png").write_text("not a picture")
     page.set_input_files("#file", tmp_path / "note.png")
@@ -158,109 +158,110 @@ def test_a_file_that_is_no_picture_is_refused_in_words(page: Page, tmp_path: Pat
 
 
 def test_models_and_voices_are_chosen_from_lists_or_typed(page: Page, sandbox: Sandbox) -> None:
-    """What the sandbox has is offered; a name that it does not offer can be typed, and goes out as it is."""
+    """The lists have what the sandbox has; any other name can be typed, and is sent as it is."""
     offered = "id => [...document.getElementById(id).options].map(option => option.value)"
     assert set(page.evaluate(offered, "models")) == set(sandbox.replicate.models)
     assert sandbox.voice_id in page.evaluate(offered, "voices")
     page.fill("#model", "wan-video/wan-2.5-i2v")
-    expect(page.locator("#model-hint")).to_contain_text("speaks")
+    expect(page.locator("#model-hint")).to_contain_text("lips move")
     with page.expect_request("**/jobs_prompt_tts") as sent:
-        said = failure(page, model="typed/by-hand")
+        message = failure(page, model="typed/by-hand")
     assert json.loads(sent.value.post_data or "")["model"] == "typed/by-hand"
-    assert "Model: " in said
+    assert "Model: " in message
 
 
-# ---- One video, whatever happens on the way
+# ---- One video per job, whatever happens
 
 
-def test_a_reload_goes_on_with_the_job(page: Page, sandbox: Sandbox) -> None:
-    """The new page sends the same job with the same key, shows the steps so far, and one video is bought."""
-    slow_video(sandbox)
+def test_a_reload_continues_the_job(page: Page, sandbox: Sandbox) -> None:
+    """The new page sends the same job and key, shows the stages so far, and one video is paid for."""
+    slow_down_videos(sandbox)
     with page.expect_request("**/jobs_prompt_tts") as first:
         make_video(page, text="Before and after.", seconds="10")
-    making_video(page)
+    wait_until_video_starts(page)
     with page.expect_request("**/jobs_prompt_tts") as second:
         page.reload()
-    making_video(page)
+    wait_until_video_starts(page)
     expect(page.locator("#stages li[data-state=done]")).to_have_count(2)
     assert page.input_value("#text") == "Before and after."
     wait_for(page, "done")
     assert (first.value.post_data, sent_key(first.value)) == (second.value.post_data, sent_key(second.value))
-    assert (len(sandbox.calls("speech")), videos_bought(sandbox)) == (1, 1)
+    assert (len(sandbox.calls("speech")), videos_paid_for(sandbox)) == (1, 1)
     page.reload()
     wait_for(page, "rest")
 
 
 def sent_key(request: Request) -> str:
-    """The key of a job, which must have one."""
+    """The idempotency key of a request, which must have one."""
     return request.headers["idempotency-key"]
 
 
-@pytest.mark.parametrize("answered", [True, False], ids=["a proxy's error page", "no connection"])
-def test_a_lost_connection_is_made_again(page: Page, sandbox: Sandbox, answered: bool) -> None:
-    """The page says why and when it asks again, and then has the video."""
+@pytest.mark.parametrize("has_response", [True, False], ids=["a proxy's error page", "no connection"])
+def test_a_lost_connection_is_retried(page: Page, sandbox: Sandbox, has_response: bool) -> None:
+    """The page says why and when it retries, and then has the video."""
 
-    def spoil(route: Route) -> None:
-        route.fulfill(status=502, body="<h1>Bad gateway</h1>") if answered else route.abort("connectionfailed")
+    def fail(route: Route) -> None:
+        """Respond with an error page, or not at all."""
+        route.fulfill(status=502, body="<h1>Bad gateway</h1>") if has_response else route.abort("connectionfailed")
 
-    page.route("**/jobs_prompt_tts", spoil, times=1)
+    page.route("**/jobs_prompt_tts", fail, times=1)
     make_video(page)
-    expect(page.locator("#status")).to_contain_text("Asking again in 1 s")
-    expect(page.locator("#aside")).to_contain_text("502" if answered else "The connection failed")
+    expect(page.locator("#status")).to_contain_text("Retrying in 1 s")
+    expect(page.locator("#aside")).to_contain_text("502" if has_response else "The connection failed")
     wait_for(page, "done")
-    assert videos_bought(sandbox) == 1
+    assert videos_paid_for(sandbox) == 1
 
 
-def test_a_service_that_dies_and_comes_back_goes_on(page: Page, sandbox: Sandbox, start_service: StartService) -> None:
-    """Killed while the video is made: the page asks until a new process answers, and the steps of before stay done."""
+def test_a_restarted_service_continues_the_job(page: Page, sandbox: Sandbox, start_service: StartService) -> None:
+    """Killed while the video is made: the page retries until a new process responds; done stages stay done."""
     service = start_service()
-    slow_video(sandbox)
+    slow_down_videos(sandbox)
     make_video(page, service=service.url)
-    making_video(page)
+    wait_until_video_starts(page)
     service.stop(signal.SIGKILL)
-    expect(page.locator("#status")).to_contain_text("Asking again")
+    expect(page.locator("#status")).to_contain_text("Retrying in")
     service.start()
     wait_for(page, "done")
     expect(page.locator("#stages li[data-state=done]")).to_have_count(6)
-    assert (len(sandbox.calls("speech")), videos_bought(sandbox)) == (1, 1)
+    assert (len(sandbox.calls("speech")), videos_paid_for(sandbox)) == (1, 1)
 
 
 def test_a_copied_tab_waits_for_the_same_video(page: Page, sandbox: Sandbox) -> None:
-    """A browser copies what a tab keeps; both tabs show the one video."""
-    slow_video(sandbox)
+    """The browser copies the tab's session, and both tabs show the one video."""
+    slow_down_videos(sandbox)
     make_video(page)
-    making_video(page)
+    wait_until_video_starts(page)
     with page.expect_popup() as opened:  # unlike a link, this copies the tab's session
         page.evaluate("open(location.href)")
     for tab in (page, opened.value):
         wait_for(tab, "done")
     assert page.input_value("#final_url") == opened.value.input_value("#final_url")
-    assert videos_bought(sandbox) == 1
+    assert videos_paid_for(sandbox) == 1
 
 
-def test_to_stop_waiting_stops_nothing_else(page: Page, sandbox: Sandbox) -> None:
-    """The page says before and after that the job goes on and is paid for; the button then gets the video."""
-    slow_video(sandbox)
+def test_stop_waiting_does_not_stop_the_job(page: Page, sandbox: Sandbox) -> None:
+    """The page says that the job continues and is paid for; the start button then gets its video."""
+    slow_down_videos(sandbox)
     make_video(page)
-    making_video(page)
+    wait_until_video_starts(page)
     expect(page.locator("#cancel")).to_have_text("Stop waiting")
     expect(page.locator("#aside")).to_contain_text("it is paid for")
     page.click("#cancel")
-    expect(page.locator("#status")).to_have_text("Not waiting any more")
+    expect(page.locator("#status")).to_have_text("No longer waiting")
     expect(page.locator("#failure")).to_contain_text("Paid for: the speech")
     page.reload()
-    expect(page.locator("#start")).to_have_text("Go on with this video")
+    expect(page.locator("#start")).to_have_text("Continue this video")
     page.click("#start")
     wait_for(page, "done")
-    assert videos_bought(sandbox) == 1
+    assert videos_paid_for(sandbox) == 1
     assert [prediction.status for prediction in sandbox.predictions.values()] == ["succeeded"]
 
 
-def test_another_job_gets_another_key(page: Page, sandbox: Sandbox) -> None:
-    """A changed form is a new video, and so is the same form once its video is there."""
-    slow_video(sandbox)
+def test_another_job_has_another_key(page: Page, sandbox: Sandbox) -> None:
+    """A changed form makes a new video, and so does the same form once its video is ready."""
+    slow_down_videos(sandbox)
     make_video(page)
-    making_video(page)
+    wait_until_video_starts(page)
     page.click("#cancel")
     page.fill("#text", "Something else.")
     expect(page.locator("#start")).to_have_text("Make the video")
@@ -269,29 +270,29 @@ def test_another_job_gets_another_key(page: Page, sandbox: Sandbox) -> None:
     with page.expect_request("**/jobs_prompt_tts"):
         make_video(page)
     wait_for(page, "done")
-    assert videos_bought(sandbox) == 3
+    assert videos_paid_for(sandbox) == 3
 
 
-def test_after_a_refusal_the_same_form_is_a_new_try(page: Page, sandbox: Sandbox) -> None:
-    """The old key would give the old refusal; the old error is gone as soon as the new job starts."""
+def test_after_a_final_error_the_same_form_is_a_new_job(page: Page, sandbox: Sandbox) -> None:
+    """The old key would replay the error, which disappears when the new job starts."""
     sandbox.outcome("failed", error="flagged")
     failure(page)
     expect(page.locator("#start")).to_have_text("Make the video")
-    slow_video(sandbox, 0.5)
+    slow_down_videos(sandbox, 0.5)
     make_video(page)
-    making_video(page)
+    wait_until_video_starts(page)
     expect(page.locator("#failure")).to_be_hidden()
     wait_for(page, "done")
-    assert videos_bought(sandbox) == 2
+    assert videos_paid_for(sandbox) == 2
 
 
 def test_without_a_key_cancel_stops_the_job_at_the_provider(page: Page, sandbox: Sandbox) -> None:
-    """The prediction is cancelled, the page says what was paid for and is ready for the next job."""
+    """The prediction is canceled, the page says what was paid for and is ready for the next job."""
     sandbox.outcome("never")
     page.uncheck("#keep")
     with page.expect_request("**/jobs_prompt_tts") as sent:
         make_video(page)
-    making_video(page)
+    wait_until_video_starts(page)
     expect(page.locator("#aside")).to_contain_text("ends the job")
     page.click("#cancel")
     expect(page.locator("#status")).to_have_text("Cancelled")
@@ -302,17 +303,17 @@ def test_without_a_key_cancel_stops_the_job_at_the_provider(page: Page, sandbox:
     assert "idempotency-key" not in sent.value.headers
 
 
-def test_who_leaves_a_job_without_a_key_is_asked_and_told(page: Page, sandbox: Sandbox) -> None:
-    """Leaving cancels: the browser asks first; the next page says what was paid for, once."""
-    asked: list[str] = []
-    page.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.accept()))
+def test_leaving_a_job_without_a_key_needs_a_confirmation(page: Page, sandbox: Sandbox) -> None:
+    """Leaving cancels the job: the browser asks first, and the next page says once what was paid for."""
+    dialogs: list[str] = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.type), dialog.accept()))
     sandbox.outcome("never")
     page.uncheck("#keep")
     make_video(page)
-    making_video(page)
+    wait_until_video_starts(page)
     page.reload()
     expect(page.locator("#failure")).to_contain_text("Paid for: the speech")
-    assert asked == ["beforeunload"]
+    assert dialogs == ["beforeunload"]
     page.reload()
     expect(page.locator("#failure")).to_be_hidden()
 
@@ -321,20 +322,20 @@ def test_who_leaves_a_job_without_a_key_is_asked_and_told(page: Page, sandbox: S
 
 
 def test_a_configuration_error_names_the_variable(page: Page, start_service: StartService) -> None:
-    """A service without a key says which one, and that nothing was bought."""
-    said = failure(page, service=start_service(ELEVEN_API_KEY="").url)
-    assert "The service is not set up" in said
-    assert "ELEVEN_API_KEY" in said
+    """The service lacks a provider's API key: the page says which, and that nothing was paid for."""
+    message = failure(page, service=start_service(ELEVEN_API_KEY="").url)
+    assert "The service is not set up" in message
+    assert "ELEVEN_API_KEY" in message
 
 
 def test_a_validation_error_marks_the_field(page: Page, sandbox: Sandbox) -> None:
-    """Every fault is listed, and its field is marked."""
-    said = failure(page, voice_id="../me", seconds="soon")
-    assert "Something in the form cannot be used" in said
-    assert "Voice: " in said
-    assert "Seconds: " in said
+    """Every error is listed, and its field is marked."""
+    message = failure(page, voice_id="../me", seconds="soon")
+    assert "Something in the form is not valid" in message
+    assert "Voice: " in message
+    assert "Seconds: " in message
     assert [field.get_attribute("id") for field in page.locator("[aria-invalid]").all()] == ["voice_id", "seconds"]
-    expect(page.locator("#seconds-fault")).to_be_visible()
+    expect(page.locator("#seconds-error")).to_be_visible()
     page.locator("#failure a", has_text="Voice").click()
     expect(page.locator("#voice_id")).to_be_focused()
     assert sandbox.calls("speech") == []
@@ -343,100 +344,100 @@ def test_a_validation_error_marks_the_field(page: Page, sandbox: Sandbox) -> Non
     assert page.locator("[aria-invalid]").count() == 0
 
 
-def test_a_field_that_a_provider_refuses_is_marked(page: Page, sandbox: Sandbox) -> None:
-    """A voice that only ElevenLabs knows to be missing; the mark goes as soon as the field is changed."""
-    said = failure(page, voice_id="NobodysVoice00000001")
-    assert "Voice: " in said
-    expect(page.locator("#voice_id-fault")).to_contain_text("was not found")
+def test_a_field_that_a_provider_rejects_is_marked(page: Page, sandbox: Sandbox) -> None:
+    """Only ElevenLabs knows that the voice is missing; the mark goes when the field is changed."""
+    message = failure(page, voice_id="NobodysVoice00000001")
+    assert "Voice: " in message
+    expect(page.locator("#voice_id-error")).to_contain_text("was not found")
     page.fill("#voice_id", sandbox.voice_id)
     assert page.locator("[aria-invalid], .hint.bad:visible").count() == 0
 
 
-def test_a_provider_error_says_whose_and_keeps_the_speech(page: Page, sandbox: Sandbox) -> None:
-    """A video that failed: the model's own words, the step that failed, and the speech that was paid for."""
+def test_a_provider_error_names_it_and_keeps_the_speech(page: Page, sandbox: Sandbox) -> None:
+    """The page shows the model's own message, the stage that failed, and the speech that was paid for."""
     sandbox.outcome("failed", error="The picture was flagged as sensitive")
-    said = failure(page)
-    assert "Replicate did not accept this job" in said
-    assert "flagged as sensitive" in said
-    assert "Video the picture" in page.locator("li[data-state=failed]").inner_text()
+    message = failure(page)
+    assert "Replicate rejected this job" in message
+    assert "flagged as sensitive" in message
+    assert "Animate the picture" in page.locator("li[data-state=failed]").inner_text()
     expect(page.locator("label[for=audio_url]")).to_contain_text("still usable")
     assert page.request.get(page.input_value("#audio_url")).ok
 
 
-def test_a_provider_that_is_down_is_told_from_a_refusal(page: Page, sandbox: Sandbox) -> None:
-    """What to do is another thing: wait, or have the account looked at; not change the input."""
+def test_a_provider_that_is_down_gives_other_advice(page: Page, sandbox: Sandbox) -> None:
+    """The advice is to wait, or to ask the operator, and not to change the input."""
     sandbox.fault("speech", "status", times=None, status=503)
-    said = failure(page, key=False)
-    assert "ElevenLabs did not do its part" in said
-    assert "Try again in a few minutes" in said
+    message = failure(page, key=False)
+    assert "ElevenLabs failed" in message
+    assert "Try again in a few minutes" in message
     sandbox.reset()
     sandbox.fault("speech", "status", times=None, status=401)
     assert "Trying again will not help" in failure(page)
 
 
 def test_a_resource_error_keeps_what_was_made(page: Page, sandbox: Sandbox) -> None:
-    """A video that ffmpeg cannot use: speech and video are still there to take."""
+    """ffmpeg cannot use the video, but speech and video can still be downloaded."""
     sandbox.video(b"this is no video")
-    said = failure(page)
-    assert "A file could not be stored, fetched or used" in said
+    message = failure(page)
+    assert "A file could not be stored, downloaded or used" in message
     assert page.locator("#links li").count() == 2
 
 
-def test_an_internal_error_gives_the_request_number(page: Page, sandbox: Sandbox, start_service: StartService) -> None:
-    """A service that ends under a job without a key: a number to quote, which its log has too."""
+def test_an_internal_error_gives_the_request_id(page: Page, sandbox: Sandbox, start_service: StartService) -> None:
+    """The service stops during a job without a key: the id is in its log, too."""
     service = start_service(graceful_s=1)
     sandbox.outcome("never")
     page.uncheck("#keep")
     make_video(page, service=service.url)
-    making_video(page)
+    wait_until_video_starts(page)
     service.stop()
-    said = page.locator(FAILURES_SHOWN).inner_text(timeout=JOB_MS)
-    assert "The service could not finish the job" in said
+    message = page.locator(FAILURE).inner_text(timeout=JOB_MS)
+    assert "The service could not finish the job" in message
     assert page.locator("#failure code").inner_text() in service.log
 
 
-def test_a_service_that_does_not_answer_is_said_so(page: Page) -> None:
-    """The one case without a category."""
-    assert "There is no proper answer" in failure(page, key=False, service="http://127.0.0.1:9")
+def test_the_page_says_that_the_service_does_not_respond(page: Page) -> None:
+    """This error has the category "network", and not one of the service's."""
+    assert "No valid response from the service" in failure(page, key=False, service="http://127.0.0.1:9")
 
 
-def test_a_proxys_error_page_is_said_so(page: Page, service: Service) -> None:
-    """An answer that is not the service's is told with its status."""
+def test_the_page_shows_the_status_of_a_proxys_error(page: Page, service: Service) -> None:
+    """The response did not come from the service."""
     page.route("**/jobs_prompt_tts", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>"))
     assert "status 502" in failure(page, key=False)
 
 
-def test_a_stream_that_breaks_off_is_said_so(page: Page) -> None:
-    """Without a result or an error at its end, a stream is no success."""
+def test_the_page_says_that_the_stream_broke_off(page: Page) -> None:
+    """A stream without a result or an error at its end is not a success."""
     half = 'event: stage\ndata: {"stage": "speech", "state": "started", "seconds": 0}\n\n'
     page.route(
         "**/jobs_prompt_tts", lambda route: route.fulfill(status=200, content_type="text/event-stream", body=half)
     )
-    said = failure(page, key=False)
-    assert "ended before the video was there" in said
-    assert "Paid for: the speech, if it was made in time." in said
+    message = failure(page, key=False)
+    assert "ended before the video was ready" in message
+    assert "Paid for: the speech, if it was made in time." in message
 
 
 def test_another_origin_may_send_and_read_the_request_id(page: Page, service: Service, sandbox: Sandbox) -> None:
-    """A front end can name a request itself, and reads the id and the stages' times from the answer's headers."""
-    told = page.evaluate(ASK, [service.url, sandbox.image_url])
-    assert told[0] == "from-the-page"
-    assert told[1].startswith("video;dur=")
+    """A front end can set a request's id, and read it and the stages' times from the response's headers."""
+    request_id, timing = page.evaluate(FETCH_HEADERS, [service.url, sandbox.image_url])
+    assert request_id == "from-the-page"
+    assert timing.startswith("video;dur=")
 
 
-ASK = """async ([service, image_url]) => {
+FETCH_HEADERS = """async ([service, image_url]) => {
     const headers = { "Content-Type": "application/json", "X-Request-ID": "from-the-page" };
     const body = JSON.stringify({ image_url, prompt: "It nods" });
-    const answer = await fetch(`${service}/jobs_prompt_only`, { method: "POST", headers, body });
-    return [answer.headers.get("X-Request-ID"), answer.headers.get("Server-Timing")];
+    const response = await fetch(`${service}/jobs_prompt_only`, { method: "POST", headers, body });
+    return [response.headers.get("X-Request-ID"), response.headers.get("Server-Timing")];
 }"""
 
 
-# ---- Everybody's page
+# ---- Accessibility and small screens
 
 
 def test_the_page_fits_a_phone(open_page: OpenPage, sandbox: Sandbox) -> None:
-    """At 360 px nothing sticks out: at rest, working, after a reload, done, failed in a field and left."""
+    """At 360 px nothing overflows in any state of the page."""
     page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     sandbox.reads_to_finish, sandbox.video_seconds = 8, 1.0
     widths = {"rest": overflow(page)}
@@ -460,7 +461,7 @@ def test_the_page_fits_a_phone(open_page: OpenPage, sandbox: Sandbox) -> None:
 
 
 def test_the_keyboard_alone_is_enough(open_page: OpenPage, sandbox: Sandbox) -> None:
-    """From the first Tab to the copied address, and cancelling, without a mouse; focus is always somewhere visible."""
+    """A job and the copy of its URL need no mouse, and the focus is always visible."""
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
     focused = "document.activeElement.id"
     reached = []
@@ -480,8 +481,8 @@ def test_the_keyboard_alone_is_enough(open_page: OpenPage, sandbox: Sandbox) -> 
     assert page.evaluate("navigator.clipboard.readText()") == page.input_value("#final_url")
 
 
-def test_cancelling_by_keyboard_gives_the_focus_back(page: Page, sandbox: Sandbox) -> None:
-    """The cancel button has the focus while a job runs; after it, the start button."""
+def test_cancelling_by_keyboard_returns_the_focus(page: Page, sandbox: Sandbox) -> None:
+    """The cancel button has the focus while a job runs, and then the start button."""
     sandbox.outcome("never")
     page.focus("#start")
     page.keyboard.press("Enter")
@@ -491,7 +492,7 @@ def test_cancelling_by_keyboard_gives_the_focus_back(page: Page, sandbox: Sandbo
 
 
 def test_every_field_has_a_name(page: Page) -> None:
-    """A screen reader can say what each field and button is."""
+    """A screen reader can name each field and button."""
     nameless = "[...document.querySelectorAll('input, textarea, select, button, video, img')]"
     nameless += (
         ".filter(e => !(e.labels?.length || e.ariaLabel || e.alt || e.textContent.trim())).map(e => e.outerHTML)"
@@ -499,8 +500,8 @@ def test_every_field_has_a_name(page: Page) -> None:
     assert page.evaluate(nameless) == []
 
 
-def test_calm_for_those_who_ask_for_it(open_page: OpenPage) -> None:
-    """With reduced motion nothing is animated, and the video waits for its viewer."""
+def test_reduced_motion_is_respected(open_page: OpenPage) -> None:
+    """Nothing is animated, and the video does not start by itself."""
     page = open_page(reduced_motion="reduce")
     make_video(page)
     assert page.evaluate("document.getAnimations().length") == 0

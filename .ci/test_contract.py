@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, settings
 from schemathesis.checks import CHECKS
 
 import main
-from tests.jobs import short_video
 from tests.sandbox import Sandbox, Service
+from tests.support.requests import short_video
 
 UNFIT_CHECKS = (
     "not_a_server_error",  # 500 is a stated answer; judged below

@@ -10,8 +10,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.conftest import StartService
-from tests.jobs import short_video, speech_job
 from tests.sandbox import Sandbox
+from tests.support.requests import short_video, speech_job
 
 pytest.importorskip("fastapi.telemetry", reason="the installed FastAPI has no telemetry of its own")
 

@@ -47,3 +47,11 @@ def test_the_workflow_runs_the_one_command() -> None:
     text = WORKFLOW.read_text(encoding="utf-8")
     assert "bash .ci/run" in text
     assert re.search(r"^on:\n  push:\n  pull_request:$", text, re.MULTILINE)
+
+
+def test_the_actions_are_pinned_by_commit() -> None:
+    """A tag can be moved to other code; the version beside the commit is for people."""
+    used = re.findall(r"uses: (.*)", WORKFLOW.read_text(encoding="utf-8"))
+    assert len(used) == 3
+    pinned = re.compile(r"actions/[a-z-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+")
+    assert [action for action in used if not pinned.fullmatch(action)] == []

@@ -24,8 +24,8 @@ from typing import Any
 
 import httpx
 
-from tests.jobs import caller, short_video, speech_job
 from tests.sandbox import Sandbox, Service
+from tests.support.requests import service_client, short_video, speech_job
 
 # Waits shorter than in life, in the same proportions: a video of 0.6 s, and patience for half a minute's worth of trouble.
 PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "PATIENCE_SECONDS": "4"}
@@ -87,7 +87,7 @@ class Chaos:
 
     async def deliver(self, name: str, url: str) -> None:
         """Fetch the video as the front end would."""
-        async with caller(self.sandbox.url) as client:
+        async with service_client(self.sandbox.url) as client:
             video = await client.get(url)
         (self.delivered if video.status_code == 200 and len(video.content) > 1_000 else self.lost).append(name)
 
@@ -98,7 +98,7 @@ class Chaos:
 
 async def ask(url: str, body: dict[str, Any], key: str) -> dict[str, Any]:
     """The answer to one request. Raises httpx.HTTPError if the connection breaks."""
-    async with caller(url) as client:
+    async with service_client(url) as client:
         response = await client.post("/jobs_prompt_tts", json=body, headers={"Idempotency-Key": key})
         answer: dict[str, Any] = response.json()
         return answer

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from tests import lanes
-from tests.inprocess import running_application, use_settings
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.service import ROOT, SETTINGS
+from tests.support import parallel
+from tests.support.application import running_application, use_settings
 
 PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "KEEPALIVE_SECONDS": "0.2", "PATIENCE_SECONDS": "4"}
 StartService = Callable[..., Service]
@@ -31,18 +31,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors; the marks in use are declared; the files are shared by several processes."""
-    config.pluginmanager.register(lanes.Lanes(config))
+    config.pluginmanager.register(parallel.Lanes(config))
     config.addinivalue_line("filterwarnings", "error")
     config.addinivalue_line("markers", "live: calls the real providers with the keys in the environment (--live)")
-    config.addinivalue_line(
-        "markers", "beside(*arguments): judges a Python command that runs beside the other tests of its file"
-    )
+    config.addinivalue_line("markers", "beside(*arguments): judges a Python command that runs while other tests do")
 
 
-# The files that take seconds, the longest last, where the other lanes begin.
+# The slow test files, the slowest last: the other lanes begin there.
 SLOW = (
-    *("sandbox", "test_end_to_end", "test_ffmpeg", "test_soak"),
-    *("test_leaving", "test_bench", "test_chaos", "test_faults", "test_same_request"),
+    "sandbox",
+    "test_end_to_end",
+    "test_ffmpeg",
+    "test_soak",
+    "test_disconnect_and_shutdown",
+    "test_bench",
+    "test_chaos",
+    "test_faults",
+    "test_idempotency",
 )
 
 
@@ -143,7 +148,7 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
 # Commands that take seconds, most of them spent waiting, run beside the other tests of their file
 
 
-class Command(NamedTuple):
+class BackgroundCommand(NamedTuple):
     """A Python command in a folder of its own."""
 
     process: subprocess.Popen[str]
@@ -151,14 +156,16 @@ class Command(NamedTuple):
 
     def outcome(self) -> tuple[int, str, str]:
         """Its exit code, what it told and what it complained of; it has two minutes from now."""
-        told, complaints = self.process.communicate(timeout=120)
-        return self.process.returncode, told, complaints
+        output, errors = self.process.communicate(timeout=120)
+        return self.process.returncode, output, errors
 
 
 @pytest.fixture(scope="module", autouse=True)
-def commands(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Command]]:
+def background_commands(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, BackgroundCommand]]:
     """The commands of the module's tests marked `beside`, by the test's id, started before its first test."""
-    started: dict[str, Command] = {}
+    started: dict[str, BackgroundCommand] = {}
     environment, pipe = {**os.environ, "PYTHONPATH": str(ROOT)}, subprocess.PIPE
     # Ctrl-C is to end them also where whoever runs the tests ignores it, as a shell's background jobs do.
     kept = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -166,7 +173,7 @@ def commands(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         if item.path == request.path and (mark := item.get_closest_marker("beside")):
             line, folder = [sys.executable, *mark.args], tmp_path_factory.mktemp("beside")
             process = subprocess.Popen(line, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
-            started[item.nodeid] = Command(process, folder)
+            started[item.nodeid] = BackgroundCommand(process, folder)
     signal.signal(signal.SIGINT, kept)
     yield started
     for command in started.values():
@@ -176,6 +183,6 @@ def commands(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def beside(request: pytest.FixtureRequest, commands: dict[str, Command]) -> Command:
+def beside(request: pytest.FixtureRequest, background_commands: dict[str, BackgroundCommand]) -> BackgroundCommand:
     """The command that the test is marked with."""
-    return commands[request.node.nodeid]
+    return background_commands[request.node.nodeid]

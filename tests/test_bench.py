@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from tests.bench import MEASUREMENTS, Row, percentile, video_times_s
-from tests.conftest import Command
+from tests.conftest import BackgroundCommand
 
 
 def test_videos_of_one_model_differ_the_same_way_in_every_run() -> None:
@@ -44,11 +44,11 @@ def test_a_percentile_is_one_of_the_numbers() -> None:
 
 
 @pytest.mark.beside("-m", "tests.bench", "--smoke", "--json")
-def test_a_smoke_run_measures_every_row(beside: Command) -> None:
+def test_a_smoke_run_measures_every_row(beside: BackgroundCommand) -> None:
     """`--smoke --json` ends well: every group has its rows, every job was answered, every figure is one."""
-    code, told, complaints = beside.outcome()
-    assert code == 0, complaints
-    report = json.loads(told)
+    code, output, errors = beside.outcome()
+    assert code == 0, errors
+    report = json.loads(output)
     rows = report["rows"]
     assert list(dict.fromkeys(row["group"] for row in rows)) == list(MEASUREMENTS)
     assert [row["measured"] for row in rows if row["what"].endswith("not answered")] == [0, 0, 0, 0]

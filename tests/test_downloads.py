@@ -14,12 +14,13 @@ import httpx
 import pytest
 
 import main
-from tests import network
-from tests.network import PATH, URL, Answer, Answers, Internet, Server, redirect, reply
+from tests.support import network
+from tests.support.application import in_lifespan
+from tests.support.network import PATH, URL, Answer, Answers, Internet, Server, redirect, reply
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
-serve, inside, internet = network.serve, network.inside, network.internet
+serve, internal_server, internet = network.serve, network.internal_server, network.internet
 client, pets = network.client, network.pets
 
 TOO_LARGE = "A file to download is larger than 100 MB."
@@ -84,7 +85,7 @@ async def test_a_file_arrives_as_it_is(answer: Answer, content: bytes, pets: Ser
     await main.download(URL, target)
     assert target.read_bytes() == content
     assert pets.requests == [f"GET {PATH}"]
-    assert "accept-encoding: identity" in pets.heard[0].lower()
+    assert "accept-encoding: identity" in pets.request_heads[0].lower()
 
 
 async def test_memory_does_not_grow_with_the_file(pets: Server, target: Path) -> None:
@@ -137,7 +138,7 @@ async def test_a_failed_download_is_repeated_from_the_first_byte(first: Answer, 
     await main.download(URL, target)
     assert target.read_bytes() == b"video"
     assert pets.requests.count(f"GET {PATH}") == 2
-    assert not any("range:" in head.lower() for head in pets.heard)
+    assert not any("range:" in head.lower() for head in pets.request_heads)
 
 
 async def test_silence_is_not_waited_for_without_end(
@@ -152,7 +153,7 @@ async def test_silence_is_not_waited_for_without_end(
 
     internet.add("pets.example", serve({PATH: [fall_silent, reply(200, b"video")]}))
 
-    await asyncio.wait_for(main.download(URL, target), 5)
+    await asyncio.wait_for(in_lifespan(main.download(URL, target)), 5)
 
     assert target.read_bytes() == b"video"
 
@@ -179,9 +180,9 @@ async def test_other_answers_are_not_repeated(answer: Answer, words: str, pets: 
 # Bounds
 
 
-def sized(size: int, is_told: bool) -> bytes:
+def sized(size: int, has_length: bool) -> bytes:
     """A file of a size."""
-    return reply(200, bytes(size), content_length=str(size) if is_told else None)
+    return reply(200, bytes(size), content_length=str(size) if has_length else None)
 
 
 def endless(status: int, **headers: str) -> Answer:
@@ -195,10 +196,10 @@ def endless(status: int, **headers: str) -> Answer:
     return send
 
 
-@pytest.mark.parametrize("is_told", [True, False])
-async def test_a_file_at_the_limit_is_taken(is_told: bool, limit: None, pets: Server, target: Path) -> None:
+@pytest.mark.parametrize("has_length", [True, False])
+async def test_a_file_at_the_limit_is_taken(has_length: bool, limit: None, pets: Server, target: Path) -> None:
     """Exactly as many bytes as allowed arrive."""
-    pets.answers[PATH] = [sized(LIMIT, is_told)]
+    pets.answers[PATH] = [sized(LIMIT, has_length)]
     await main.download(URL, target)
     assert target.stat().st_size == LIMIT
 

@@ -10,7 +10,16 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SECRETS, SUPABASE_URL, error_of, rows, told, use_settings
+from tests.support.application import (
+    ELEVEN_URL,
+    REPLICATE_URL,
+    SECRETS,
+    SUPABASE_URL,
+    cases,
+    error_from,
+    error_kind,
+    use_settings,
+)
 
 PICTURE_URL = "https://example.com/pet.jpg"
 VOICE = "JBFqnCBsd6RMkjVDRZzb"
@@ -147,8 +156,8 @@ async def test_what_is_no_speech_is_refused(elevenlabs, monkeypatch, output_form
     """A 200 is not enough: it is neither stored nor muxed, and no video is bought."""
     use_settings(monkeypatch, TTS_OUTPUT_FORMAT=output_format)
     elevenlabs.respond(200, content=body, content_type="audio/mpeg")
-    error = await error_of(spoken())
-    assert told(error) == (500, "provider", "elevenlabs")
+    error = await error_from(spoken())
+    assert error_kind(error) == (500, "provider", "elevenlabs")
     assert error.detail == f"ElevenLabs answered without speech in the format {output_format}."
 
 
@@ -159,13 +168,13 @@ async def test_what_is_no_speech_is_refused(elevenlabs, monkeypatch, output_form
 def test_another_format_than_asked_for_is_refused(asked, came):
     """The stored file would have the wrong name and type."""
     with pytest.raises(main.ProviderFailed, match=f"without speech in the format {asked}"):
-        main.playable(as_sent(came), asked)
+        main.validate_speech(as_sent(came), asked)
 
 
 @pytest.mark.parametrize("sync", [b"ID3", *(b"\xff" + bytes([sync]) for sync in b"\xfb\xfa\xf3\xf2\xe3\xe2")])
 def test_mp3_begins_with_a_tag_or_a_frame(sync):
     """Layer III of MPEG 1, 2 and 2.5, with and without a checksum."""
-    assert main.playable(sync + bytes(100), "mp3_44100_64") == sync + bytes(100)
+    assert main.validate_speech(sync + bytes(100), "mp3_44100_64") == sync + bytes(100)
 
 
 @pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/html"}, {"Content-Type": "audio/L16;rate=16000"}])
@@ -184,8 +193,8 @@ async def test_speech_of_9_500_000_bytes_is_the_most(elevenlabs, monkeypatch, ou
     if is_taken:
         assert len(await spoken()) >= size
         return
-    error = await error_of(spoken())
-    assert told(error) == (400, "resource", "elevenlabs")
+    error = await error_from(spoken())
+    assert error_kind(error) == (400, "resource", "elevenlabs")
     assert error.detail == "The speech is larger than 9.5 MB; use a shorter text."
 
 
@@ -210,13 +219,13 @@ REFUSALS = [  # what it is, the status, that of our answer, whether it can pass
 ]
 
 
-@pytest.mark.parametrize(("status", "outcome", "retryable"), rows(REFUSALS))
+@pytest.mark.parametrize(("status", "outcome", "retryable"), cases(REFUSALS))
 async def test_every_refusal(elevenlabs, status, outcome, retryable):
     """What is wrong with the text or voice is a 400; all else a 500. Either way in ElevenLabs' own words."""
     body = {"detail": {"status": "any", "message": "Because."}}
     headers = {"Location": "https://elsewhere.example/", "Retry-After": "3600"}  # a wait that no call makes
     elevenlabs.respond(status, json=body, headers=headers)
-    error = await error_of(spoken())
-    assert (*told(error), error.retryable) == (outcome, "provider", "elevenlabs", retryable)
+    error = await error_from(spoken())
+    assert (*error_kind(error), error.retryable) == (outcome, "provider", "elevenlabs", retryable)
     assert error.detail.startswith(f"ElevenLabs answered {status}: Because.")
     assert elevenlabs.call_count == 1

@@ -17,11 +17,12 @@ import anyio.to_thread
 import httpx
 import pytest
 
-from tests.jobs import caller, children, left_in, needs_proc, short_video, sockets, speech_job
 from tests.sandbox import Sandbox, Service
+from tests.support.processes import children, files_in, needs_proc, socket_count
+from tests.support.requests import service_client, short_video, speech_job
 
 # Services by their deadline in seconds: enough to come to the video, enough to come to the end, plenty.
-LANES = {1: 2, 2: 1, 60: 2}
+INSTANCES = {1: 2, 2: 1, 60: 2}
 PACE = {"POLL_MIN_SECONDS": "0.005", "RETRY_FIRST_SECONDS": "0.005", "PATIENCE_SECONDS": "1.2"}
 SPOKEN, BOUGHT = frozenset({"audio_url"}), frozenset({"audio_url", "video_url", "prediction_id"})
 
@@ -142,6 +143,7 @@ class Case:
 class Seen(NamedTuple):
     """What came of a case."""
 
+    deadline_s: int
     status: int
     answer: dict[str, Any]
     seconds: float
@@ -167,7 +169,7 @@ def read_table() -> Iterator[Case]:
 # Running all cases
 
 
-class Lane:
+class Instance:
     """A sandbox and a service of its own, for one case at a time."""
 
     def __init__(self, folder: Path, deadline_s: int) -> None:
@@ -196,6 +198,7 @@ class Lane:
         started = time.monotonic()
         response = await client.post("/jobs_prompt_tts", json=speech_job(sandbox))
         return Seen(
+            self.deadline_s,
             response.status_code,
             response.json(),
             time.monotonic() - started,
@@ -203,49 +206,78 @@ class Lane:
             len(sandbox.calls("speech")),
             [prediction.status for prediction in sandbox.predictions.values()],
             len(sandbox.calls("cancel")),
-            [*left_in(self.folder), *children(self.service.pid)],
+            [*files_in(self.folder), *children(self.service.pid)],
             self.service.log[log_before:],
         )
 
 
 @pytest.fixture(scope="module")
-def lanes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Lane]]:
+def instances(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Instance]]:
     """Some with plenty of time for a job, more with little."""
     folder = tmp_path_factory.mktemp("lanes")
-    deadlines = [deadline_s for deadline_s, count in LANES.items() for _ in range(count)]
-    lanes = [Lane(folder / str(number), deadline_s) for number, deadline_s in enumerate(deadlines)]
-    yield lanes
-    with ThreadPoolExecutor(len(lanes)) as pool:
-        list(pool.map(Lane.stop, lanes))
+    deadlines = [deadline_s for deadline_s, count in INSTANCES.items() for _ in range(count)]
+    instances = [Instance(folder / str(number), deadline_s) for number, deadline_s in enumerate(deadlines)]
+    yield instances
+    with ThreadPoolExecutor(len(instances)) as pool:
+        list(pool.map(Instance.stop, instances))
 
 
 @pytest.fixture(scope="module")
-def seen(request: pytest.FixtureRequest, lanes: list[Lane]) -> dict[Case, Seen]:
+def seen(
+    request: pytest.FixtureRequest, instances: list[Instance], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Case, Seen]:
     """What came of every case that is asked for in this run."""
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     cases = {found["case"]: None for found in parameters if isinstance(found.get("case"), Case)}
-    return anyio.run(run_all, list(cases), lanes)
+    seen = anyio.run(run_all, list(cases), instances)
+    for factor in (3, 9):  # nothing is left to do here, unless the machine is busy
+        for case in [case for case, found in seen.items() if came_too_late(case, found)]:
+            seen[case] = run_with_more_time(case, factor, tmp_path_factory.mktemp("more-time"))
+    return seen
 
 
-async def run_all(cases: list[Case], lanes: list[Lane]) -> dict[Case, Seen]:
+def run_with_more_time(case: Case, factor: int, folder: Path) -> Seen:
+    """The case once more, on a sandbox and a service of its own, with a deadline so many times as late."""
+    deadline_s = case.deadline_s * factor
+    instance = Instance(folder / "service", deadline_s)
+    try:
+        return anyio.run(run_all, [case], [instance])[case]
+    finally:
+        instance.stop()
+
+
+async def run_all(cases: list[Case], instances: list[Instance]) -> dict[Case, Seen]:
     """Deal the cases out to the lanes that fit them, each lane one after the other."""
     seen: dict[Case, Seen] = {}
-    waiting = {deadline_s: [case for case in cases if case.deadline_s == deadline_s] for deadline_s in LANES}
+    waiting: dict[int, list[Case]] = {instance.deadline_s: [] for instance in instances}
+    for case in cases:
+        deadline_s = case.deadline_s if case.deadline_s in waiting else instances[0].deadline_s
+        waiting[deadline_s].append(case)
 
-    async def work(lane: Lane) -> None:
-        queue = waiting[lane.deadline_s]
-        await anyio.to_thread.run_sync(lane.service.start)
-        async with caller(lane.service.url) as client:
-            lane.sandbox.video(short_video())
-            await client.post("/jobs_prompt_tts", json=speech_job(lane.sandbox))  # what is made once has been made
+    async def work(instance: Instance) -> None:
+        queue = waiting[instance.deadline_s]
+        await anyio.to_thread.run_sync(instance.service.start)
+        async with service_client(instance.service.url) as client:
+            instance.sandbox.video(short_video())
+            await client.post("/jobs_prompt_tts", json=speech_job(instance.sandbox))  # what is made once has been made
             while queue:
                 case = queue.pop()
-                seen[case] = await lane.run(client, case)
+                seen[case] = await instance.run(client, case)
 
     async with anyio.create_task_group() as tasks:
-        for lane in lanes:
-            tasks.start_soon(work, lane)
+        for instance in instances:
+            tasks.start_soon(work, instance)
     return seen
+
+
+def came_too_late(case: Case, found: Seen) -> bool:
+    """Whether a busy machine kept the job from its place until the deadline, or its answer after that."""
+    return case.is_late and (found.asked == 0 or found.seconds - found.deadline_s >= longest_delay_s(case))
+
+
+def longest_delay_s(case: Case) -> float:
+    """The longest time from the deadline to the answer: a create on its way is waited for."""
+    return 6 if case.place == "create" else 1
 
 
 # Judging them
@@ -277,8 +309,8 @@ def test_every_other_fault_ends_the_job_with_its_error(seen: dict[Case, Seen], c
     if case.outcome == "late" and case.place == "speech file":
         provider = "supabase"
     category = "resource" if cell == ("speech", "endless") else place.category
-    told = (found.status, found.answer["category"], found.answer["provider"])
-    assert told == (400 if cell in STATUS_400 else 500, category, provider), found.answer
+    kind = (found.status, found.answer["category"], found.answer["provider"])
+    assert kind == (400 if cell in STATUS_400 else 500, category, provider), found.answer
     partial = place.partial
     if case.outcome == "late" and case.place == "create":  # its answer, which was waited for, tells
         partial |= {"prediction_id"}
@@ -308,10 +340,9 @@ def test_no_job_buys_anything_twice(seen: dict[Case, Seen], case: Case) -> None:
 def test_the_deadline_ends_the_job_and_its_video(seen: dict[Case, Seen], case: Case) -> None:
     """A late job says where it was; a video still being made is cancelled."""
     found, stage = seen[case], PLACES[case.place].stage
-    assert f"not done after {case.deadline_s} s and was ended in the stage {stage}" in found.answer["detail"]
+    assert f"not done after {found.deadline_s} s and was ended in the stage {stage}" in found.answer["detail"]
     assert found.answer["retryable"], "without a key it may be sent again"
-    late_s = found.seconds - case.deadline_s
-    assert 0 <= late_s < (6 if case.place == "create" else 1), "a create on its way is waited for"
+    assert 0 <= found.seconds - found.deadline_s < longest_delay_s(case)
     is_made = stage in ("download", "final_upload") or case.name in ("read, slow", "read, drip")
     assert found.videos == ([] if stage in ("speech", "audio_upload") else ["succeeded" if is_made else "canceled"])
     assert found.cancels == (stage == "video")
@@ -327,7 +358,7 @@ def test_nothing_is_left(seen: dict[Case, Seen], case: Case) -> None:
 
 
 @needs_proc
-def test_no_connection_is_left(seen: dict[Case, Seen], lanes: list[Lane]) -> None:
+def test_no_connection_is_left(seen: dict[Case, Seen], instances: list[Instance]) -> None:
     """After all this a service holds no more connections than one job needs: those in the pool, ready for the next."""
-    for lane in lanes:
-        assert sockets(lane.service.pid) <= 9
+    for instance in instances:
+        assert socket_count(instance.service.pid) <= 9

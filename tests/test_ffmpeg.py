@@ -20,9 +20,10 @@ import imageio_ffmpeg  # type: ignore[import-untyped]
 import pytest
 
 import main
-from tests import jobs, network
-from tests.jobs import needs_proc
-from tests.network import reply
+from tests.support import network, processes
+from tests.support.application import in_lifespan
+from tests.support.network import reply
+from tests.support.processes import needs_proc
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("_no_child_left")]
 
@@ -31,7 +32,7 @@ serve = network.serve
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 CANNOT_USE = "Video and speech could not be put together; ffmpeg cannot use one of them."
 NO_VIDEO = "What the model made is not an MP4 video."
-BREAKS_OFF = "The video that the model made breaks off."
+BREAKS_OFF = "The video that the model made is cut off."
 SPEECH_HZ, VIDEO_HZ = 440, 1000  # the tones of our speech, and of a video that brings its own sound
 
 
@@ -43,7 +44,7 @@ def ffmpeg(*arguments: object) -> "subprocess.CompletedProcess[bytes]":
 
 def children() -> set[int]:
     """The ffmpeg processes that this one has started and not yet reaped."""
-    return set(jobs.children(os.getpid(), "ffmpeg"))
+    return set(processes.children(os.getpid(), "ffmpeg"))
 
 
 @pytest.fixture
@@ -51,6 +52,11 @@ def _no_child_left() -> Iterator[None]:
     """Fail a test that leaves an ffmpeg behind, running or not reaped."""
     yield
     assert children() == set()  # where there is no /proc: always
+
+
+async def mux(video: Path, speech: Path, final: Path, fit: main.Fit = "shortest") -> None:
+    """Put video and speech together as a job does, inside the application's lifespan."""
+    await in_lifespan(main.mux_video_audio(video, speech, final, fit))
 
 
 # Media to put together
@@ -98,14 +104,14 @@ class Studio:
             muxer = RAW.get(codec, "ogg" if codec == "opus" else codec)
             tone = ("-f", "lavfi", "-i", f"sine={SPEECH_HZ}:d={seconds}:r={rate}")
             ffmpeg(*tone, "-ac", "1", "-ar", rate, *encoder, *bitrate, "-f", muxer, path)
-            path.write_bytes(main.playable(path.read_bytes(), output_format))
+            path.write_bytes(main.validate_speech(path.read_bytes(), output_format))
         return path
 
     async def clip(self, video: Video, speech_s: float, fit: main.Fit) -> Path:
         """Both put together by the service."""
         path = self.file("clip", *video, speech_s, fit, ".mp4")
         if not path.exists():
-            await main.mux_video_audio(self.video(video), self.speech(speech_s), path, fit)
+            await mux(self.video(video), self.speech(speech_s), path, fit)
         return path
 
 
@@ -138,10 +144,10 @@ class Clip:
 
     def __init__(self, path: Path) -> None:
         read = ffmpeg("-i", path, "-map", "0", "-c", "copy", "-f", "framecrc", "-")
-        told = read.stderr.decode()
-        hours, minutes, seconds = re.findall(r"Duration: (\d+):(\d+):([\d.]+)", told)[0]
+        report = read.stderr.decode()
+        hours, minutes, seconds = re.findall(r"Duration: (\d+):(\d+):([\d.]+)", report)[0]
         self.seconds = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        inputs = told.partition("Output #0")[0]
+        inputs = report.partition("Output #0")[0]
         self.streams = re.findall(r"Stream #0:\d.*?: ((?:Video|Audio|Subtitle|Data): \w+)", inputs)
         self.packets: list[list[Packet]] = [[] for _ in self.streams]
         lines = read.stdout.decode().replace(" ", "").splitlines()
@@ -259,8 +265,8 @@ async def test_the_speech_starts_half_a_second_in(fit, studio):
 
 async def test_a_videos_own_sound_is_not_heard(studio):
     """Of the two tones only the speech's is in the clip."""
-    own, heard = Sound(studio.video(SOUNDING)), Sound(await studio.clip(SOUNDING, 9, "shortest"))
-    assert (own.hz, heard.hz) == pytest.approx((VIDEO_HZ, SPEECH_HZ), rel=0.02)
+    own, request_heads = Sound(studio.video(SOUNDING)), Sound(await studio.clip(SOUNDING, 9, "shortest"))
+    assert (own.hz, request_heads.hz) == pytest.approx((VIDEO_HZ, SPEECH_HZ), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +277,7 @@ async def test_every_kind_of_speech_is_understood(output_format, studio, final, 
     """Speech in any format that ElevenLabs sends is heard in the clip at its time."""
     monkeypatch.setenv("TTS_OUTPUT_FORMAT", output_format)
     main.get_settings.cache_clear()
-    await main.mux_video_audio(studio.video(), studio.speech(1, output_format), final)
+    await mux(studio.video(), studio.speech(1, output_format), final)
     sound = Sound(final)
     assert (sound.starts_s, sound.ends_s) == pytest.approx((0.5, 1.5), abs=0.06)
     assert sound.hz == pytest.approx(SPEECH_HZ, rel=0.02)
@@ -290,7 +296,7 @@ async def test_speech_with_something_beside_it_is_heard(around, ends_s, studio, 
     """Speech that every player plays does not cost the video that was paid for."""
     speech = tmp_path / "speech"
     speech.write_bytes(around(studio.speech(3).read_bytes()))
-    await main.mux_video_audio(studio.video(), speech, final)
+    await mux(studio.video(), speech, final)
     assert Sound(final).ends_s == pytest.approx(ends_s, abs=0.1)
 
 
@@ -301,7 +307,7 @@ async def test_the_names_of_files_do_not_matter(name, studio, tmp_path):
     folder.mkdir()
     video = folder / name
     video.write_bytes(studio.video().read_bytes())
-    await main.mux_video_audio(video, studio.speech(3), folder / f"{name}.final")
+    await mux(video, studio.speech(3), folder / f"{name}.final")
     assert Clip(folder / f"{name}.final").seconds == pytest.approx(3.5, abs=0.1)
 
 
@@ -319,7 +325,7 @@ COVER = ("-f", "lavfi", "-i", "color=red:s=64x64", "-frames:v", 1, "-c:v", "mjpe
 async def refusal(video: Path, speech: Path, final: Path, fit: main.Fit = "shortest") -> str:
     """What is said of media that cannot be used: a failed resource, and nothing of this machine in the clip."""
     with pytest.raises(main.ResourceFailed) as failed:
-        await main.mux_video_audio(video, speech, final, fit)
+        await mux(video, speech, final, fit)
     assert not failed.value.retryable
     assert not final.exists() or b"root:" not in final.read_bytes()
     return failed.value.detail
@@ -364,7 +370,7 @@ async def test_ffmpeg_reads_no_playlist(playlist, serve, studio, final, tmp_path
         for inputs in ((media, speech), (video, media)):
             with pytest.raises(main.ResourceFailed, match=CANNOT_USE):
                 await main.run_ffmpeg(main.mux_arguments(*inputs, "mp3", "speech", final), 10)
-    assert server.was_silent()
+    assert server.was_never_contacted()
 
 
 @pytest.mark.parametrize(
@@ -387,7 +393,7 @@ async def test_a_whole_video_is_taken_and_one_that_breaks_off_is_not(
     whole, given = studio.video(video).read_bytes(), tmp_path / "video.mp4"
     given.write_bytes(whole[: int(len(whole) * share)] + more)
     if is_whole:
-        await main.mux_video_audio(given, studio.speech(3), final)
+        await mux(given, studio.speech(3), final)
         assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
     else:
         assert await refusal(given, studio.speech(9), final) == BREAKS_OFF
@@ -410,7 +416,7 @@ async def test_a_heavy_video_does_not_fill_the_disk(studio, final, tmp_path):
         "-f", "lavfi", "-i", noise, "-c:v", "libx264", "-preset", "ultrafast", "-qp", 0, "-pix_fmt", "yuv420p", video
     )
     assert video.stat().st_size > 2_500_000
-    assert await refusal(video, studio.speech(9), final, "speech") == "The talking video is larger than 100 MB."
+    assert await refusal(video, studio.speech(9), final, "speech") == "The final video is larger than 100 MB."
     assert final.stat().st_size < 130_000_000
 
 
@@ -425,8 +431,8 @@ def test_a_huge_frame_does_not_fill_the_memory(studio, final, tmp_path):
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     mux = [FFMPEG, *main.mux_arguments(video, studio.speech(3), "mp3", "shortest", final)]
-    told = subprocess.run([sys.executable, "-c", program, *mux], capture_output=True, check=True, timeout=60)
-    assert int(told.stdout) * (1 if sys.platform == "darwin" else 1024) < 110_000_000
+    measured = subprocess.run([sys.executable, "-c", program, *mux], capture_output=True, check=True, timeout=60)
+    assert int(measured.stdout) * (1 if sys.platform == "darwin" else 1024) < 110_000_000
 
 
 # The process
@@ -457,7 +463,7 @@ async def test_the_time_limit_kills(studio, final, silent_speech, monkeypatch):
     monkeypatch.setattr(main, "FFMPEG_TIMEOUT_S", 0.2)
     began = time.monotonic()
     with pytest.raises(main.ResourceFailed, match=r"^The video could not be put together within 0\.2 s\.$"):
-        await asyncio.wait_for(main.mux_video_audio(studio.video(), silent_speech, final), 5)
+        await asyncio.wait_for(mux(studio.video(), silent_speech, final), 5)
     assert time.monotonic() - began < 2
 
 
@@ -565,14 +571,14 @@ def _fresh_path() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_fresh_path")
-async def test_a_missing_ffmpeg_stops_the_start(studio, final, monkeypatch):
+async def test_a_missing_ffmpeg_stops_the_start(monkeypatch):
     """Not the first video that was paid for; where no start has checked it, the call itself names what is missing."""
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/nowhere/ffmpeg")
     with pytest.raises(RuntimeError, match="/nowhere/ffmpeg"):
         async with main.lifespan(main.app):
             pass
     with pytest.raises(RuntimeError, match="/nowhere/ffmpeg"):
-        await main.mux_video_audio(studio.video(), studio.speech(3), final)
+        await main.run_ffmpeg(["-version"], 10)
 
 
 @pytest.mark.usefixtures("_fresh_path")
@@ -598,7 +604,7 @@ async def test_a_video_may_begin_without_ftyp(box, studio, final, tmp_path):
     if box in ("moov", "junk"):
         assert await refusal(video, studio.speech(3), final) == (NO_VIDEO if box == "junk" else CANNOT_USE)
         return
-    await main.mux_video_audio(video, studio.speech(3), final)
+    await mux(video, studio.speech(3), final)
     assert Clip(final).seconds == pytest.approx(3.5, abs=0.1)
 
 
@@ -607,7 +613,7 @@ async def test_a_host_with_many_cores_is_not_filled(cores, slots, monkeypatch):
     """A container sees all of its host's, and has the memory of a few."""
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     async with main.lifespan(main.app):
-        places = main._running.ffmpeg_slots
+        places = main.app_state().ffmpeg_slots
         for _ in range(slots):
             assert not places.locked()
             await places.acquire()

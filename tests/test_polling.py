@@ -19,7 +19,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import REPLICATE_URL, use_settings
+from tests.support.application import REPLICATE_URL, use_settings
 
 pytestmark = pytest.mark.anyio
 
@@ -27,7 +27,7 @@ VIDEOS = 300
 Durations = Callable[[random.Random, int], float]  # of video number so and so, in seconds
 
 
-class Waited(NamedTuple):
+class Polled(NamedTuple):
     """What it took to see one video."""
 
     reads: int
@@ -42,25 +42,25 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def wait_for(
     video_s: float, known: "deque[float] | tuple[float, ...]", chance: random.Random, polls: int = 1
-) -> Waited:
+) -> Polled:
     """One video that is ready after `video_s`, read as the service would."""
     waited_s, reads = 0.0, 0
     while waited_s < video_s:
         waited_s += main.poll_delay_s(waited_s, polls, known) * chance.uniform(0.9, 1.1)
         reads += 1
-    return Waited(reads, waited_s - video_s)
+    return Polled(reads, waited_s - video_s)
 
 
 def simulate(
-    durations: Durations, kept: int = main.KEPT_DURATIONS, videos: int = VIDEOS, seed: int = 1
-) -> list[Waited]:
+    durations: Durations, kept: int = main.RECENT_DURATIONS, videos: int = VIDEOS, seed: int = 1
+) -> list[Polled]:
     """One video after the other, each known afterwards as long as it was waited for."""
-    chance, known, seen = random.Random(seed), deque[float](maxlen=kept), list[Waited]()
+    chance, known, polled = random.Random(seed), deque[float](maxlen=kept), list[Polled]()
     for number in range(videos):
         video_s = durations(chance, number)
-        seen.append(wait_for(video_s, known, chance))
-        known.append(video_s + seen[-1].late_s)
-    return seen
+        polled.append(wait_for(video_s, known, chance))
+        known.append(video_s + polled[-1].late_s)
+    return polled
 
 
 def around(middle_s: float, spread: float) -> Durations:
@@ -95,9 +95,9 @@ def changing(first: Durations, then: Durations) -> Durations:
     return lambda chance, number: (first if number < VIDEOS / 2 else then)(chance, number)
 
 
-def averages(seen: list[Waited]) -> Waited:
+def averages(polled: list[Polled]) -> Polled:
     """Reads a video, and mean lateness, once ten videos are known."""
-    return Waited(mean(video.reads for video in seen[10:]), mean(video.late_s for video in seen[10:]))
+    return Polled(mean(video.reads for video in polled[10:]), mean(video.late_s for video in polled[10:]))
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def test_one_faster_video_is_learned_from():
 def test_a_video_slower_than_any_before_is_read_ever_more_seldom(video_s):
     """No more reads than by a process that knows nothing; after 15 minutes it is seen within six seconds."""
     chance = random.Random(1)
-    seen = [wait_for(video_s, NINETY, chance) for _ in range(20)]
-    assert mean(video.reads for video in seen) <= 1.05 * mean(wait_for(video_s, (), chance).reads for _ in range(20))
-    assert max(video.late_s for video in seen) <= 1.1 * math.sqrt(video_s - min(NINETY)) / 5
+    polled = [wait_for(video_s, NINETY, chance) for _ in range(20)]
+    assert mean(video.reads for video in polled) <= 1.05 * mean(wait_for(video_s, (), chance).reads for _ in range(20))
+    assert max(video.late_s for video in polled) <= 1.1 * math.sqrt(video_s - min(NINETY)) / 5
 
 
 @pytest.mark.parametrize("polls", [1, 80, 300, 1000])
@@ -190,7 +190,7 @@ VIDEO_S = 0.4
 BODY = {"image_url": "https://example.com/pet.jpg", "prompt": "The cat talks"}
 
 
-class Studio:
+class Replicate:
     """Replicate at the edge of the process: every prediction is ready `video_s` after it was made."""
 
     def __init__(self, router: respx.MockRouter) -> None:
@@ -201,27 +201,27 @@ class Studio:
     def create(self, request: httpx.Request) -> httpx.Response:
         """A new prediction."""
         self.made, self.reads = time.monotonic(), 0
-        return httpx.Response(201, json=self.told("starting"))
+        return httpx.Response(201, json=self.prediction("starting"))
 
     def read(self, request: httpx.Request) -> httpx.Response:
         """How it is now."""
         self.reads, age_s = self.reads + 1, time.monotonic() - self.made
         self.first_read_s = age_s if self.reads == 1 else self.first_read_s
-        return httpx.Response(200, json=self.told(self.outcome if age_s >= self.video_s else "processing"))
+        return httpx.Response(200, json=self.prediction(self.outcome if age_s >= self.video_s else "processing"))
 
-    def told(self, status: str) -> dict[str, Any]:
+    def prediction(self, status: str) -> dict[str, Any]:
         """The prediction in this status."""
         video = "https://replicate.delivery/xezq/video.mp4" if status == "succeeded" else None
         return {"id": "p1", "status": status, "output": video, "error": None}
 
 
 @pytest.fixture
-async def studio(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Studio]:
+async def replicate(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Replicate]:
     """Replicate, with reads that may follow each other at once, and the application, which knows of no video yet."""
     use_settings(monkeypatch, POLL_MIN_SECONDS="0.001")
-    with respx.mock(assert_all_called=False) as router:
-        async with main.lifespan(main.app):
-            yield Studio(router)
+    async with main.lifespan(main.app):
+        with respx.mock(assert_all_called=False) as router:
+            yield Replicate(router)
 
 
 async def video(**changes: Any) -> str:
@@ -229,30 +229,30 @@ async def video(**changes: Any) -> str:
     return await main.hailuo_video_from_prompt(main.JobPromptOnly(**{**BODY, **changes}))
 
 
-async def test_the_second_video_of_a_kind_is_left_alone_at_first(studio):
+async def test_the_second_video_of_a_kind_is_left_alone_at_first(replicate):
     """The first tells how long they take; one of another length is another kind."""
     await video()
     await video()
-    assert studio.first_read_s >= 0.9 * 0.1 * VIDEO_S
+    assert replicate.first_read_s >= 0.9 * 0.1 * VIDEO_S
     await video(seconds=10)
-    assert [len(durations) for durations in main._running.durations.values()] == [2, 1]
-    assert all(0.9 * VIDEO_S <= took_s < 10 for durations in main._running.durations.values() for took_s in durations)
+    assert [len(durations) for durations in main.app_state().recent_durations.values()] == [2, 1]
+    assert all(0.9 * VIDEO_S <= took_s < 10 for durations in main.app_state().recent_durations.values() for took_s in durations)
 
 
 @pytest.mark.parametrize("outcome", ["failed", "canceled"])
-async def test_what_makes_no_video_tells_nothing_of_how_long_videos_take(studio, outcome):
+async def test_what_makes_no_video_tells_nothing_of_how_long_videos_take(replicate, outcome):
     """After a refusal of the picture, the next video is read like the first."""
-    studio.outcome, studio.video_s = outcome, 0.05
+    replicate.outcome, replicate.video_s = outcome, 0.05
     with pytest.raises(main.ProviderRefused):
         await video()
-    assert not main._running.durations
+    assert not main.app_state().recent_durations
 
 
-async def test_a_prediction_that_another_request_made_is_read_at_once(studio):
+async def test_a_prediction_that_another_request_made_is_read_at_once(replicate):
     """Nobody knows how long it has been waited for, so it is read like a first video and tells the next one nothing."""
-    studio.made = time.monotonic()
+    replicate.made = time.monotonic()
     job = main.Job("-")
     job.partial.prediction_id = "p1"
     assert await main.hailuo_video_from_prompt(main.JobPromptOnly(**BODY), job)
-    assert studio.first_read_s < 0.1 * VIDEO_S
-    assert not main._running.durations
+    assert replicate.first_read_s < 0.1 * VIDEO_S
+    assert not main.app_state().recent_durations

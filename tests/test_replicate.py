@@ -18,7 +18,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import FAST, REPLICATE_URL, SECRETS, log_lines, rows, use_settings
+from tests.support.application import FAST, REPLICATE_URL, SECRETS, cases, log_lines, use_settings
 
 PICTURE_URL = "https://example.com/pet.jpg"
 VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
@@ -44,11 +44,11 @@ def prediction(status: str, **fields: Any) -> dict[str, Any]:
 DONE = prediction("succeeded", output=VIDEO_URL)
 
 
-def answered(told: Any) -> httpx.Response:
+def respond_with(outcome: Any) -> httpx.Response:
     """What comes back: an error is raised, a response comes as it is, anything else as JSON."""
-    if isinstance(told, Exception):
-        raise told
-    return told if isinstance(told, httpx.Response) else httpx.Response(200, json=told)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome if isinstance(outcome, httpx.Response) else httpx.Response(200, json=outcome)
 
 
 class Replicate:
@@ -62,22 +62,21 @@ class Replicate:
         self.read = router.get(READ_URL).respond(200, json=DONE)
         self.cancel = router.post(CANCEL_URL).respond(200, json=prediction("canceled"))
 
-    def reads(self, *told: Any) -> None:
+    def reads(self, *outcomes: Any) -> None:
         """What the reads tell in turn; the last one stays."""
-        turns = itertools.chain(told, itertools.repeat(told[-1]))
-        self.read.mock(side_effect=lambda request: answered(next(turns)))
+        turns = itertools.chain(outcomes, itertools.repeat(outcomes[-1]))
+        self.read.mock(side_effect=lambda request: respond_with(next(turns)))
 
     def lists(self, *pages: list[Any]) -> None:
         """What the list holds, one look after the other; the last one stays."""
         turns = itertools.chain(pages, itertools.repeat(pages[-1]))
-        self.list.mock(side_effect=lambda request: answered({"results": next(turns), "next": None}))
+        self.list.mock(side_effect=lambda request: respond_with({"results": next(turns), "next": None}))
 
 
 @pytest.fixture
 def replicate(client: httpx.AsyncClient) -> Iterator[Replicate]:
     """Replicate, for the running service."""
-    assert main._running is not None
-    main._running.held.clear()  # of the jobs before
+    main.app_state().claimed_predictions.clear()  # of the jobs before
     with respx.mock(assert_all_called=False) as router:
         yield Replicate(router)
 
@@ -121,11 +120,10 @@ async def test_replicate_ends_it_at_the_jobs_own_limit(monkeypatch, replicate, t
 
 
 @pytest.mark.parametrize("helper", [main.hailuo_video_from_prompt, main.replicate_video_from_prompt])
-async def test_without_a_running_service(helper):
-    """The helpers stand on their own."""
-    with respx.mock(assert_all_called=False) as router:
-        Replicate(router).reads(httpx.ReadError("reset"), prediction("processing"), DONE)
-        assert await helper(JOB) == VIDEO_URL
+async def test_both_helpers_return_the_video_of_a_job(replicate, helper):
+    """Each takes nothing but the request body, and polls on after a broken connection."""
+    replicate.reads(httpx.ReadError("reset"), prediction("processing"), DONE)
+    assert await helper(JOB) == VIDEO_URL
 
 
 # Other models
@@ -169,7 +167,7 @@ async def test_the_polls_of_a_process_are_counted(client, replicate):
     started = time.monotonic()
     answers = await asyncio.gather(*(post(client) for _ in range(20)))
     assert {status for status, _ in answers} == {200}
-    assert (replicate.read.call_count, main._running and main._running.polls) == (40, 0)
+    assert (replicate.read.call_count, main.app_state().active_polls) == (40, 0)
     assert time.monotonic() - started >= 40 / 2400 * 60 * 0.8
 
 
@@ -188,7 +186,7 @@ async def test_an_odd_prediction_does_not_end_the_job(replicate):
 async def test_a_prediction_beyond_all_bounds_ends_the_job(client, replicate):
     """At once, since it would be the same next time; it is not the client's fault, and the id says what was paid for."""
     replicate.reads({**DONE, "logs": "x" * 8_000_000})
-    message = "Replicate's answer is larger than the service takes in."
+    message = "Replicate's response is larger than the service reads."
     assert await failed(client) == (500, message, {"prediction_id": "p1"})
     assert replicate.read.call_count == 1
 
@@ -206,7 +204,7 @@ LOGS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("logs", "percent"), rows(LOGS))
+@pytest.mark.parametrize(("logs", "percent"), cases(LOGS))
 def test_the_percentage_is_read_from_the_log(logs, percent):
     """Where a model writes a progress bar, its last figure tells."""
     assert main.Prediction(id="p1", status="processing", logs=logs).percent == percent
@@ -233,16 +231,16 @@ OUTPUTS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("output", "video"), rows(OUTPUTS))
+@pytest.mark.parametrize(("output", "video"), cases(OUTPUTS))
 def test_the_video_is_found_in_the_output(output, video):
     """A text, a list or an object; where there is none, it is the provider's failure."""
     made = main.Prediction(id="p1", status="succeeded", output=output)
     assert made.video_url == video
     if video is None:
         with pytest.raises(
-            main.ProviderFailed, match="^The prediction succeeded, but Replicate tells no video"
+            main.ProviderFailed, match="^The prediction succeeded, but Replicate names no video"
         ) as failed:
-            main.video_of(made)
+            main.video_url_or_raise(made)
         assert (failed.value.provider, failed.value.retryable) == ("replicate", False)
 
 
@@ -256,7 +254,7 @@ REASONS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("status", "error", "words"), rows(REASONS))
+@pytest.mark.parametrize(("status", "error", "words"), cases(REASONS))
 async def test_a_prediction_that_ends_without_a_video(client, replicate, status, error, words):
     """It is the request's own content: a 400 with Replicate's reason, and the id."""
     replicate.reads(prediction(status, error=error))
@@ -275,27 +273,27 @@ async def test_a_video_that_is_done_at_once_is_not_read(replicate, status):
 
 # A create whose answer is lost
 
-LOST = rows(
+LOST = cases(
     [
         ("cut after sending", httpx.ReadError("reset"), "Replicate did not answer: ReadError reset."),
         ("no answer in time", httpx.ReadTimeout("slow"), "Replicate did not answer: ReadTimeout slow."),
         ("a gateway's page", httpx.Response(502, html="<p>Bad</p>"), "Replicate answered 502: Bad"),
         ("408", httpx.Response(408), "Replicate answered 408: Request Timeout"),
-        ("no prediction", httpx.Response(201), "Replicate answered without a prediction; one may have been made."),
+        ("no prediction", httpx.Response(201), "Replicate answered without a prediction; one may have been created."),
     ]
 )
 
 
 @pytest.mark.parametrize(
-    "told",
+    "payload",
     [
         *(None, [], {"status": "starting"}, {"id": "p1"}, {"id": 5, "status": "starting"}),
         *({"id": name, "status": "starting"} for name in ("", "../x", "p1?a=b", "%2e%2e%2fx", "p1\n", "a" * 101)),
     ],
 )
-def test_what_is_no_prediction(told):
+def test_what_is_no_prediction(payload):
     """Without an id that can stand in a path nothing can be read or cancelled."""
-    assert main.prediction_in(told) is None
+    assert main.parse_prediction(payload) is None
 
 
 @pytest.mark.parametrize(("outcome", "message"), LOST)
@@ -323,14 +321,14 @@ async def test_a_create_whose_answer_is_lost_is_found(monkeypatch, client, repli
 
 OTHERS = [
     ("another input", {"input": {**INPUT, "prompt": "The dog talks"}}),
-    ("an input that is gone", {"input": {}}),
+    ("an input that has expired", {"input": {}}),
     ("another model", {"model": "some/model"}),
     ("no id", {"id": "../x"}),
     ("another job's of this process", {"id": "held"}),
 ]
 
 
-@pytest.mark.parametrize("others", rows(OTHERS))
+@pytest.mark.parametrize("others", cases(OTHERS))
 async def test_only_its_own_prediction_is_gone_on_with(client, replicate, others):
     """Exactly the same model and input, and of no other job."""
     replicate.create.respond(201, json={**DONE, "id": "held"})
@@ -343,9 +341,9 @@ async def test_only_its_own_prediction_is_gone_on_with(client, replicate, others
 async def test_the_list_is_read_page_by_page(client, replicate):
     """As far as it leads on at Replicate itself: the token goes nowhere else."""
     replicate.create.mock(side_effect=httpx.ReadError("reset"))
-    told = {"results": [prediction("starting", input={})] * 100, "next": f"{LIST_URL}?cursor=abc"}
+    first = {"results": [prediction("starting", input={})] * 100, "next": f"{LIST_URL}?cursor=abc"}
     last = {"results": [prediction("starting")], "next": "https://elsewhere.example/v1/predictions"}
-    replicate.list.mock(side_effect=[httpx.Response(200, json=told), httpx.Response(200, json=last)])
+    replicate.list.mock(side_effect=[httpx.Response(200, json=first), httpx.Response(200, json=last)])
     assert await post(client) == (200, {"video_url": VIDEO_URL})
     assert dict(replicate.list.calls.last.request.url.params) == {"cursor": "abc"}
     replicate.list.mock(side_effect=lambda request: httpx.Response(200, json={**last, "results": []}))
@@ -371,13 +369,12 @@ async def ended_while_waiting(replicate: Replicate) -> None:
     """A video is asked for, and the asking ended while it is being made."""
     replicate.reads(prediction("processing"))
     job = main.Job("-")
-    heard, (scope, task) = job.listen(), cancellable(main.hailuo_video_from_prompt(JOB, job))
+    heard, (scope, task) = job.subscribe(), cancellable(main.hailuo_video_from_prompt(JOB, job))
     while (event := await asyncio.wait_for(heard.get(), 5)) is None or event.status != "processing":
         pass
     scope.cancel()
     assert await asyncio.wait_for(task, 5)
-    assert main._running is not None
-    assert main._running.polls == 0
+    assert main.app_state().active_polls == 0
 
 
 async def test_a_cancelled_caller_cancels_the_prediction(replicate, caplog):
@@ -414,7 +411,7 @@ CANCELS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("failures", "words"), rows(CANCELS))
+@pytest.mark.parametrize(("failures", "words"), cases(CANCELS))
 async def test_a_cancel_is_repeated(monkeypatch, replicate, caplog, failures, words):
     """As often as its time allows, since it can do no harm twice; if it fails, an operator finds the id in the log."""
     caplog.set_level("INFO", logger="talking_pet")
@@ -433,7 +430,7 @@ ON_ITS_WAY: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("outcome", "cancels"), rows(ON_ITS_WAY))
+@pytest.mark.parametrize(("outcome", "cancels"), cases(ON_ITS_WAY))
 async def test_a_create_that_is_on_its_way_is_waited_for_and_cancelled(replicate, outcome, cancels):
     """Only its answer tells which prediction to cancel, or else the list; the caller's end is all that is heard of it."""
     replicate.lists([prediction("starting")])
@@ -442,7 +439,7 @@ async def test_a_create_that_is_on_its_way_is_waited_for_and_cancelled(replicate
     async def slowly(request: httpx.Request) -> httpx.Response:
         is_sent.set()
         await may_answer.wait()
-        return answered(outcome)
+        return respond_with(outcome)
 
     replicate.create.mock(side_effect=slowly)
     scope, task = cancellable(main.hailuo_video_from_prompt(JOB))
@@ -459,14 +456,14 @@ async def test_a_create_that_is_on_its_way_is_waited_for_and_cancelled(replicate
 async def test_a_process_that_ends_while_an_event_comes_stops_the_job(ticks):
     """The job hears of it, whichever tick the end of its request comes in, and no event is lost."""
     job = main.Job("-")
-    task = asyncio.create_task(main.next_part(job, events := job.listen()))
+    task = asyncio.create_task(main.next_sse_chunk(job, events := job.subscribe()))
     for _ in range(4):
         await asyncio.sleep(0)
-    job.tell("started")
+    job.emit("started")
     for _ in range(ticks):
         await asyncio.sleep(0)
     is_heard = task.cancel()
-    parts = [await task, *([await main.next_part(job, events)] if is_heard else [])]
+    parts = [await task, *([await main.next_sse_chunk(job, events)] if is_heard else [])]
     assert (job.scope.cancel_called, sum(b"started" in part for part in parts if part)) == (is_heard, 1)
 
 
@@ -476,7 +473,7 @@ async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatc
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):  # whoever was cancelled has gone
             while await reader.readuntil(b"\r\n\r\n"):
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\n")
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
                 await asyncio.sleep(0)
                 writer.write(b"video")
         writer.close()
@@ -491,8 +488,7 @@ async def test_a_cancellation_at_any_moment_leaves_no_connection_busy(monkeypatc
         is_ended, moments = task.done(), moments + 1
         scope.cancel()
         assert await asyncio.wait_for(task, 5) != is_ended
-        assert main._running is not None
-        pool = main._running.http._transport.trusted._pool
+        pool = main.app_state().http._transport.trusted
         assert [kept for kept in pool.connections if not (kept.is_idle() or kept.is_closed())] == []
     server.close()  # its connections are kept by the client, and Python 3.12 would wait for them
     assert moments > 10

@@ -17,8 +17,17 @@ import pytest
 import respx
 
 import main
-from tests import network
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SECRETS, SUPABASE_URL, answer, error_of, rows, use_settings
+from tests.support import network
+from tests.support.application import (
+    ELEVEN_URL,
+    REPLICATE_URL,
+    SECRETS,
+    SUPABASE_URL,
+    cases,
+    error_from,
+    provider_response,
+    use_settings,
+)
 
 serve = network.serve
 NOW = 1_790_000_000.0  # a clock time
@@ -65,56 +74,75 @@ ASKED = [  # what it is, Retry-After, the body, seconds
 ]
 
 
-@pytest.mark.parametrize(("header", "body", "asked_s"), rows(ASKED))
+@pytest.mark.parametrize(("header", "body", "asked_s"), cases(ASKED))
 def test_the_wait_that_a_provider_asks_for(header, body, asked_s):
     """Read from the body's figure, the header or the words, whatever they hold."""
-    assert main.asked_wait_s(answer(429, body, retry_after=header), NOW) == asked_s
+    assert provider_response(429, body, retry_after=header).retry_after_s(NOW) == asked_s
 
 
-CAPS = [
-    ("at once is not before the first wait", 0.0, 0.5, 0.5),
-    ("as asked", 0.7, 0.7, 0.7),
-    ("at the cap", 30.0, 30.0, 30.0),
-    ("above the cap", 30.001, None, 30.0),
-    ("for ever", float("inf"), None, 30.0),
+PATIENT = main.RetryPolicy(statuses=(), budget=main.UNTIL_DEADLINE, patient=True)
+IMPATIENT = main.RetryPolicy(statuses=(), budget=main.UNTIL_DEADLINE)
+CAPS = [  # Retry-After, attempts, the least wait of an impatient call and of a patient one
+    ("at once is not before the exponential delay", 0.0, 3, 2.0, 2.0),
+    ("less than the exponential delay", 0.7, 3, 2.0, 2.0),
+    ("as the provider asks", 7.0, 3, 7.0, 7.0),
+    ("at the cap", 30.0, 1, 30.0, 30.0),
+    ("above the cap", 30.001, 1, None, 30.0),
+    ("for ever", float("inf"), 1, None, 30.0),
 ]
 
 
-@pytest.mark.parametrize(("asked_s", "unpaid_s", "paid_s"), rows(CAPS))
-def test_a_providers_own_figure_is_kept_up_to_the_cap(monkeypatch, asked_s, unpaid_s, paid_s):
-    """Half a minute: who asks for more is given up, or asked again after that if it is about what is paid for."""
+@pytest.mark.parametrize(("asked_s", "attempts", "impatient_s", "patient_s"), cases(CAPS))
+def test_retry_after_is_obeyed_up_to_the_cap(
+    monkeypatch, asked_s, attempts, impatient_s, patient_s
+):
+    """The wait is never shorter than Retry-After and the exponential delay, and has jitter on top."""
     use_settings(monkeypatch, RETRY_FIRST_SECONDS="0.5", PATIENCE_SECONDS="")
-    tries = main.Tries()
-    waits = [main.Retry({}, tries, is_paid=is_paid).delay_s(tries, 3, 9.0, asked_s) for is_paid in (False, True)]
-    assert waits == [unpaid_s, paid_s]
+    for retry, least_s in ((IMPATIENT, impatient_s), (PATIENT, patient_s)):
+        delays_s = [
+            main.retry_delay_s(retry, main.UNTIL_DEADLINE, attempts, 9.0, asked_s)
+            for _ in range(200)
+        ]
+        if least_s is None:
+            assert set(delays_s) == {None}
+        else:
+            assert least_s <= min(delays_s) < 1.02 * least_s
+            assert max(delays_s) <= 1.1 * least_s
+            assert len(set(delays_s)) > 1 or asked_s > 30
 
 
 ENDS = [
-    ("the third of four attempts", main.Tries(attempts=4), 3, 1e6, True),
-    ("the fourth", main.Tries(attempts=4), 4, 0.0, False),
-    ("two minutes, not over", main.Tries(patience=main.WHOLE), 1000, 119.9, True),
-    ("two minutes, over", main.Tries(patience=main.WHOLE), 1000, 120.0, False),
-    ("a minute, over", main.Tries(patience=main.HALF), 1000, 60.0, False),
-    ("half a minute, over", main.Tries(patience=main.QUARTER), 1000, 30.0, False),
-    ("without end", main.Tries(), 10_000, 1e6, True),
+    ("the third of four attempts", main.RetryBudget(attempts=4), 3, 1e6, True),
+    ("the fourth", main.RetryBudget(attempts=4), 4, 0.0, False),
+    ("two minutes, not over", main.RetryBudget(patience_share=main.PAID_SHARE), 1000, 119.9, True),
+    ("two minutes, over", main.RetryBudget(patience_share=main.PAID_SHARE), 1000, 120.0, False),
+    ("a minute, over", main.RetryBudget(patience_share=main.THROTTLE_SHARE), 1000, 60.0, False),
+    ("half a minute, over", main.RetryBudget(patience_share=main.MAX_WAIT_SHARE), 1000, 30.0, False),
+    ("without end", main.RetryBudget(), 10_000, 1e6, True),
 ]
 
 
-@pytest.mark.parametrize(("tries", "attempts", "failing_s", "goes_on"), rows(ENDS))
-def test_trying_again_comes_to_an_end(monkeypatch, tries, attempts, failing_s, goes_on):
+@pytest.mark.parametrize(("budget", "attempts", "failing_s", "goes_on"), cases(ENDS))
+def test_retries_come_to_an_end(monkeypatch, budget, attempts, failing_s, goes_on):
     """By the number of attempts, or by the time since the first failure, whatever the provider asks."""
     use_settings(monkeypatch, PATIENCE_SECONDS="")
     for asked_s in (None, 0.0, 1.0):
-        assert (main.Retry({}, tries).delay_s(tries, attempts, failing_s, asked_s) is not None) == goes_on
+        delay_s = main.retry_delay_s(IMPATIENT, budget, attempts, failing_s, asked_s)
+        assert (delay_s is not None) == goes_on
 
 
-@pytest.mark.parametrize(("attempt", "longest_s"), [(1, 0.5), (2, 1), (3, 2), (5, 8), (6, 8), (100_000, 8)])
-def test_waits_double_up_to_eight_seconds(monkeypatch, attempt, longest_s):
-    """From RETRY_FIRST_SECONDS on; each is shortened by up to a quarter, so that jobs do not come back together."""
+@pytest.mark.parametrize(
+    ("attempts", "longest_s"), [(1, 0.5), (2, 1), (3, 2), (5, 8), (6, 8), (100_000, 8)]
+)
+def test_backoff_doubles_up_to_eight_seconds(monkeypatch, attempts, longest_s):
+    """From RETRY_FIRST_SECONDS on; jitter takes off up to a quarter, so that jobs do not come back together."""
     use_settings(monkeypatch, RETRY_FIRST_SECONDS="0.5")
-    waits = [main.Retry({}, main.Tries()).delay_s(main.Tries(), attempt, 0.0, None) or 0 for _ in range(400)]
-    assert 0.75 * longest_s <= min(waits) < 0.78 * longest_s
-    assert 0.97 * longest_s < max(waits) <= longest_s
+    delays_s = [
+        main.retry_delay_s(IMPATIENT, main.UNTIL_DEADLINE, attempts, 0.0, None) or 0
+        for _ in range(400)
+    ]
+    assert 0.75 * longest_s <= min(delays_s) < 0.78 * longest_s
+    assert 0.97 * longest_s < max(delays_s) <= longest_s
 
 
 # What is repeated
@@ -190,11 +218,11 @@ def calls(tmp_path: Path, providers: respx.MockRouter) -> dict[str, tuple[str, W
         "create": (create_url, lambda: main.create_prediction(main.HAILUO, PROMPT, main.Job("-")), created),
         "model": (f"{v1}/models/a/b", lambda: main.look_up_model("a/b"), httpx.Response(200, json=MODEL)),
         "list": (f"{v1}/predictions", lambda: anext(main.predictions_since(time.time()), None), listed),
-        "read": (f"{v1}/predictions/p1", lambda: main.read_prediction(started), httpx.Response(200, json=DONE)),
-        "upload": (upload_url, partial(upload, main.STORE_RETRY), stored),
-        "fetch": (file_url, partial(fetch, main.FETCH_RETRY), httpx.Response(200, content=b"video")),
-        "paid upload": (upload_url, partial(upload, main.PAID_STORE_RETRY), stored),
-        "paid fetch": (file_url, partial(fetch, main.PAID_FETCH_RETRY), httpx.Response(200, content=b"video")),
+        "read": (f"{v1}/predictions/p1", lambda: main.poll_prediction(started), httpx.Response(200, json=DONE)),
+        "upload": (upload_url, partial(upload, main.UPLOAD_RETRY), stored),
+        "fetch": (file_url, partial(fetch, main.DOWNLOAD_RETRY), httpx.Response(200, content=b"video")),
+        "paid upload": (upload_url, partial(upload, main.PAID_UPLOAD_RETRY), stored),
+        "paid fetch": (file_url, partial(fetch, main.PAID_DOWNLOAD_RETRY), httpx.Response(200, content=b"video")),
     }
 
 
@@ -244,7 +272,7 @@ SHARES = [
 ]
 
 
-@pytest.mark.parametrize(("call", "status", "patience_s"), rows(SHARES))
+@pytest.mark.parametrize(("call", "status", "patience_s"), cases(SHARES))
 async def test_how_long_patience_lasts(providers, calls, call, status, patience_s):
     """Each outcome has its share of PATIENCE_SECONDS, here 0.4."""
     url, work, _ = calls[call]
@@ -252,7 +280,7 @@ async def test_how_long_patience_lasts(providers, calls, call, status, patience_
     took_s = math.inf
     for _ in range(3):  # a busy machine makes it longer, never shorter
         started = time.monotonic()
-        error = await error_of(work())
+        error = await error_from(work())
         assert f"{status}: No." in error.detail
         took_s = min(took_s, time.monotonic() - started)
         if took_s < 1.9 * patience_s:
@@ -270,7 +298,7 @@ async def test_a_wait_that_is_too_long_ends_what_costs_nothing_to_end(providers,
         await work()
         assert (route.call_count, time.monotonic() - started >= 0.1) == (2, True)
         return
-    error = await error_of(work())
+    error = await error_from(work())
     assert route.call_count == 1
     assert error.detail.rstrip(".").endswith("429: Too many. (it asks to wait 31 s, longer than a job can)")
 
@@ -320,8 +348,8 @@ async def test_every_repeat_is_logged(providers, calls, caplog):
     failure = httpx.Response(503, json={"detail": {"message": "Maintenance"}})
     await count_requests(providers, url, work, [failure, httpx.ConnectError("refused"), success])
     assert [line.partition(" ")[2] for line in caplog.messages] == [
-        "POST api.elevenlabs.io attempt=1 failed (503: Maintenance), next in 0.0 s",
-        "POST api.elevenlabs.io attempt=2 failed (ConnectError refused), next in 0.0 s",
+        "POST api.elevenlabs.io attempt=1 failed (503: Maintenance), retry in 0.0 s",
+        "POST api.elevenlabs.io attempt=2 failed (ConnectError refused), retry in 0.0 s",
     ]
 
 
@@ -357,15 +385,18 @@ WORDS: list[tuple[str, int, str | bytes, str]] = [  # what it is, the status, th
 ]
 
 
-@pytest.mark.parametrize(("status", "body", "message"), rows(WORDS))
+@pytest.mark.parametrize(("status", "body", "message"), cases(WORDS))
 def test_a_providers_own_words_are_found(status, body, message):
     """Whatever shape its body has, a page without its tags; the status' own phrase if there is none."""
-    assert main.provider_message(answer(status, body)) == message
+    assert main.provider_message(provider_response(status, body)) == message
 
 
 def test_plain_text_is_a_message_too():
     """Proxies answer so."""
-    assert main.provider_message(answer(502, "error code: 1015\n", content_type="text/plain")) == "error code: 1015"
+    assert (
+        main.provider_message(provider_response(502, "error code: 1015\n", content_type="text/plain"))
+        == "error code: 1015"
+    )
 
 
 @pytest.mark.parametrize("shape", ['{{"detail": "{text}"}}', "<html><p>{text}</p></html>"], ids=["JSON", "HTML"])
@@ -377,7 +408,7 @@ async def test_a_key_that_a_provider_echoes_is_not_passed_on(providers, calls, c
     key = SECRETS["SUPABASE_SERVICE_ROLE"]
     body = shape.format(text=text.format(key=key))
     providers.route(url=url).mock(side_effect=[httpx.Response(status, html=body) for status in (429, 401)])
-    error = await error_of(work())
+    error = await error_from(work())
     assert "***" in error.detail or "x" * 200 in error.detail
     assert not [line for line in (error.detail, str(error), *caplog.messages) if key[:8] in line]
 
@@ -387,7 +418,7 @@ async def test_no_error_tells_a_key(providers, calls, caplog):
     key = SECRETS["ELEVEN_API_KEY"]
     url, work, _ = calls["speech"]
     providers.route(url=url).mock(side_effect=httpx.WriteError(f"cannot send {key}"))
-    assert (await error_of(work())).detail == "ElevenLabs did not answer: WriteError cannot send ***."
+    assert (await error_from(work())).detail == "ElevenLabs did not answer: WriteError cannot send ***."
     assert main.ServiceError(" and ".join(SECRETS.values())).detail == "*** and *** and ***"
     assert key not in main.as_service_error(RuntimeError(f"no place for {key}")).detail
     assert "RuntimeError: no place for ***" in caplog.text
@@ -416,7 +447,7 @@ async def test_a_refusal_without_end_is_not_read_to_its_end(providers, calls, ca
     url, work, _ = calls[call]
     body = Noise()
     providers.route(url=url).mock(side_effect=[httpx.Response(402, stream=body)])
-    error = await error_of(work())
+    error = await error_from(work())
     assert "402: Payment Required" in error.detail
     assert error.http_status == 500
     assert (body.sent <= 12_000_000, body.is_closed) == (True, True)

@@ -14,9 +14,9 @@ import pytest
 import respx
 
 from tests.conftest import PACE
-from tests.inprocess import log_lines, rows, running_application
-from tests.jobs import STAGES, short_video, speech_job
 from tests.sandbox import Sandbox, Service
+from tests.support.application import cases, log_lines, running_application
+from tests.support.requests import STAGES, short_video, speech_job
 
 ORIGIN = {"Origin": "https://app.example.com"}
 JOB_ROUTES = ("/jobs_prompt_only", "/jobs_prompt_tts")
@@ -50,7 +50,7 @@ def connect(service: Service) -> httpx.Client:
     return httpx.Client(base_url=service.url, trust_env=False, verify=False, timeout=30, headers=ORIGIN)
 
 
-def error_of(response: httpx.Response) -> dict[str, Any]:
+def error_body(response: httpx.Response) -> dict[str, Any]:
     """The body of an error, which must have the one shape and be readable from the page that asked."""
     error: dict[str, Any] = response.json()
     always = {"detail", "category", "provider", "request_id", "retryable"}
@@ -63,9 +63,9 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
-def kind_of(response: httpx.Response) -> str:
+def error_kind(response: httpx.Response) -> str:
     """Status, category and provider of an error, and whether it is worth asking again."""
-    error = error_of(response)
+    error = error_body(response)
     return f"{response.status_code} {error['category']} {error['provider']} {'again' if error['retryable'] else 'no'}"
 
 
@@ -91,9 +91,9 @@ def test_a_talking_video(client: httpx.Client, service: Service, sandbox: Sandbo
     timings = re.findall(r"(\w+);dur=([\d.]+)", response.headers["server-timing"])
     assert (tuple(name for name, _ in timings), all(0 < float(dur) < 9_000 for _, dur in timings)) == (STAGES, True)
     lines = [line.partition(" request_id=log-lines ")[2] for line in service.log.splitlines()]
-    told = [match[1] for line in lines if (match := re.fullmatch(r"stage=(\w+) outcome=done ms=\d+", line))]
+    stages = [match[1] for line in lines if (match := re.fullmatch(r"stage=(\w+) outcome=done ms=\d+", line))]
     [job] = [line for line in lines if line.startswith("job ")]
-    assert tuple(told) == STAGES
+    assert tuple(stages) == STAGES
     assert re.fullmatch(rf"job outcome=ok ms=\d+ prediction_id={prediction}", job)
 
 
@@ -149,7 +149,7 @@ ERRORS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("arrange", "changes", "kind", "words", "partial", "field"), rows(ERRORS))
+@pytest.mark.parametrize(("arrange", "changes", "kind", "words", "partial", "field"), cases(ERRORS))
 def test_every_failure_is_told_as_data(
     client: httpx.Client,
     service: Service,
@@ -164,8 +164,8 @@ def test_every_failure_is_told_as_data(
     """Whose failure it is, in whose words, whether it can pass, what was bought already, the field to mark; and the log."""
     arrange(sandbox)
     response = client.post("/jobs_prompt_tts", json=speech_job(sandbox, **changes))
-    error = error_of(response)
-    assert kind_of(response) == kind, error
+    error = error_body(response)
+    assert error_kind(response) == kind, error
     assert words in error["detail"]
     assert set(error.get("partial", {})) == partial
     assert [fault["loc"] for fault in error.get("errors", [])] == ([["body", field]] if field else [])
@@ -198,7 +198,7 @@ def test_unknown_routes_and_methods_have_the_same_shape(client: httpx.Client, as
     """The framework's own 404 and 405 read like every other error; who is lost is shown the way."""
     method, path, status = asked.split()
     response = client.request(method, path)
-    assert kind_of(response) == f"{status} validation None no"
+    assert error_kind(response) == f"{status} validation None no"
     assert ("allow" in response.headers, "/docs" in response.json()["detail"]) == (status == "405", status == "404")
 
 
@@ -211,9 +211,9 @@ async def test_the_unforeseen_has_no_inside_detail(
     """Whatever breaks, the client gets the one shape and may try again; the traceback stands in the log only."""
     url = "https://example.com/"
     body = {"image_url": url, "url": url, "prompt": "Talk", "text": "Talk", "voice_id": "rex"}
-    with respx.mock() as edge:
-        edge.route().mock(side_effect=KeyError("inner works"))
-        async with running_application() as client:
+    async with running_application() as client:
+        with respx.mock() as edge:
+            edge.route().mock(side_effect=KeyError("inner works"))
             response = await client.post(path, json=body, headers={**ORIGIN, "Accept": accept})
     error = json.loads(response.text.rpartition("data: ")[2])
     assert (error["category"], error["retryable"], error.get("status", response.status_code)) == ("internal", True, 500)
@@ -274,7 +274,7 @@ KEPT, REPLACED = (b"abc", b"0f8fad5b-d9cb-469f-a165", b"a.B_9-x0" * 16), (b"", b
 @pytest.mark.parametrize("sent", [*KEPT, *REPLACED, "é".encode()])
 def test_a_sane_request_id_is_kept_and_any_other_replaced(client: httpx.Client, sent: bytes) -> None:
     """The caller's own id comes back, in header and errors; what could spoil a log line or a page is not passed on."""
-    one, two = (error_of(client.post("/nothing", headers={b"X-Request-ID": sent}))["request_id"] for _ in range(2))
+    one, two = (error_body(client.post("/nothing", headers={b"X-Request-ID": sent}))["request_id"] for _ in range(2))
     if sent in KEPT:
         assert one == two == sent.decode()
     else:
@@ -296,7 +296,9 @@ def contract(running_service: Service) -> dict[str, Any]:
 
 def test_the_contract_has_every_route(contract: dict[str, Any]) -> None:
     """Four routes, each under one method, with a summary and a description; events are among the schemas."""
-    operations = {(path, method): told for path, item in contract["paths"].items() for method, told in item.items()}
+    operations = {
+        (path, method): operation for path, item in contract["paths"].items() for method, operation in item.items()
+    }
     assert set(operations) == {("/health", "get"), *((path, "post") for path in POST_ROUTES)}
     assert all(operation["summary"] and operation["description"] for operation in operations.values())
     schemas = contract["components"]["schemas"]
@@ -329,7 +331,7 @@ def test_the_contract_has_both_forms_of_a_job_and_its_key(contract: dict[str, An
     assert [json.loads(data) for _, data in events][-1] == content["application/json"]["example"]
     [key] = operation["parameters"]
     assert (key["name"], key["in"], key["required"]) == ("Idempotency-Key", "header", False)
-    assert "one video is bought" in key["description"]
+    assert "one video is paid for" in key["description"]
     assert any(re.fullmatch(r"[0-9a-f-]{36}", example) for example in re.findall(r'"([^"]+)"', json.dumps(key)))
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import respx
 
 import main
-from tests.inprocess import SECRETS, log_lines, running_application, use_settings
+from tests.support.application import SECRETS, log_lines, running_application, use_settings
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +40,7 @@ JOB = {"image_url": "https://example.com/pet.jpg", "prompt": "It talks", "text":
 
 # What is set, and what it is read as.
 TAKEN: dict[str, dict[str, object]] = {
-    "ELEVEN_API_KEY": {" sk_abc \n": "sk_abc"},
+    "ELEVEN_API_KEY": {" sk_abcde \n": "sk_abcde"},
     "SUPABASE_SERVICE_ROLE": {"sb_secret_x-Y_9": "sb_secret_x-Y_9"},
     "SUPABASE_URL": {
         "https://x.supabase.co/": "https://x.supabase.co",
@@ -62,9 +63,9 @@ TAKEN: dict[str, dict[str, object]] = {
     },
 }
 
-NOT_A_URL = "should be an absolute http(s) URL, such as https://example.com"
-NOT_ORIGINS = "should be *, one origin such as https://example.com, or several separated by commas"
-NO_KEY = "holds a blank or a character that no key has"
+NOT_A_URL = "must be an absolute http(s) URL, such as https://example.com"
+NOT_ORIGINS = "must be *, one origin such as https://example.com, or several separated by commas"
+NO_KEY = "contains a blank or a character that no key has"
 NOT_A_NUMBER = "Input should be a valid number, unable to parse string as a number"
 OVER_A_DAY = "Input should be less than or equal to 86400"
 TOO_SMALL = "Input should be greater than or equal to 1"
@@ -142,8 +143,8 @@ def test_a_malformed_value_is_refused_in_one_line(name):
 @pytest.mark.parametrize("text", ["mp3", "mp3_44100_65", "mp3_44100_641", "opus_44100_64", "wav_8000_32", "xulaw_8000"])
 def test_a_speech_format_that_does_not_exist_is_refused_with_those_that_do(text):
     """How ElevenLabs' formats are written stands in the message."""
-    told = refusal("TTS_OUTPUT_FORMAT", text)
-    assert told.startswith(f"TTS_OUTPUT_FORMAT={text!r}: String should match pattern '^(mp3_22050_32|")
+    message = refusal("TTS_OUTPUT_FORMAT", text)
+    assert message.startswith(f"TTS_OUTPUT_FORMAT={text!r}: String should match pattern '^(mp3_22050_32|")
 
 
 @pytest.mark.parametrize("text", ["secret 123", "secret\n123", "secr\u00e9t123"])
@@ -196,12 +197,12 @@ async def test_missing_keys_are_warned_of_once_at_start(monkeypatch, caplog, uns
 @pytest.mark.parametrize("model", [None, "kwaivgi/kling-v2.1"])
 @pytest.mark.parametrize("key", [None, "a-key"], ids=["without a key", "with a key"])
 @pytest.mark.parametrize("name", KEYS_FOR_SPEECH)
-async def test_a_request_that_needs_an_unset_key_is_answered_500_naming_it(monkeypatch, respx_mock, name, key, model):
+async def test_a_request_that_needs_an_unset_key_is_answered_500_naming_it(monkeypatch, name, key, model):
     """Before any provider is called, a model's look-up included; a silent video needs one token, its file the storage."""
     use_settings(monkeypatch, **{name: ""})
     headers = {"Idempotency-Key": key} if key else {}
     needed = ["REPLICATE_API_TOKEN", *(["SUPABASE_URL", "SUPABASE_SERVICE_ROLE"] if key else [])]
-    async with running_application() as client:
+    async with running_application() as client, respx.mock():
         asked = [await client.post("/jobs_prompt_tts", json={**JOB, "model": model}, headers=headers)]
         silent = {**JOB, "seconds": 7}  # refused next
         if name in needed:

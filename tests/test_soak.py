@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 import main
-from tests import jobs
 from tests.conftest import PACE
-from tests.inprocess import running_application
 from tests.sandbox import Sandbox, Service
+from tests.support import processes, requests
+from tests.support.application import running_application
 
 pytestmark = pytest.mark.anyio
 
@@ -37,7 +37,7 @@ def instant() -> Iterator[Sandbox]:
 def plan_faults(sandbox: Sandbox) -> None:
     """Faults for a round of a hundred jobs, in the order in which they are met."""
     sandbox.reset()
-    sandbox.video(jobs.short_video())
+    sandbox.video(requests.short_video())
     for call in ("speech", "upload", "public", "create", "list", "read", "output"):
         sandbox.fault(call, "status", times=2, status=429, headers={"retry-after": "0"})
         for kind in ("cut", "halfway", "lost", "behind", "html", "html", "nonsense", "empty"):
@@ -54,60 +54,62 @@ def plan_faults(sandbox: Sandbox) -> None:
 
 def requests_of_a_round(sandbox: Sandbox) -> list[dict[str, Any]]:
     """A hundred requests: speech or none, either form, a client that stays or leaves, input that is good or bad."""
-    talking = {"url": "/jobs_prompt_tts", "json": jobs.speech_job(sandbox)}
-    silent = {"url": "/jobs_prompt_only", "json": jobs.prompt_job(sandbox)}
-    told = {**silent, "headers": jobs.EVENT_STREAM}
+    talking = {"url": "/jobs_prompt_tts", "json": requests.speech_job(sandbox)}
+    silent = {"url": "/jobs_prompt_only", "json": requests.prompt_job(sandbox)}
+    streamed = {**silent, "headers": requests.EVENT_STREAM}
     bad = {**talking, "json": {**talking["json"], "seconds": 7}}
     left = {**silent, "timeout": 0.01}
-    other = {**silent, "json": jobs.prompt_job(sandbox, model="kwaivgi/kling-v2.1")}
+    other = {**silent, "json": requests.prompt_job(sandbox, model="kwaivgi/kling-v2.1")}
     look = {"url": "/debug/head", "json": {"url": sandbox.image_url}}
-    return [talking, silent, told, left, silent, bad, look, other, bad, {**talking, "timeout": 0.03}] * 10
+    return [talking, silent, streamed, left, silent, bad, look, other, bad, {**talking, "timeout": 0.03}] * 10
 
 
 async def run_round(client: httpx.AsyncClient, sandbox: Sandbox) -> Counter[str]:
     """A hundred jobs, some at a time; how many ended how."""
     plan_faults(sandbox)
-    waiting, ended = requests_of_a_round(sandbox), Counter[str]()
+    waiting, outcomes = requests_of_a_round(sandbox), Counter[str]()
 
     async def work() -> None:
         while waiting:
             try:
                 response = await client.post(**waiting.pop())
             except httpx.TimeoutException:
-                ended["left"] += 1
+                outcomes["left"] += 1
                 continue
-            ended[str(response.status_code)] += 1
+            outcomes[str(response.status_code)] += 1
             assert '"internal"' not in response.text, response.text
 
     async with anyio.create_task_group() as tasks:
         for _ in range(AT_ONCE):
             tasks.start_soon(work)
-    return ended
+    return outcomes
 
 
 def held_by(pid: int) -> dict[str, int]:
     """What a process holds now; its memory in kB."""
-    files, sockets = len(jobs.open_files(pid)), jobs.sockets(pid)
-    process = {"threads": jobs.status_of(pid, "Threads"), "memory": jobs.status_of(pid, "VmRSS")}
+    files, sockets = len(processes.open_files(pid)), processes.socket_count(pid)
+    process = {"threads": processes.status_number(pid, "Threads"), "memory": processes.status_number(pid, "VmRSS")}
     return {"files": files - sockets, "sockets": sockets, **process}
 
 
-@jobs.needs_proc
+@processes.needs_proc
 async def test_hundreds_of_jobs_leave_nothing_behind(instant: Sandbox, tmp_path: Path) -> None:
     """Memory, open files, connections and threads of the process are where they were; no child and no file is left."""
-    ended = Counter[str]()
+    outcomes = Counter[str]()
     with Service({**instant.environment(), **QUICK, "TMPDIR": str(tmp_path)}) as service:
-        async with jobs.caller(service.url) as client:
+        async with requests.service_client(service.url) as client:
             for round_number in range(ROUNDS):
                 if round_number == WARM_UP_ROUNDS:
                     before = held_by(service.pid)
-                ended += await run_round(client, instant)
-            assert await jobs.until(lambda: not jobs.children(service.pid) and not jobs.left_in(tmp_path))
+                outcomes += await run_round(client, instant)
+            assert await processes.wait_until(
+                lambda: not processes.children(service.pid) and not processes.files_in(tmp_path)
+            )
             after = held_by(service.pid)
         assert "Traceback" not in service.log
         assert "never retrieved" not in service.log
-    assert ended.total() == 100 * ROUNDS
-    assert min(ended[outcome] for outcome in ("200", "400", "500", "left")) >= 5 * ROUNDS, ended
+    assert outcomes.total() == 100 * ROUNDS
+    assert min(outcomes[outcome] for outcome in ("200", "400", "500", "left")) >= 5 * ROUNDS, outcomes
     assert after["files"] == before["files"]
     assert after["sockets"] <= 3 * AT_ONCE, "what its pool keeps open for the next jobs"
     assert after["threads"] <= 5 + THREAD_POOL
@@ -122,4 +124,4 @@ async def test_jobs_leave_no_task_behind(instant: Sandbox, monkeypatch: pytest.M
     before = len(asyncio.all_tasks())
     async with running_application() as client:
         await run_round(client, instant)
-        assert await jobs.until(lambda: len(asyncio.all_tasks()) == before, 1), asyncio.all_tasks()
+        assert await processes.wait_until(lambda: len(asyncio.all_tasks()) == before, 1), asyncio.all_tasks()

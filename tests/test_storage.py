@@ -9,7 +9,7 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import SECRETS, SUPABASE_URL, error_of, rows, told, use_settings
+from tests.support.application import SECRETS, SUPABASE_URL, cases, error_from, error_kind, use_settings
 
 PATH = "audio/0b1f3a52-8d6e-4c6f-9a53-2f4f3c1f7a10.mp3"
 UPLOAD_URL = f"{SUPABASE_URL}/storage/v1/object/pets/{PATH}"
@@ -68,13 +68,13 @@ async def test_a_video_is_read_piece_by_piece(tmp_path):
     """It never lies in memory as a whole."""
     video = tmp_path / "video.mp4"
     video.write_bytes(b"0123456789" * 350_000)
-    pieces = [piece async for piece in main.FileBody(video)]
+    pieces = [piece async for piece in main.FileStream(video)]
     assert b"".join(pieces) == video.read_bytes()
     assert max(map(len, pieces)) <= 1_000_000
 
 
-async def test_a_failed_upload_is_repeated_from_the_first_byte(content):
-    """Also without a running service: the helper stands on its own."""
+async def test_a_failed_upload_is_repeated_from_the_first_byte(client, content):
+    """Each attempt sends the whole file, from memory and from disk."""
     with respx.mock as router:
         outcomes = [httpx.ReadError("reset"), httpx.Response(503), httpx.Response(200, json=STORED)]
         route = router.post(UPLOAD_URL).mock(side_effect=outcomes)
@@ -95,13 +95,13 @@ REFUSALS: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("status", "meant"), rows(REFUSALS))
+@pytest.mark.parametrize(("status", "meant"), cases(REFUSALS))
 async def test_every_refusal(supabase, status, meant):
     """Never the client's fault, told in the storage's words, and not asked again."""
     body = {"statusCode": meant, "error": "any", "message": "Because.", "code": "Any"}
     supabase.respond(status, json=body, headers={"Location": "https://elsewhere.example/"})
-    error = await error_of(upload())
-    assert (*told(error), error.retryable) == (500, "resource", "supabase", meant == "409" or status == 301)
+    error = await error_from(upload())
+    assert (*error_kind(error), error.retryable) == (500, "resource", "supabase", meant == "409" or status == 301)
     assert error.detail == f"Supabase Storage answered {status}: Because."
     assert supabase.call_count == 1
 
@@ -110,6 +110,6 @@ async def test_every_refusal(supabase, status, meant):
 async def test_a_success_that_stored_nothing_is_a_failure(supabase, body):
     """Some other server's 200 is no promise that the file is there."""
     supabase.respond(200, json=body)
-    error = await error_of(upload())
-    assert told(error) == (500, "resource", "supabase")
+    error = await error_from(upload())
+    assert error_kind(error) == (500, "resource", "supabase")
     assert error.detail == "Supabase Storage answered without having stored the file."

@@ -1,4 +1,4 @@
-// The client to copy, as a TypeScript project uses it: its types say what /openapi.json says, and refuse what the service refuses.
+// client.js in a TypeScript project: its types agree with /openapi.json, and reject what the service rejects.
 // usage: node built/video.js SERVICE_URL IMAGE_URL VOICE_ID
 import type { components } from "./api.js";
 import { VideoError, makeVideo } from "./client.js";
@@ -6,8 +6,8 @@ import type { Category, Video, Options, Problem, PromptJob, SpeechJob, StageEven
 
 type Schemas = components["schemas"];
 type Same<A, B> = [A, B, keyof A, keyof B] extends [B, A, keyof B, keyof A] ? true : never;
-// A field or a value that only one side knows does not compile.
-const agreed: [
+// This does not compile if one side has a field or a value that the other has not.
+const agreeing: [
   Same<PromptJob, Schemas["JobPromptOnly"]>,
   Same<SpeechJob, Schemas["JobPromptTTS"]>,
   Same<Required<Video>, Schemas["SpeechResult"]>,
@@ -30,9 +30,9 @@ async function makeBoth(): Promise<void> {
   console.log([...urls, silent.video_url, `missing: ${missing}`].join("\n"));
 }
 
-async function seeRefusal(): Promise<void> {
+async function sendInvalidJob(): Promise<void> {
   try {
-    // @ts-expect-error  a length by another name
+    // @ts-expect-error  an unknown field
     await makeVideo({ image_url, prompt: "x", duration: 10 }, { service });
   } catch (error) {
     if (!(error instanceof VideoError)) throw error;
@@ -40,16 +40,16 @@ async function seeRefusal(): Promise<void> {
   }
 }
 
-/** Never called: what must not compile. */
-export function refused(): void {
+/** Never called: none of this must compile. */
+export function mustNotCompile(): void {
   // @ts-expect-error  a text, but no voice
   void makeVideo({ image_url, prompt: "x", text: "y" }, { service });
   // @ts-expect-error  no such fit
   void makeVideo({ image_url, prompt: "x", text: "y", voice_id, fit: "longest" }, { service });
-  // @ts-expect-error  where to?
+  // @ts-expect-error  no service
   void makeVideo(job, { key: "k" });
 }
 
-console.log(`${agreed.length} types agree with the contract`);
+console.log(`${agreeing.length} types agree with the contract`);
 await makeBoth();
-await seeRefusal();
+await sendInvalidJob();

@@ -1,4 +1,4 @@
-"""The sandbox: three providers as strict local stand-ins, and the real service beside them.
+"""The sandbox: strict local stand-ins for the three providers, and the real service beside them.
 
 `python -m tests.sandbox` runs a job on it; the tests use `Sandbox` and `Service` as fixtures.
 """

@@ -1,4 +1,4 @@
-"""What the stand-ins share: how they are to behave, and the workshop where media are made."""
+"""What the stand-ins share: their settings, and the threads in which media are made."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class Behaviour:
-    """How the stand-ins behave; set on the sandbox at any time."""
+    """How the stand-ins behave; a test may change any of it on the sandbox at any time."""
 
     reads_to_finish: int = 3
-    """A prediction ends at this read of it at the earliest: the first finds it starting, the next ones processing."""
+    """A prediction ends no earlier than this poll: "starting" at the first, then "processing"."""
     video_seconds: float = 0.0
-    """...and not before it is this many seconds old."""
+    """A prediction ends no earlier than this many seconds after its creation."""
     speech_seconds: float | None = None
     """The exact length of every speech; None: as long as the text takes."""
     tones: bool = True
-    """One tone a letter, the same everywhere; False: espeak-ng's voice where it is installed."""
+    """True: one tone per letter, the same everywhere; False: espeak-ng's voice if installed."""
     plan: str = "pro"
     """The ElevenLabs plan: free, starter, creator or pro."""
     output_shape: str = "model"
-    """A prediction's output: "string", "list" or "object" of URLs; "model": as the model's schema says."""
+    """A prediction's output: URLs as "string", "list" or "object"; "model": as its schema says."""
 
     def behave_as(self, other: Behaviour) -> None:
-        """Take over every setting of another."""
+        """Copy every setting of another."""
         for field in fields(Behaviour):
             setattr(self, field.name, getattr(other, field.name))
 
@@ -39,13 +39,14 @@ class Workshop:
         self.made: dict[Hashable, asyncio.Future[bytes]] = {}
 
     async def run(self, make: Callable[[], bytes]) -> bytes:
-        """What `make` returns, without holding up the event loop."""
+        """Call `make` in a thread, so that the event loop stays free, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, make)
 
     async def once(self, key: Hashable, make: Callable[[], bytes]) -> bytes:
-        """What `make` returns, made at the first call with this key; a failure is not kept."""
+        """Return the media for `key`, made by the first call; a failure is not kept."""
         if key not in self.made:
             self.made[key] = asyncio.ensure_future(self.run(make))
+
         try:
             return await asyncio.shield(self.made[key])
         except Exception:
@@ -53,5 +54,5 @@ class Workshop:
             raise
 
     def close(self) -> None:
-        """End the threads once they are done."""
+        """Wait for the work in progress and end the threads."""
         self.pool.shutdown(wait=True, cancel_futures=True)

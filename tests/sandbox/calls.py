@@ -1,4 +1,4 @@
-"""Calls to the stand-ins as a provider's client would send them, for the sandbox's own tests."""
+"""Requests to the stand-ins as a provider's client would send them, for the sandbox's own tests."""
 
 from __future__ import annotations
 
@@ -19,44 +19,69 @@ PET = providers.PET_FILE.read_bytes()
 Call = Callable[..., httpx.Response]
 
 
-def speak(call: Call, voice_id: str = "SandboxVoiceRex00001", **how: Any) -> httpx.Response:
-    """Ask for speech; a good request unless told otherwise."""
-    good = {"headers": ELEVEN, "json": {"text": "Hello!", "model_id": "eleven_multilingual_v2"}}
-    return call("POST", f"/v1/text-to-speech/{voice_id}", **{**good, **how})
+def speak(call: Call, voice_id: str = "SandboxVoiceRex00001", **options: Any) -> httpx.Response:
+    """Ask for speech with a valid request; `options` replace parts of it."""
+    request = {
+        "headers": ELEVEN,
+        "json": {"text": "Hello!", "model_id": "eleven_multilingual_v2"},
+    }
+    request.update(options)
+    return call("POST", f"/v1/text-to-speech/{voice_id}", **request)
 
 
-def good_input(sandbox: Sandbox, **more: Any) -> dict[str, Any]:
-    """What the default model is sent."""
-    picture = {"first_frame_image": sandbox.image_url}
-    return {"prompt": "talk", **picture, "duration": 6, "resolution": "512p", **more}
+def valid_input(sandbox: Sandbox, **changes: Any) -> dict[str, Any]:
+    """A valid input for the default model, with changes."""
+    values = {
+        "prompt": "talk",
+        "first_frame_image": sandbox.image_url,
+        "duration": 6,
+        "resolution": "512p",
+    }
+    return {**values, **changes}
 
 
-def create(sandbox: Sandbox, call: Call, **more: Any) -> dict[str, Any]:
-    """A prediction of the default model, as answered."""
-    answer = call("POST", HAILUO, headers=BEARER, json={"input": good_input(sandbox, **more)})
-    assert answer.status_code == 201
-    return answer.json()
+def post_prediction(sandbox: Sandbox, call: Call, **options: Any) -> httpx.Response:
+    """Send a create with a valid input for the default model; `options` replace parts of it."""
+    request = {"headers": BEARER, "json": {"input": valid_input(sandbox)}}
+    request.update(options)
+    return call("POST", HAILUO, **request)
 
 
-def read(call: Call, prediction: dict[str, Any], times: int = 1) -> dict[str, Any]:
-    """The prediction after so many more reads."""
-    for _ in range(times):
-        prediction = call("GET", f"/v1/predictions/{prediction['id']}", headers=BEARER).json()
+def create(sandbox: Sandbox, call: Call, **changes: Any) -> dict[str, Any]:
+    """Create a prediction of the default model, and return it."""
+    body = {"input": valid_input(sandbox, **changes)}
+    response = post_prediction(sandbox, call, json=body)
+    assert response.status_code == 201
+    prediction: dict[str, Any] = response.json()
     return prediction
 
 
-def upload(call: Call, path: str = "pets/a.bin", content: Any = b"bytes", **headers: str) -> httpx.Response:
-    """Upload with the service key; keyword arguments are further headers, `_` for `-`."""
-    more = {name.replace("_", "-"): value for name, value in headers.items()}
-    return call("POST", f"/storage/v1/object/{path}", headers={**STORAGE, **more}, content=content)
+def poll(call: Call, prediction: dict[str, Any], times: int = 1) -> dict[str, Any]:
+    """Poll a prediction this many times, and return its last state."""
+    path = f"/v1/predictions/{prediction['id']}"
+    for _ in range(times):
+        prediction = call("GET", path, headers=BEARER).json()
+    return prediction
 
 
-def truth(answer: httpx.Response) -> tuple[int, str, str]:
-    """HTTP status, and what the body says: status and message."""
-    return answer.status_code, answer.json()["statusCode"], answer.json()["message"]
+def upload(
+    call: Call, path: str = "pets/a.bin", content: Any = b"bytes", **headers: str
+) -> httpx.Response:
+    """Upload with the service key; keyword arguments are further headers, with `_` for `-`."""
+    all_headers = dict(STORAGE)
+    for name, value in headers.items():
+        all_headers[name.replace("_", "-")] = value
+    return call("POST", f"/storage/v1/object/{path}", headers=all_headers, content=content)
+
+
+def storage_error(response: httpx.Response) -> tuple[int, str, str]:
+    """The HTTP status of a refusal, and the real status and message in its body."""
+    body = response.json()
+    return response.status_code, body["statusCode"], body["message"]
 
 
 def loudness(samples: bytes) -> float:
-    """The mean size of S16LE samples."""
-    values = memoryview(samples[: len(samples) // 2 * 2]).cast("h")
+    """The mean absolute value of S16LE samples."""
+    even_length = len(samples) // 2 * 2
+    values = memoryview(samples[:even_length]).cast("h")
     return sum(map(abs, values)) / len(values)

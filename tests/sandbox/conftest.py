@@ -1,4 +1,4 @@
-"""What the sandbox's own tests share."""
+"""The fixtures of the sandbox's own tests."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from tests.sandbox.calls import Call
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    """A plain HTTP client; it knows no provider."""
+    """A plain HTTP client that knows no provider."""
     with httpx.Client(trust_env=False, timeout=20) as client:
         yield client
 
 
 @pytest.fixture
 def call(sandbox: Sandbox, client: httpx.Client) -> Call:
-    """Send one request to the sandbox."""
+    """A function that sends one request to the sandbox."""
 
-    def call(method: str, path: str, **how: Any) -> httpx.Response:
-        return client.request(method, sandbox.url + path, **how)
+    def send(method: str, path: str, **options: Any) -> httpx.Response:
+        """Send a request to this path of the sandbox."""
+        return client.request(method, sandbox.url + path, **options)
 
-    return call
+    return send

@@ -1,7 +1,8 @@
-"""ElevenLabs' text to speech, as a stand-in.
+"""A stand-in for ElevenLabs' text to speech.
 
-Shapes: elevenlabs.io/docs/api-reference/text-to-speech and .../docs/eleven-api/resources/errors, and captured replies.
-Our own guesses: which ids count as malformed, and the wording for an empty text and for an unknown format or model.
+The shapes are from elevenlabs.io/docs/api-reference/text-to-speech, from
+elevenlabs.io/docs/eleven-api/resources/errors, and from captured responses. Guessed: which ids
+count as malformed, and the wording for an empty text and for an unknown format or model.
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ KEY = "sk_sandbox0123456789abcdef0123456789abcdef01234567"
 
 
 class Voice(NamedTuple):
-    """A voice: its name, and the pitch that it has here."""
+    """A voice: its name, and its pitch in the sandbox."""
 
     name: str
     hertz: float
 
 
-LIBRARY_VOICE = "SandboxVoiceLibrary3"  # a paid plan is needed to use such a voice over the API
-VOICES = {  # 20 letters and digits, as real ids have; George's is the example in ElevenLabs' documents
+# Real ids have 20 letters and digits; George's is the example in ElevenLabs' documentation.
+LIBRARY_VOICE = "SandboxVoiceLibrary3"  # needs a paid plan
+VOICES = {
     "SandboxVoiceRex00001": Voice("Rex", 262.0),
     "SandboxVoiceLuna0002": Voice("Luna", 392.0),
     "JBFqnCBsd6RMkjVDRZzb": Voice("George", 196.0),
     LIBRARY_VOICE: Voice("Bella, of the voice library", 330.0),
 }
+DEFAULT_MODEL = "eleven_multilingual_v2"
 MODELS_MAX_CHARS = {
     "eleven_v3": 5_000,
     "eleven_multilingual_v2": 10_000,
@@ -46,9 +49,9 @@ MODELS_MAX_CHARS = {
     "eleven_flash_v2": 30_000,
     "eleven_turbo_v2": 30_000,
 }
-PLANS = ("free", "starter", "creator", "pro")
+PLANS = ("free", "starter", "creator", "pro")  # from the smallest to the largest
 FORMAT_NEEDS_PLAN = {"mp3_44100_192": "creator", "pcm_44100": "pro", "wav_44100": "pro"}
-TYPES = {
+ERROR_TYPES = {
     400: "validation_error",
     401: "authentication_error",
     402: "payment_required",
@@ -60,109 +63,155 @@ TYPES = {
 
 
 class ElevenLabs:
-    """The speech provider: `plan` (on the behaviour) says what the account may use; `made` counts what it paid for."""
+    """The speech provider; `made` counts how often each text was spoken and paid for."""
 
     def __init__(self, behaviour: Behaviour, workshop: Workshop) -> None:
-        self.behaviour, self.workshop = behaviour, workshop
+        self.behaviour = behaviour
+        self.workshop = workshop
         self.clear()
 
     def clear(self) -> None:
-        """Nothing spoken yet."""
+        """Forget all speech."""
         self.made: Counter[str] = Counter()
 
     def routes(self, on: Callable[[str, Handler], Any]) -> list[Route]:
         """The one call that is imitated."""
-        return [Route("/v1/text-to-speech/{voice_id}", on("speech", self.speech), methods=["POST"])]
+        path = "/v1/text-to-speech/{voice_id}"
+        return [Route(path, on("speech", self.speech), methods=["POST"])]
 
     async def speech(self, request: Request) -> Response:
-        """`POST /v1/text-to-speech/{voice_id}?output_format=...`: the sound itself."""
+        """`POST /v1/text-to-speech/{voice_id}?output_format=...`: return the speech as bytes."""
         check_key(request.headers)
-        wanted = await read_body(request)
+        body = await read_body(request)
         voice_hz = self.check_voice(request.path_params["voice_id"])
-        output_format = self.check_format(request.query_params.get("output_format", "mp3_44100_128"))
-        text = check_text(wanted)
-        seconds, tones = self.behaviour.speech_seconds, self.behaviour.tones
-        sound = await self.workshop.once(
+        output_format = self.check_format(
+            request.query_params.get("output_format", "mp3_44100_128")
+        )
+        text = check_text(body)
+
+        audio = await self.make_speech(text, voice_hz, output_format)
+        self.made[text] += 1
+        # The API reference has no other media type than this one, whatever the format.
+        return Response(audio, headers=response_headers(text), media_type="audio/mpeg")
+
+    async def make_speech(self, text: str, voice_hz: float, output_format: str) -> bytes:
+        """Speak the text, or return what was made of the same text before."""
+        seconds = self.behaviour.speech_seconds
+        tones = self.behaviour.tones
+        return await self.workshop.once(
             ("speech", text, voice_hz, output_format, seconds, tones),
             lambda: media.speech(text, output_format, voice_hz, seconds, tones),
         )
-        self.made[text] += 1
-        # The published document knows no other media type than this one, whatever the format.
-        return Response(sound, headers=answer_headers(text), media_type="audio/mpeg")
 
     def check_voice(self, voice_id: str) -> float:
-        """The voice's pitch in hertz, or a refusal."""
+        """Return the voice's pitch in hertz, or refuse the voice."""
         if not re.fullmatch(r"[A-Za-z0-9_-]{2,}", voice_id):
-            message = f"An invalid ID has been received: '{voice_id}'. Make sure to provide a correct one."
-            raise Refusal(JSONResponse({"detail": {"status": "invalid_uid", "message": message}}, 400))
-        if voice_id not in VOICES:
-            raise refusal(404, "voice_not_found", f"A voice with voice_id '{voice_id}' was not found.")
-        if voice_id == LIBRARY_VOICE and self.behaviour.plan == "free":
-            message = (
-                "Free users cannot use library voices via the API. Please upgrade your subscription to use this voice."
+            raise old_refusal(
+                400,
+                "invalid_uid",
+                f"An invalid ID has been received: '{voice_id}'. "
+                "Make sure to provide a correct one.",
             )
-            raise refusal(402, "paid_plan_required", message, status="payment_required")
+        if voice_id not in VOICES:
+            message = f"A voice with voice_id '{voice_id}' was not found."
+            raise refusal(404, "voice_not_found", message)
+        if voice_id == LIBRARY_VOICE and self.behaviour.plan == "free":
+            raise refusal(
+                402,
+                "paid_plan_required",
+                "Free users cannot use library voices via the API. "
+                "Please upgrade your subscription to use this voice.",
+                status="payment_required",
+            )
         return VOICES[voice_id].hertz
 
     def check_format(self, output_format: str) -> str:
-        """The format if it exists and the plan includes it."""
+        """Return the format, or refuse it: unknown, or not included in the plan."""
         if output_format not in media.FORMATS:
-            raise refusal(400, "invalid_output_format", f"Output format '{output_format}' is not supported.")
-        needed = FORMAT_NEEDS_PLAN.get(output_format, "free")
-        if PLANS.index(self.behaviour.plan) < PLANS.index(needed):
-            message = f"Output format '{output_format}' is only available on the {needed.title()} tier and above"
-            raise Refusal(JSONResponse({"detail": {"status": "output_format_not_allowed", "message": message}}, 403))
+            message = f"Output format '{output_format}' is not supported."
+            raise refusal(400, "invalid_output_format", message)
+
+        needed_plan = FORMAT_NEEDS_PLAN.get(output_format, "free")
+        if PLANS.index(self.behaviour.plan) < PLANS.index(needed_plan):
+            raise old_refusal(
+                403,
+                "output_format_not_allowed",
+                f"Output format '{output_format}' is only available on the "
+                f"{needed_plan.title()} tier and above",
+            )
         return output_format
 
 
+# Checks
+
+
 def check_key(headers: Any) -> None:
-    """Refuse a missing or unknown key."""
+    """Refuse a missing or unknown API key."""
     key = headers.get("xi-api-key")
     if not key:
         message = "Neither authorization header nor xi-api-key received, please provide one."
-        raise Refusal(JSONResponse({"detail": {"status": "needs_authorization", "message": message}}, 401))
+        raise old_refusal(401, "needs_authorization", message)
     if key != KEY:
-        raise Refusal(JSONResponse({"detail": {"status": "invalid_api_key", "message": "Invalid API key"}}, 401))
+        raise old_refusal(401, "invalid_api_key", "Invalid API key")
 
 
 async def read_body(request: Request) -> dict[str, Any]:
-    """The JSON object sent, or a refusal."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise refusal(400, "invalid_content_type", "Content-Type must be application/json.", kind="invalid_request")
+    """Return the JSON object that was sent, or refuse the request."""
+    content_type = request.headers.get("content-type", "")
+    if content_type.partition(";")[0].strip() != "application/json":
+        message = "Content-Type must be application/json."
+        raise refusal(400, "invalid_content_type", message, kind="invalid_request")
+
     try:
-        wanted = json.loads(await request.body())
+        body = json.loads(await request.body())
     except ValueError as exc:
-        raise refusal(400, "malformed_json", "The request body is not valid JSON.", kind="invalid_request") from exc
-    if not isinstance(wanted, dict):
+        message = "The request body is not valid JSON."
+        raise refusal(400, "malformed_json", message, kind="invalid_request") from exc
+
+    if not isinstance(body, dict):
         raise invalid_field([], "Input should be a valid dictionary", "dict_type")
     for name in ("text", "model_id"):
-        if name in wanted and not isinstance(wanted[name], str):
+        if name in body and not isinstance(body[name], str):
             raise invalid_field([name], "Input should be a valid string", "string_type")
-    if "text" not in wanted:
+    if "text" not in body:
         raise invalid_field(["text"], "Field required", "missing")
-    return wanted
+    return body
 
 
-def check_text(wanted: dict[str, Any]) -> str:
-    """The text if the model exists and takes that much."""
-    text, model = wanted["text"], wanted.get("model_id", "eleven_multilingual_v2")
+def check_text(body: dict[str, Any]) -> str:
+    """Return the text, or refuse it: an unknown model, no text, or too long for the model."""
+    text = body["text"]
+    model = body.get("model_id", DEFAULT_MODEL)
     if model not in MODELS_MAX_CHARS:
-        raise refusal(400, "model_not_found", f"A model with model ID {model} does not exist.")
+        message = f"A model with model ID {model} does not exist."
+        raise refusal(400, "model_not_found", message)
     if not text.strip():
         raise refusal(400, "empty_text", "The text to speak is empty.")
+
     limit = MODELS_MAX_CHARS[model]
     if len(text) > limit:
-        message = (
-            f"This request's text has {len(text)} characters and exceeds the character limit of {limit} characters."
+        raise old_refusal(
+            400,
+            "max_character_limit_exceeded",
+            f"This request's text has {len(text)} characters "
+            f"and exceeds the character limit of {limit} characters.",
         )
-        raise Refusal(JSONResponse({"detail": {"status": "max_character_limit_exceeded", "message": message}}, 400))
     return str(text)
 
 
-def refusal(http_status: int, code: str, message: str, status: str | None = None, kind: str | None = None) -> Refusal:
+# Responses
+
+
+def refusal(
+    http_status: int,
+    code: str,
+    message: str,
+    status: str | None = None,
+    kind: str | None = None,
+) -> Refusal:
     """The documented error shape of 2026."""
     detail = {
-        "type": kind or TYPES[http_status],
+        "type": kind or ERROR_TYPES[http_status],
         "code": code,
         "message": message,
         "status": status or code,
@@ -171,13 +220,20 @@ def refusal(http_status: int, code: str, message: str, status: str | None = None
     return Refusal(JSONResponse({"detail": detail}, http_status))
 
 
-def invalid_field(loc: list[str], message: str, kind: str) -> Refusal:
-    """The 422 of the published document: a list under `detail`."""
-    return Refusal(JSONResponse({"detail": [{"loc": ["body", *loc], "msg": message, "type": kind}]}, 422))
+def old_refusal(http_status: int, status: str, message: str) -> Refusal:
+    """The older error shape, which some errors still have."""
+    detail = {"status": status, "message": message}
+    return Refusal(JSONResponse({"detail": detail}, http_status))
 
 
-def answer_headers(text: str) -> dict[str, str]:
-    """What a real answer carries beside the sound."""
+def invalid_field(location: list[str], message: str, kind: str) -> Refusal:
+    """The 422 of the API reference: a list under `detail`."""
+    error = {"loc": ["body", *location], "msg": message, "type": kind}
+    return Refusal(JSONResponse({"detail": [error]}, 422))
+
+
+def response_headers(text: str) -> dict[str, str]:
+    """The headers that come with speech."""
     return {
         "character-cost": str(len(text)),
         "request-id": uuid.uuid4().hex[:20],
@@ -191,10 +247,17 @@ def answer_headers(text: str) -> dict[str, str]:
 
 def default_body(status: int) -> Any:
     """The body of a fault with this status, in the provider's own shape."""
-    known = {
-        401: ("quota_exceeded", "This request exceeds your quota of 10000. You have 0 credits remaining."),
-        429: ("too_many_concurrent_requests", "Too many concurrent requests."),
-        503: ("service_unavailable", "The service is temporarily unavailable."),
-    }
-    code, message = known.get(status, ("internal_error", "An internal error occurred."))
-    return {"detail": {"type": TYPES.get(status, "internal_error"), "code": code, "status": code, "message": message}}
+    if status == 401:
+        code = "quota_exceeded"
+        message = "This request exceeds your quota of 10000. You have 0 credits remaining."
+    elif status == 429:
+        code = "too_many_concurrent_requests"
+        message = "Too many concurrent requests."
+    elif status == 503:
+        code = "service_unavailable"
+        message = "The service is temporarily unavailable."
+    else:
+        code = "internal_error"
+        message = "An internal error occurred."
+    kind = ERROR_TYPES.get(status, "internal_error")
+    return {"detail": {"type": kind, "code": code, "status": code, "message": message}}

@@ -1,12 +1,13 @@
-"""The sandbox: ElevenLabs, Replicate and Supabase as strict local stand-ins on one origin, with real media.
+"""The sandbox: strict local stand-ins for ElevenLabs, Replicate and Supabase, with real media.
 
 with Sandbox() as sandbox:
     sandbox.environment()                      # the variables that point the service here
     sandbox.fault("read", "status", status=503)
-    sandbox.calls("create")                    # what came in
-    sandbox.speeches, sandbox.predictions      # what was bought
+    sandbox.calls("create")                    # the requests that came in
+    sandbox.speeches, sandbox.predictions      # what was paid for
 
-Any number of service processes may use one sandbox at once, one after the other, and be killed at any moment.
+All three have the same origin. Any number of service processes may use one sandbox, at once or one
+after the other, and may be killed at any moment.
 """
 
 from __future__ import annotations
@@ -37,14 +38,22 @@ HERE = Path(__file__).parent
 PET_FILE = HERE / "pet.jpg"
 PAGE_FILE = HERE / "page.html"
 CLIENT_FILE = HERE / "client.js"
+
+THREAD_NAME = "sandbox"
 START_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 2.0  # after that the thread is left to end with the process
-PICTURE_KINDS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp", b"GIF8": "gif"}  # by first bytes
-DEFAULT_MODEL = "minimax/hailuo-02"  # of the service
-KEEP_ALIVE_S = (
-    75  # as front ends of real providers have it; uvicorn's own 5 s would meet clients that reuse a connection
-)
-VIDEO_KINDS = {
+# As at the front ends of real providers; with uvicorn's own 5 s, clients would reuse a connection
+# just as it closes.
+KEEP_ALIVE_S = 75
+
+DEFAULT_MODEL = "minimax/hailuo-02"  # the service's
+PICTURE_KINDS = {  # first bytes of a picture -> its extension
+    b"\xff\xd8\xff": "jpg",
+    b"\x89PNG\r\n\x1a\n": "png",
+    b"RIFF": "webp",
+    b"GIF8": "gif",
+}
+VIDEO_KINDS = {  # files that are no videos
     "html": b"<!DOCTYPE html><html><body>Not a video</body></html>",
     "noise": bytes((i * 197 + i // 7 * 31) % 256 for i in range(50_000)),
     "empty": b"",
@@ -52,33 +61,43 @@ VIDEO_KINDS = {
 
 
 class Sandbox(Behaviour):
-    """The three providers in a thread of this process; a context manager. Keyword arguments set the behaviour."""
+    """The three providers in a thread of this process; a context manager.
+
+    Keyword arguments set the behaviour.
+    """
 
     def __init__(self, port: int = 0, *, record: bool = True, **behaviour: Any) -> None:
         super().__init__(**behaviour)
         self.initial = Behaviour(**behaviour)
-        self.port, self.service_url, self.picture_file = port, "", PET_FILE
+        self.port = port
+        self.service_url = ""
+        self.picture_file = PET_FILE
+        self.pictures: dict[str, bytes] = {}
         self.folder = tempfile.TemporaryDirectory(prefix="sandbox-")
         self.workshop = Workshop()
-        self.pictures: dict[str, bytes] = {}
         self.wire = Wire(record, default_body)
         self.elevenlabs = elevenlabs.ElevenLabs(self, self.workshop)
         self.replicate = replicate.Replicate(self, self.workshop, lambda: self.url)
         self.supabase = supabase.Supabase(Path(self.folder.name))
-        self.supabase.give("pets/pet.jpg", PET_FILE.read_bytes(), "image/jpeg")  # the picture of the examples in /docs
+        # The picture of the examples in the service's /docs.
+        self.supabase.give("pets/pet.jpg", PET_FILE.read_bytes(), "image/jpeg")
         self.server: uvicorn.Server | None = None
         self.thread: threading.Thread | None = None
 
     # Running
 
     def start(self) -> Sandbox:
-        """Listen, on a free port unless one was given; returns when requests are answered. PortTaken."""
+        """Listen on the given port, or on a free one, and return when requests are answered.
+
+        Raises PortTaken.
+        """
         try:
             listener = ports.listen(self.port, "the providers", "--port")
         except ports.PortTaken:
             self.stop()
             raise
         self.port = listener.getsockname()[1]
+
         config = uvicorn.Config(
             self.router(),
             loop="asyncio",
@@ -87,23 +106,34 @@ class Sandbox(Behaviour):
             log_config=None,
             access_log=False,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=0,  # else, from Python 3.12 on, it waits for every answer, forced or not
+            # From Python 3.12 on, uvicorn otherwise waits for every response, even if forced.
+            timeout_graceful_shutdown=0,
         )
         logging.getLogger("uvicorn.error").addFilter(not_from_this_thread)
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, args=([listener],), name=THREAD_NAME, daemon=True)
+        self.thread = threading.Thread(
+            target=self.server.run,
+            args=([listener],),
+            name=THREAD_NAME,
+            daemon=True,
+        )
         self.thread.start()
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self.server.started:
-            if not self.thread.is_alive() or time.monotonic() > deadline:
-                raise RuntimeError("the sandbox did not start")
-            time.sleep(0.005)
+        self.wait_until_started(self.server, self.thread)
         return self
 
+    def wait_until_started(self, server: uvicorn.Server, thread: threading.Thread) -> None:
+        """Return when the server answers. Raises RuntimeError if it does not."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not server.started:
+            if not thread.is_alive() or time.monotonic() > deadline:
+                raise RuntimeError("the sandbox did not start")
+            time.sleep(0.005)
+
     def stop(self) -> None:
-        """Stop at once, whatever is under way."""
+        """Stop at once, even in the middle of a request."""
         if self.server is not None and self.thread is not None:
-            self.server.should_exit = self.server.force_exit = True
+            self.server.should_exit = True
+            self.server.force_exit = True
             self.thread.join(STOP_TIMEOUT_S)
         self.workshop.close()
         self.folder.cleanup()
@@ -115,9 +145,10 @@ class Sandbox(Behaviour):
         self.stop()
 
     def router(self) -> Router:
-        """Every provider's routes, and the sandbox's own."""
+        """The routes of the three providers, and the sandbox's own."""
 
         def on(call: str, handler: Handler) -> Endpoint:
+            """The endpoint of a call, recorded under its name."""
             return Endpoint(self.wire, call, handler)
 
         own = [
@@ -127,20 +158,25 @@ class Sandbox(Behaviour):
             Route("/pictures/{name}", on("picture", self.added_picture), methods=["GET"]),
             Route("/pictures", on("page", self.add_picture), methods=["POST"]),
         ]
-        rest = Route("/{path:path}", on("other", self.unknown))
-        storage = self.supabase.routes(on)
-        return Router([*own, *self.elevenlabs.routes(on), *self.replicate.routes(on), *storage, rest])
+        routes = [
+            *own,
+            *self.elevenlabs.routes(on),
+            *self.replicate.routes(on),
+            *self.supabase.routes(on),
+            Route("/{path:path}", on("other", self.unknown)),
+        ]
+        return Router(routes)
 
-    # What a client needs to know
+    # What a client must know
 
     @property
     def url(self) -> str:
-        """The origin of all three providers, without a slash at the end."""
+        """The origin of all three providers, without a trailing slash."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def image_url(self) -> str:
-        """The pet's picture."""
+        """The URL of the pet's picture."""
         return f"{self.url}/pet.jpg"
 
     @property
@@ -149,7 +185,7 @@ class Sandbox(Behaviour):
         return next(iter(elevenlabs.VOICES))
 
     def environment(self) -> dict[str, str]:
-        """The settings that point the service here."""
+        """The settings that point the service at the sandbox."""
         return {
             "ELEVEN_API_KEY": elevenlabs.KEY,
             "ELEVEN_BASE_URL": self.url,
@@ -169,7 +205,7 @@ class Sandbox(Behaviour):
         return self.wire.requests
 
     def calls(self, call: str) -> list[Recorded]:
-        """The requests of one call."""
+        """The requests of one call, one of `wire.CALLS`."""
         return [request for request in self.wire.requests if request.call == call]
 
     @property
@@ -179,7 +215,8 @@ class Sandbox(Behaviour):
 
     def created(self, **values: Any) -> list[Prediction]:
         """The predictions whose input has all these values, in order of creation."""
-        return [one for one in list(self.predictions.values()) if values.items() <= one.input.items()]
+        predictions = list(self.predictions.values())
+        return [one for one in predictions if values.items() <= one.input.items()]
 
     @property
     def speeches(self) -> Counter[str]:
@@ -193,35 +230,53 @@ class Sandbox(Behaviour):
 
     @property
     def buckets(self) -> dict[str, Bucket]:
-        """The buckets; change or add what a test needs."""
+        """The buckets by name; a test may change them or add others."""
         return self.supabase.buckets
 
-    # What is to happen
+    # What happens next
 
     def fault(self, call: str, kind: str, times: int | None = 1, **details: Any) -> None:
-        """Let the next `times` requests of this call go wrong (None: all); kinds and details: see `wire.FAULTS`."""
+        """Let the next `times` requests of this call fail (None: all of them).
+
+        `wire.FAULTS` has the kinds, with their details.
+        """
         self.wire.add_fault(call, kind, times, details)
 
     def outcome(self, status: str, error: str | None = None, times: int = 1) -> None:
-        """Let the next `times` predictions end so: one of `replicate.OUTCOMES`."""
+        """Let the next `times` predictions end with this status, one of `replicate.OUTCOMES`."""
         if status not in OUTCOMES:
             raise ValueError(f"no such outcome: {status}; outcomes: {', '.join(OUTCOMES)}")
-        self.replicate.outcomes.extend([(status, error)] * times)
+        for _ in range(times):
+            self.replicate.outcomes.append((status, error))
 
     def video(self, video: bytes | str | None) -> None:
-        """The file that the next predictions give: these bytes, one of VIDEO_KINDS, or None for a video of the picture."""
-        self.replicate.video = VIDEO_KINDS[video] if isinstance(video, str) else video
+        """The file that the next predictions make.
+
+        It is given as bytes or as one of VIDEO_KINDS; None: a real video of the picture.
+        """
+        if isinstance(video, str):
+            video = VIDEO_KINDS[video]
+        self.replicate.video = video
 
     def expire(self, prediction_id: str) -> None:
-        """Remove what an ended prediction holds, as Replicate does an hour after its end. ValueError if it runs yet."""
+        """Remove what an ended prediction holds, as Replicate does an hour after its end.
+
+        Raises ValueError if it has not ended.
+        """
         self.predictions[prediction_id].expire()
 
-    def limits(self, creates_per_minute: int | None = 600, reads_per_minute: int | None = 3000) -> None:
-        """Turn Replicate's rate limits on; reads share theirs with every call but create."""
-        self.replicate.creates, self.replicate.others = Limit(creates_per_minute), Limit(reads_per_minute)
+    def limits(
+        self, creates_per_minute: int | None = 600, reads_per_minute: int | None = 3000
+    ) -> None:
+        """Turn on Replicate's rate limits; every call but create counts as a read."""
+        self.replicate.creates = Limit(creates_per_minute)
+        self.replicate.others = Limit(reads_per_minute)
 
     def reset(self) -> None:
-        """Forget requests, faults, predictions, objects; behave as at the start. Media already made are kept."""
+        """Forget requests, faults, predictions and objects, and behave as at the start.
+
+        Media already made are kept.
+        """
         self.behave_as(self.initial)
         self.pictures.clear()
         self.wire.clear()
@@ -232,77 +287,103 @@ class Sandbox(Behaviour):
     # Its own pages
 
     async def page(self, request: Request) -> Response:
-        """The page to try the service with."""
+        """`GET /`: the page to try the service with."""
         if not PAGE_FILE.exists():
             return Response("no page here", 404)
+
+        values = {
+            "SERVICE_URL": self.service_url,
+            "IMAGE_URL": self.image_url,
+            "VOICE_ID": self.voice_id,
+            "MODELS": script_json(self.known_models()),
+            "VOICES": script_json(self.known_voices()),
+        }
         page = PAGE_FILE.read_text(encoding="utf-8")
-        known = {"SERVICE_URL": self.service_url, "IMAGE_URL": self.image_url, "VOICE_ID": self.voice_id}
-        lists = {"MODELS": self.known_models(), "VOICES": self.known_voices()}
-        for name, value in {**known, **{name: script_json(value) for name, value in lists.items()}}.items():
+        for name, value in values.items():
             page = page.replace("{{" + name + "}}", value)
         return Response(page, media_type="text/html", headers={"cache-control": "no-cache"})
 
     def known_models(self) -> list[dict[str, Any]]:
-        """The models that video a picture, the service's default first, with what a person wants to know of each."""
-        models = sorted(self.replicate.models.values(), key=lambda model: model.name != DEFAULT_MODEL)
+        """What the page shows about each model, the service's default first."""
+        models = list(self.replicate.models.values())
+        models.sort(key=lambda model: model.name != DEFAULT_MODEL)
         return [
-            {"name": model.name, "speaks": model.speaks, "official": model.official, "version": model.version}
+            {
+                "name": model.name,
+                "speaks": model.speaks,
+                "official": model.official,
+                "version": model.version,
+            }
             for model in models
         ]
 
     def known_voices(self) -> list[dict[str, Any]]:
-        """The voices that exist."""
-        return [{"id": identity, "name": voice.name} for identity, voice in elevenlabs.VOICES.items()]
+        """What the page shows about each voice."""
+        return [
+            {"id": voice_id, "name": voice.name} for voice_id, voice in elevenlabs.VOICES.items()
+        ]
 
     async def client(self, request: Request) -> Response:
-        """The client script, for pages of any origin."""
+        """`GET /client.js`: the client script, for pages of any origin."""
         if not CLIENT_FILE.exists():
             return await self.unknown(request)
         headers = {"cache-control": "no-cache", "access-control-allow-origin": "*"}
-        return Response(CLIENT_FILE.read_bytes(), media_type="text/javascript", headers=headers)
+        script = CLIENT_FILE.read_bytes()
+        return Response(script, media_type="text/javascript", headers=headers)
 
     async def picture(self, request: Request) -> Response:
-        """The pet."""
-        media_type = mimetypes.guess_type(self.picture_file.name)[0] or "application/octet-stream"
-        headers = {"content-type": media_type, "access-control-allow-origin": "*"}
-        return file_response(request, self.picture_file.read_bytes(), headers)
+        """`GET /pet.jpg`: the picture of the pet."""
+        media_type, _ = mimetypes.guess_type(self.picture_file.name)
+        picture = self.picture_file.read_bytes()
+        return picture_response(request, picture, media_type or "application/octet-stream")
 
     async def add_picture(self, request: Request) -> Response:
-        """Keep a picture that the page brings, and say its address: a front end's own storage would do the same."""
+        """`POST /pictures`: store a picture, as a front end's storage would, and return its URL."""
         picture = await request.body()
-        kind = next((kind for start, kind in PICTURE_KINDS.items() if picture.startswith(start)), None)
-        if kind is None:
+        extension = picture_extension(picture)
+        if extension is None:
             return JSONResponse({"detail": "it is no JPEG, PNG, WebP or GIF."}, 400)
-        name = f"{uuid.uuid4()}.{kind}"
+        name = f"{uuid.uuid4()}.{extension}"
         self.pictures[name] = picture
         return JSONResponse({"url": f"{self.url}/pictures/{name}"})
 
     async def added_picture(self, request: Request) -> Response:
-        """A picture that the page has brought."""
+        """`GET /pictures/{name}`: a picture that the page has stored."""
         name = request.path_params["name"]
         if name not in self.pictures:
             return await self.unknown(request)
-        kind = name.rpartition(".")[2].replace("jpg", "jpeg")
-        headers = {"content-type": f"image/{kind}", "access-control-allow-origin": "*"}
-        return file_response(request, self.pictures[name], headers)
+        extension = name.rpartition(".")[2]
+        media_type = "image/" + extension.replace("jpg", "jpeg")
+        return picture_response(request, self.pictures[name], media_type)
 
     async def unknown(self, request: Request) -> Response:
-        """A path that no provider has."""
+        """The 404 for a path that no provider has."""
         detail = f"the sandbox knows no {request.method} {request.url.path}"
         return JSONResponse({"detail": detail, "status": 404}, 404)
 
 
-THREAD_NAME = "sandbox"
-
-
 def not_from_this_thread(record: logging.LogRecord) -> bool:
-    """Keep what uvicorn says of the sandbox's own server, cut connections above all, out of the service's log."""
+    """Keep the log of the sandbox's own server, such as cut connections, out of the service's."""
     return record.threadName != THREAD_NAME
 
 
 def script_json(value: Any) -> str:
-    """A value as JSON that may stand in a script of a page."""
+    """A value as JSON that is safe inside a page's <script>."""
     return json.dumps(value).replace("<", "\\u003c")
+
+
+def picture_extension(picture: bytes) -> str | None:
+    """The file name's extension for this picture; None if it is no picture."""
+    for start, extension in PICTURE_KINDS.items():
+        if picture.startswith(start):
+            return extension
+    return None
+
+
+def picture_response(request: Request, picture: bytes, media_type: str) -> Response:
+    """A picture for pages of any origin."""
+    headers = {"content-type": media_type, "access-control-allow-origin": "*"}
+    return file_response(request, picture, headers)
 
 
 def default_body(call: str, status: int) -> Any:

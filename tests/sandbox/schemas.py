@@ -1,9 +1,10 @@
-"""Replicate's models as data: their input schemas as served, and the check of an input against them.
+"""Replicate's models: their input schemas as served, and the check of an input against them.
 
-`models.json` holds per model: official or not, version, shape of the output, required fields and properties, and under
-`older` earlier versions that differ in these (made up: Replicate's old schemas are not on record). The refusals carry
-the names and texts of gojsonschema, which Replicate's own answers show. Stricter than is known of the real one: a field
-that the schema does not have is refused.
+`models.json` holds for each model: whether it is official, its version, the shape of its output,
+its required fields and its properties. `older` lists earlier versions with what differs (made up:
+Replicate's old schemas are not on record). The errors have the names and texts of gojsonschema,
+as in Replicate's own responses. Stricter than Replicate is known to be: a field that the schema
+does not have is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ JSON_TYPES: dict[type, str] = {
 
 
 class Invalid(NamedTuple):
-    """One thing wrong with a request, as Replicate lists it under `invalid_fields`."""
+    """One error in a request, as Replicate lists it under `invalid_fields`."""
 
     type: str
     field: str
@@ -35,7 +36,7 @@ class Invalid(NamedTuple):
 
 @dataclass(frozen=True)
 class Model:
-    """One version of a model as Replicate knows it: the latest one, unless taken from `older`."""
+    """One version of a model: the latest one, unless it comes from `older`."""
 
     name: str
     official: bool
@@ -48,85 +49,144 @@ class Model:
 
     @property
     def versions(self) -> list[Model]:
-        """This version and the older ones, each with a schema of its own."""
-        return [self, *(replace(self, **fields, older=[]) for fields in self.older)]
+        """This version and the older ones, each with its own schema."""
+        older = [replace(self, **fields, older=[]) for fields in self.older]
+        return [self, *older]
 
     @property
     def speaks(self) -> bool:
-        """Whether it takes speech and makes the mouth follow."""
+        """Whether it takes speech and makes the mouth follow it."""
         return "audio" in self.properties
 
     def default(self, values: dict[str, Any], *names: str) -> Any:
-        """The value of the first of these fields that the model has: as sent, else the schema's default."""
+        """The first of these fields that the model has: its value in the input, or its default."""
         for name in names:
             if name in self.properties:
                 return values.get(name, self.properties[name].get("default"))
         return None
 
     def document(self) -> dict[str, Any]:
-        """The part of `latest_version.openapi_schema` that describes input and output; enums stand beside, by `$ref`."""
+        """The part of `latest_version.openapi_schema` that describes input and output.
+
+        Enums are schemas of their own, which the properties refer to with `$ref`.
+        """
         schemas: dict[str, Any] = {}
         properties: dict[str, Any] = {}
         for order, (name, prop) in enumerate(self.properties.items()):
             properties[name] = {"x-order": order, **served_property(name, prop, schemas)}
+
         schemas["Input"] = {"type": "object", "title": "Input", "properties": properties}
         if self.required:
             schemas["Input"]["required"] = self.required
+
         url = {"type": "string", "format": "uri"}
-        schemas["Output"] = {"title": "Output", **({"type": "array", "items": url} if self.output == "list" else url)}
-        return {"openapi": "3.0.2", "info": {"title": "Cog", "version": "0.1.0"}, "components": {"schemas": schemas}}
+        if self.output == "list":
+            schemas["Output"] = {"title": "Output", "type": "array", "items": url}
+        else:
+            schemas["Output"] = {"title": "Output", **url}
+        return {
+            "openapi": "3.0.2",
+            "info": {"title": "Cog", "version": "0.1.0"},
+            "components": {"schemas": schemas},
+        }
 
 
 def served_property(name: str, prop: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
-    """A property as Replicate writes it; its enum goes to `schemas` under the property's name."""
+    """A property as Replicate writes it; its enum is added to `schemas` under its name."""
     if "enum" not in prop:
         return {"title": name.replace("_", " ").title(), **prop}
-    kept = {key: value for key, value in prop.items() if key not in ("type", "enum")}
-    schemas[name] = {"type": prop["type"], "enum": prop["enum"], "title": name, "description": "An enumeration."}
-    return {"allOf": [{"$ref": f"#/components/schemas/{name}"}], **kept}
+
+    others = dict(prop)
+    schemas[name] = {
+        "type": others.pop("type"),
+        "enum": others.pop("enum"),
+        "title": name,
+        "description": "An enumeration.",
+    }
+    return {"allOf": [{"$ref": f"#/components/schemas/{name}"}], **others}
 
 
 def load_models() -> dict[str, Model]:
     """All models by name."""
-    return {name: Model(name, **fields) for name, fields in json.loads(MODELS_FILE.read_text()).items()}
+    models = json.loads(MODELS_FILE.read_text())
+    return {name: Model(name, **fields) for name, fields in models.items()}
+
+
+# Checking an input
 
 
 def invalid_input(model: Model, values: dict[str, Any]) -> list[Invalid]:
-    """Everything that is wrong with a prediction's input."""
-    missing = [Invalid("required", "input", f"{name} is required") for name in model.required if name not in values]
-    found = [problem for name, value in values.items() if (problem := invalid_value(model, name, value))]
-    return missing + found
+    """List everything that is wrong with a prediction's input."""
+    errors = []
+    for name in model.required:
+        if name not in values:
+            errors.append(Invalid("required", "input", f"{name} is required"))
+    for name, value in values.items():
+        error = invalid_value(model, name, value)
+        if error is not None:
+            errors.append(error)
+    return errors
 
 
 def invalid_value(model: Model, name: str, value: Any) -> Invalid | None:
-    """What is wrong with one field of the input."""
-    prop, field = model.properties.get(name), f"input.{name}"
+    """Return what is wrong with one field of the input, if anything."""
+    prop = model.properties.get(name)
     if prop is None:
-        return Invalid("additional_property_not_allowed", "input", f"Additional property {name} is not allowed")
+        description = f"Additional property {name} is not allowed"
+        return Invalid("additional_property_not_allowed", "input", description)
     if value is None and prop.get("nullable"):
         return None
+
+    field = f"input.{name}"
+    return (
+        invalid_type(prop, field, value)
+        or invalid_choice(prop, field, value)
+        or invalid_range(prop, field, value)
+        or invalid_uri(prop, field, value)
+    )
+
+
+def invalid_type(prop: dict[str, Any], field: str, value: Any) -> Invalid | None:
+    """A value of another type; an integer is a number too."""
+    expected = prop["type"]
     given = "null" if value is None else JSON_TYPES[type(value)]
-    if given != prop["type"] and (given, prop["type"]) != ("integer", "number"):
-        return Invalid("invalid_type", field, f"Invalid type. Expected: {prop['type']}, given: {given}")
-    if "enum" in prop and value not in prop["enum"]:
-        allowed = ", ".join(json.dumps(choice) for choice in prop["enum"])
-        return Invalid("enum", field, f"{field} must be one of the following: {allowed}")
-    return invalid_range(prop, field, value) or invalid_uri(prop, field, value)
+    if given == expected:
+        return None
+    if given == "integer" and expected == "number":
+        return None
+    description = f"Invalid type. Expected: {expected}, given: {given}"
+    return Invalid("invalid_type", field, description)
+
+
+def invalid_choice(prop: dict[str, Any], field: str, value: Any) -> Invalid | None:
+    """A value that is not in the enum."""
+    if "enum" not in prop or value in prop["enum"]:
+        return None
+    choices = ", ".join(json.dumps(choice) for choice in prop["enum"])
+    return Invalid("enum", field, f"{field} must be one of the following: {choices}")
 
 
 def invalid_range(prop: dict[str, Any], field: str, value: Any) -> Invalid | None:
-    """A number out of its bounds."""
+    """A number outside its bounds."""
     if "minimum" in prop and value < prop["minimum"]:
-        return Invalid("number_gte", field, f"Must be greater than or equal to {prop['minimum']}")
+        description = f"Must be greater than or equal to {prop['minimum']}"
+        return Invalid("number_gte", field, description)
     if "maximum" in prop and value > prop["maximum"]:
-        return Invalid("number_lte", field, f"Must be less than or equal to {prop['maximum']}")
+        description = f"Must be less than or equal to {prop['maximum']}"
+        return Invalid("number_lte", field, description)
     return None
 
 
 def invalid_uri(prop: dict[str, Any], field: str, value: Any) -> Invalid | None:
-    """A file field whose text is no absolute URI."""
-    urls = value if prop["type"] == "array" and prop.get("items", {}).get("format") == "uri" else [value]
-    is_uri_field = prop.get("format") == "uri" or urls is value
-    if is_uri_field and not all(isinstance(url, str) and urlsplit(url).scheme for url in urls):
-        return Invalid("format", field, "Does not match format 'uri'")
+    """A file field with a value that is not an absolute URI."""
+    if prop.get("format") == "uri":
+        urls = [value]
+    elif prop["type"] == "array" and prop.get("items", {}).get("format") == "uri":
+        urls = value
+    else:
+        return None
+
+    for url in urls:
+        if not isinstance(url, str) or not urlsplit(url).scheme:
+            return Invalid("format", field, "Does not match format 'uri'")
     return None

@@ -1,4 +1,4 @@
-"""The unchanged service as a real uvicorn process, for the command, the tests and the benchmark."""
+"""The unchanged service as a uvicorn process, for the command, the tests and the benchmark."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ KEPT_VARIABLES = (
     "SSL_CERT_DIR",
     "IMAGEIO_FFMPEG_EXE",
 )
-SETTINGS = (  # emptied unless given, so that nothing leaks in from a developer's .env
+# Emptied unless given, so that nothing leaks in from a developer's .env.
+SETTINGS = (
     "ELEVEN_API_KEY",
     "ELEVEN_BASE_URL",
     "REPLICATE_API_TOKEN",
@@ -50,46 +51,68 @@ SETTINGS = (  # emptied unless given, so that nothing leaks in from a developer'
 
 
 class ServiceError(Exception):
-    """The service did not start; carries its log."""
+    """The service did not start; the message holds its log."""
 
 
 class Service:
-    """`uvicorn main:app` with exactly this environment; a context manager."""
+    """`uvicorn main:app` with exactly these settings; a context manager."""
 
     def __init__(self, environment: Mapping[str, str], port: int = 0, graceful_s: int = 10) -> None:
-        self.environment, self.port, self.graceful_s = dict(environment), port, graceful_s
+        self.environment = dict(environment)
+        self.port = port
+        self.graceful_s = graceful_s
         self.log_file = tempfile.NamedTemporaryFile(prefix="service-", suffix=".log")
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Service:
-        """Start the process; returns when /health answers. ServiceError if it ends first, PortTaken."""
+        """Start the process, and return when /health answers.
+
+        Raises ServiceError if the process ends first, and PortTaken.
+        """
         try:
             self.port = free_port(self.port)
         except PortTaken:
             self.log_file.close()
             raise
-        command = [sys.executable, "-m", "uvicorn", "main:app", "--host", "127.0.0.1", "--port", str(self.port)]
+
+        command = [sys.executable, "-m", "uvicorn", "main:app"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--timeout-graceful-shutdown", str(self.graceful_s)]
-        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
-        variables = {**kept, **dict.fromkeys(SETTINGS, ""), **self.environment}
-        output = self.log_file.fileno()
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            command,
+            cwd=ROOT,
+            env=self.variables(),
+            stdin=subprocess.DEVNULL,
+            stdout=self.log_file.fileno(),
+            stderr=self.log_file.fileno(),
         )
         try:
             self.wait_until_healthy()
-        except BaseException:  # Ctrl-C as well: nobody else could end the process
+        except BaseException:  # Ctrl-C as well: nothing else would end the process
             self.close(signal.SIGKILL)
             raise
         return self
 
+    def variables(self) -> dict[str, str]:
+        """The environment of the process."""
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        unset = dict.fromkeys(SETTINGS, "")
+        return {**kept, **unset, **self.environment}
+
     def wait_until_healthy(self) -> None:
-        """Return when /health answers; ServiceError if the process ends first or takes too long."""
+        """Return when /health answers.
+
+        Raises ServiceError if the process ends first or takes too long.
+        """
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self.is_healthy():
-            if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
+            if not self.is_running() or time.monotonic() > deadline:
                 raise ServiceError(f"the service did not start:\n{self.log}")
             time.sleep(0.02)
+
+    def is_running(self) -> bool:
+        """Whether the process has been started and has not ended."""
+        return self.process is not None and self.process.poll() is None
 
     def is_healthy(self) -> bool:
         """Whether /health answers 200 within two seconds."""
@@ -104,23 +127,26 @@ class Service:
 
     @property
     def url(self) -> str:
-        """Its origin, without a slash at the end."""
+        """Its origin, without a trailing slash."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def pid(self) -> int:
-        """The process's id; RuntimeError before the start."""
+        """The process's id. Raises RuntimeError before the start."""
         if self.process is None:
             raise RuntimeError("the service is not running")
         return self.process.pid
 
     @property
     def log(self) -> str:
-        """What it has written so far."""
+        """What the process has written so far."""
         return Path(self.log_file.name).read_text(encoding="utf-8", errors="replace")
 
     def stop(self, signal_number: int = signal.SIGTERM) -> int | None:
-        """Send the signal and wait for the end, then kill; the exit code (negative: the signal that ended it)."""
+        """Send the signal, wait for the process to end, and kill it if it does not.
+
+        Returns the exit code; a negative one is the signal that ended the process.
+        """
         if self.process is None:
             return None
         if self.process.poll() is None:
@@ -132,12 +158,12 @@ class Service:
             return self.process.wait()
 
     def restart(self, signal_number: int = signal.SIGKILL) -> Service:
-        """End the process in this way, and start it again on the same port; the log goes on."""
+        """End the process with this signal, and start it again on the same port and log."""
         self.stop(signal_number)
         return self.start()
 
     def close(self, signal_number: int = signal.SIGTERM) -> None:
-        """Stop, and remove the log."""
+        """Stop the process and remove its log."""
         self.stop(signal_number)
         self.log_file.close()
 
@@ -149,11 +175,17 @@ class Service:
 
 
 def free_port(port: int = 0) -> int:
-    """A port that nobody listens on now: this one if it is given. PortTaken if somebody does.
+    """Return `port` if nobody listens on it, or else a free port if it is 0.
 
-    Else one below those that systems give to whoever asks for any: until the service has it, nobody is given it.
+    Raises PortTaken if `port` is taken. A free port is taken from below the range from which
+    systems assign ports, so that no other process gets it before the service does.
     """
-    for candidate in [port] if port else random.sample(range(20_000, 32_000), 20):
+    if port:
+        candidates = [port]
+    else:
+        candidates = random.sample(range(20_000, 32_000), 20)
+
+    for candidate in candidates:
         try:
             with listen(candidate, "the service", "--service-port"):
                 return candidate

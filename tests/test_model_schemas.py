@@ -11,8 +11,8 @@ import pytest
 import respx
 
 import main
-from tests import network
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, told
+from tests.support import network
+from tests.support.application import ELEVEN_URL, REPLICATE_URL, SUPABASE_URL, error_kind, in_lifespan
 
 PICTURE_URL = "https://example.com/pet.jpg"
 SPEECH_URL = "https://example.com/speech.mp3"
@@ -104,7 +104,7 @@ def as_published(name: str) -> dict[str, Any]:
 
 def fit(model: main.VideoModel, audio_url: str | None = None, **sent: Any) -> dict[str, Any]:
     """The input of a job that sends these settings."""
-    return main.fit_input(model, main.JobPromptOnly(image_url=PICTURE_URL, prompt="Talk", **sent), audio_url)
+    return main.build_model_input(model, main.JobPromptOnly(image_url=PICTURE_URL, prompt="Talk", **sent), audio_url)
 
 
 def refusal(model: main.VideoModel, **sent: Any) -> str:
@@ -118,7 +118,7 @@ def refusal(model: main.VideoModel, **sent: Any) -> str:
 
 def published(name: str) -> main.VideoModel:
     """A model as it is published."""
-    return main.video_model(name, None, as_published(name))
+    return main.parse_model(name, None, as_published(name))
 
 
 def fitted(name: str, **sent: Any) -> dict[str, Any]:
@@ -141,7 +141,7 @@ def test_a_job_without_settings_fits_every_model(name):
     expected = {takes.picture: PICTURE_URL, "prompt": "Talk"} | ({takes.speech: SPEECH_URL} if takes.speech else {})
     assert expected.items() <= values.items()
     assert set(values) == {*expected, *filter(None, (takes.length, takes.size))}
-    assert fit(main.video_model(name, None, {"Input": PUBLISHED[name]}), SPEECH_URL) == values
+    assert fit(main.parse_model(name, None, {"Input": PUBLISHED[name]}), SPEECH_URL) == values
 
 
 @EVERY_MODEL
@@ -184,7 +184,7 @@ def test_a_job_without_speech(name):
 def test_ten_seconds_of_the_default_model_cannot_be_1080p():
     """The one rule that the default model's schema does not tell."""
     detail = refusal(main.HAILUO, seconds=10, resolution="1080p")
-    assert detail == "resolution: with 10 seconds it can be 512p or 768p."
+    assert detail == "resolution: must be 512p or 768p with 10 seconds."
 
 
 # Fitting a request to a model: what others may publish
@@ -200,7 +200,7 @@ NULL = {"type": "null"}
 def unseen(properties: dict[str, Any], *required: str, **schemas: Any) -> main.VideoModel:
     """A model that publishes this."""
     schema = {"properties": properties, "required": list(required)}
-    return main.video_model("some/model", None, {"Input": schema, **schemas})
+    return main.parse_model("some/model", None, {"Input": schema, **schemas})
 
 
 def described(text: str) -> dict[str, Any]:
@@ -418,8 +418,8 @@ def test_nothing_is_filled_but_what_we_have_or_the_model_says(properties, requir
 def test_a_schema_that_makes_no_sense_is_the_providers_failure(schemas):
     """Told as such, naming the model."""
     with pytest.raises(main.ProviderFailed) as caught:
-        main.video_model("some/model", None, schemas)
-    assert told(caught.value) == (500, "provider", "replicate")
+        main.parse_model("some/model", None, schemas)
+    assert error_kind(caught.value) == (500, "provider", "replicate")
     assert (
         caught.value.detail == "Replicate answered without an input schema of some/model that a person could fill in."
     )
@@ -436,7 +436,7 @@ def test_odd_bounds_and_lists_do_no_harm(odd):
     """A bound that is no number bounds nothing, and what is no list of names requires nothing."""
     bound = None if odd in (5, True) else odd
     properties = {"image": FILE, "duration": whole(minimum=bound, maximum=bound)}
-    model = main.video_model("some/model", None, {"Input": {"properties": properties, "required": odd}})
+    model = main.parse_model("some/model", None, {"Input": {"properties": properties, "required": odd}})
     assert fit(model, seconds=6) == {"image": PICTURE_URL, "duration": 6}
 
 
@@ -463,7 +463,7 @@ def will_succeed(router: respx.MockRouter, path: str = f"models/{KLING}/predicti
     return router.post(f"{REPLICATE_URL}/v1/{path}").respond(201, json=done)
 
 
-async def test_the_default_model_is_not_looked_up(respx_mock):
+async def test_the_default_model_is_not_looked_up(client, respx_mock):
     """It is built in: respx would refuse the request."""
     assert await main.find_model(None) is await main.find_model("minimax/hailuo-02") is main.HAILUO
 
@@ -475,7 +475,7 @@ async def test_the_default_model_is_not_looked_up(respx_mock):
         pytest.param(False, "predictions", {"version": "0123abcd"}, id="community"),
     ],
 )
-async def test_a_model_runs_by_name_or_by_its_latest_version(respx_mock, is_official, path, runs_by):
+async def test_a_model_runs_by_name_or_by_its_latest_version(client, respx_mock, is_official, path, runs_by):
     """The look-up is a plain read with the token, and nothing else of ours."""
     look_up = respx_mock.get(KLING_URL).mock(return_value=publishes(version(KLING), is_official))
     create = will_succeed(respx_mock, path)
@@ -528,12 +528,14 @@ async def test_jobs_at_the_same_time_share_one_look_up(client, respx_mock):
     assert (len(set(map(id, found))), route.call_count) == (1, 1)
 
 
-async def test_a_model_can_be_found_without_a_running_service(respx_mock):
-    """The helper stands on its own, and keeps nothing then."""
-    route = respx_mock.get(KLING_URL).mock(return_value=publishes(version(KLING)))
-    models = [await main.find_model(KLING) for _ in range(2)]
-    assert [model.picture_field for model in models] == ["start_image"] * 2
-    assert route.call_count == 2
+async def test_a_look_up_is_not_kept_beyond_the_lifespan():
+    """An application that starts again looks the model up again."""
+    for _ in range(2):
+        async with main.lifespan(main.app):
+            with respx.mock() as router:
+                router.get(KLING_URL).mock(return_value=publishes(version(KLING)))
+                model = await main.find_model(KLING)
+        assert model.picture_field == "start_image"
 
 
 NOT_FOUND = httpx.Response(404, json={"detail": "Not found.", "status": 404})

@@ -15,7 +15,7 @@ import anyio
 import httpx
 import pytest
 
-from tests.inprocess import running_application
+from tests.support.application import running_application
 
 PATIENCE_S = 5.0
 PUBLIC = "93.184.216.34"  # leads to a server of the test where `internet` says so
@@ -50,7 +50,7 @@ class Server:
             path: [given] if isinstance(given, bytes) or callable(given) else list(given)
             for path, given in answers.items()
         }
-        self.heard: list[str] = []  # the head of each request
+        self.request_heads: list[str] = []  # the head of each request
         self.callers: list[Any] = []  # the address of each connection
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=100)
         self.port: int = self._socket.getsockname()[1]
@@ -61,9 +61,9 @@ class Server:
     @property
     def requests(self) -> list[str]:
         """The first line of each request without the protocol, such as "GET /video.mp4"."""
-        return [head.split(" HTTP/")[0] for head in self.heard]
+        return [debug_head.split(" HTTP/")[0] for debug_head in self.request_heads]
 
-    def was_silent(self) -> bool:
+    def was_never_contacted(self) -> bool:
         """True if nobody has connected, as a connection of our own shows, which is accepted after all earlier ones."""
         with socket.create_connection(("127.0.0.1", self.port)) as ours:
             caller, deadline = ours.getsockname(), time.monotonic() + PATIENCE_S
@@ -89,12 +89,12 @@ class Server:
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):  # the other side has left
             connection.settimeout(PATIENCE_S)
-            head = b""
-            while b"\r\n\r\n" not in head:
+            debug_head = b""
+            while b"\r\n\r\n" not in debug_head:
                 if not (more := connection.recv(65_536)):
                     return
-                head += more
-            self.heard.append(head.split(b"\r\n\r\n")[0].decode("latin-1"))
+                debug_head += more
+            self.request_heads.append(debug_head.split(b"\r\n\r\n")[0].decode("latin-1"))
             answer = self._answer_to(self.requests[-1])
             if callable(answer):
                 answer(connection)
@@ -117,8 +117,8 @@ class Internet:
     connections that it makes are real. `inside` is a server that nobody must reach.
     """
 
-    def __init__(self, inside: Server) -> None:
-        self.inside = inside
+    def __init__(self, internal_server: Server) -> None:
+        self.internal_server = internal_server
         # What each look-up in turn finds; the last one stays. Some systems know these two, all should.
         self.names: dict[str, list[list[str]]] = {"localhost.": [["127.0.0.1"]], "127.0.0.1.": [["127.0.0.1"]]}
         self.addresses: dict[str, int | None] = {}  # the local port behind an address; None: nobody listens
@@ -148,7 +148,7 @@ class Internet:
     async def connect(self, remote_host: Any, remote_port: int, **options: Any) -> Any:
         """anyio.connect_tcp by the addresses known here; a port of loopback that is in use stays itself."""
         self.connected.append(str(remote_host))
-        port = self.addresses.get(str(remote_host), self.inside.port)
+        port = self.addresses.get(str(remote_host), self.internal_server.port)
         if str(remote_host) == "127.0.0.1" and remote_port not in (80, 443):
             port = remote_port
         if port is None:
@@ -170,15 +170,15 @@ def serve() -> Iterator[Callable[[Answers], Server]]:
 
 
 @pytest.fixture
-def inside(serve: Callable[[Answers], Server]) -> Server:
+def internal_server(serve: Callable[[Answers], Server]) -> Server:
     """A server inside: whatever a test fetches, it must hear nothing."""
     return serve({"/": reply(200, b"secret")})
 
 
 @pytest.fixture
-def internet(inside: Server, monkeypatch: pytest.MonkeyPatch) -> Internet:
+def internet(internal_server: Server, monkeypatch: pytest.MonkeyPatch) -> Internet:
     """The network of this process, in the test's hands."""
-    network = Internet(inside)
+    network = Internet(internal_server)
     monkeypatch.setattr(socket, "getaddrinfo", network.getaddrinfo)
     monkeypatch.setattr(anyio, "connect_tcp", network.connect)
     return network
@@ -199,6 +199,6 @@ def pets(serve: Callable[[Answers], Server], internet: Internet, client: httpx.A
     return server
 
 
-async def head(client: httpx.AsyncClient, url: str = URL) -> httpx.Response:
+async def debug_head(client: httpx.AsyncClient, url: str = URL) -> httpx.Response:
     """Ask the service to look at a URL."""
     return await client.post("/debug/head", json={"url": url})

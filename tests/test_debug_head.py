@@ -13,12 +13,12 @@ import httpx
 import pytest
 
 import main
-from tests import network
-from tests.network import PATH, URL, Answer, Server, head, redirect, reply
+from tests.support import network
+from tests.support.network import PATH, URL, Answer, Server, debug_head, redirect, reply
 
 pytestmark = pytest.mark.anyio
 
-serve, inside, internet = network.serve, network.inside, network.internet
+serve, internal_server, internet = network.serve, network.internal_server, network.internet
 client, pets = network.client, network.pets
 
 REFUSED = reply(405)
@@ -28,7 +28,7 @@ HEAD, GET = f"HEAD {PATH}", f"GET {PATH}"
 async def test_three_fields_are_told(client: httpx.AsyncClient, pets: Server) -> None:
     """The answer holds status, content type and size, and no other header or byte of the remote answer."""
     pets.answers[PATH] = [reply(200, b"video", content_type="video/mp4", x_inside="s3cret", server="s3cret/1")]
-    answer = await head(client)
+    answer = await debug_head(client)
     assert answer.status_code == 200
     assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": 5}
     assert "s3cret" not in f"{answer.headers} {answer.text}"
@@ -56,7 +56,7 @@ async def test_what_the_remote_answer_says_is_told(
 ) -> None:
     """A remote error is what the caller wants to see; type and size are told if they can be some."""
     pets.answers[PATH] = [remote]
-    answer = await head(client)
+    answer = await debug_head(client)
     assert answer.status_code == 200
     assert answer.json() == {"status": status, "content_type": content_type, "bytes": size}
 
@@ -69,14 +69,14 @@ async def test_a_refused_head_falls_back_to_a_ranged_get(refused: int, client: h
     """A server that takes no HEAD is asked for the first byte, and the whole size is told."""
     part = reply(206, b"f", content_type="video/mp4", content_range="bytes 0-0/12345")
     pets.answers |= {HEAD: [reply(refused)], GET: [part]}
-    answer = await head(client)
+    answer = await debug_head(client)
     assert answer.json() == {"status": 206, "content_type": "video/mp4", "bytes": 12_345}
     assert pets.requests == [HEAD, GET]
-    assert "range: bytes=0-0" in pets.heard[1].lower().split("\r\n")
+    assert "range: bytes=0-0" in pets.request_heads[1].lower().split("\r\n")
 
 
 @pytest.mark.parametrize(
-    ("got", "told"),
+    ("partial", "size"),
     [
         pytest.param(reply(200, b"x" * 5000), 5000, id="no part: the whole file"),
         pytest.param(reply(206, b"f", content_range="bytes */0"), 0, id="empty file"),
@@ -88,18 +88,18 @@ async def test_a_refused_head_falls_back_to_a_ranged_get(refused: int, client: h
     ],
 )
 async def test_the_size_of_a_part_is_not_taken_for_the_whole(
-    got: bytes, told: int | None, client: httpx.AsyncClient, pets: Server
+    partial: bytes, size: int | None, client: httpx.AsyncClient, pets: Server
 ) -> None:
     """Of a part, only what its Content-Range tells is the file's size."""
-    pets.answers |= {HEAD: [REFUSED], GET: [got]}
-    assert (await head(client)).json()["bytes"] == told
+    pets.answers |= {HEAD: [REFUSED], GET: [partial]}
+    assert (await debug_head(client)).json()["bytes"] == size
 
 
 async def test_the_ranged_get_follows_redirects_too(client: httpx.AsyncClient, pets: Server) -> None:
     """The fallback starts at the URL that was asked for."""
     part = reply(206, b"f", content_range="bytes 0-0/9")
     pets.answers |= {PATH: [redirect("/other.mp4")], "HEAD /other.mp4": [REFUSED], "GET /other.mp4": [part]}
-    assert (await head(client)).json() == {"status": 206, "content_type": None, "bytes": 9}
+    assert (await debug_head(client)).json() == {"status": 206, "content_type": None, "bytes": 9}
     assert pets.requests == [HEAD, "HEAD /other.mp4", GET, "GET /other.mp4"]
 
 
@@ -119,7 +119,7 @@ async def test_an_endless_body_is_never_read(request_line: str, client: httpx.As
 
     pets.answers |= {HEAD: [REFUSED], request_line: [flood]}
 
-    answer = await asyncio.wait_for(head(client), 5)
+    answer = await asyncio.wait_for(debug_head(client), 5)
 
     assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": None}
     assert await asyncio.to_thread(left.wait, 2)
@@ -162,7 +162,7 @@ async def test_the_limit_is_for_all_steps_together(
     assert main.HEAD_TIMEOUT_S == 10.0
     monkeypatch.setattr(main, "HEAD_TIMEOUT_S", 0.15)
     pets.answers |= {HEAD: [REFUSED], request_line: [answer_late]}
-    answer = await asyncio.wait_for(head(client), 2)
+    answer = await asyncio.wait_for(debug_head(client), 2)
     assert (answer.status_code, answer.json()["category"]) == (500, "resource")
     assert answer.json()["detail"] == "The URL did not answer within 0.15 s."
 
@@ -179,7 +179,7 @@ async def test_names_that_take_long_hold_up_no_video(
         return known(host, *arguments, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    asked = [asyncio.create_task(head(client, f"http://n{n}.tarpit.example/")) for n in range(40)]
+    asked = [asyncio.create_task(debug_head(client, f"http://n{n}.tarpit.example/")) for n in range(40)]
     await asyncio.sleep(0.1)
 
     await asyncio.wait_for(main.download(URL, tmp_path / "video"), 5)
@@ -209,6 +209,6 @@ def endless_headers(connection: socket.socket) -> None:
 async def test_what_is_no_http_is_a_failed_answer(remote: Answer, client: httpx.AsyncClient, pets: Server) -> None:
     """Whatever answers in place of an HTTP server, the caller is told so."""
     pets.answers[PATH] = [remote]
-    answer = await head(client)
+    answer = await debug_head(client)
     assert (answer.status_code, answer.json()["category"]) == (500, "resource")
     assert answer.json()["detail"].startswith("The URL did not answer: RemoteProtocolError")

@@ -21,8 +21,9 @@ import pytest
 
 import main
 from tests.conftest import PACE
-from tests.jobs import Told, ask, children, left_in, needs_proc, short_video, speech_job, until
 from tests.sandbox import Sandbox, Service
+from tests.support.processes import children, files_in, needs_proc, wait_until
+from tests.support.requests import JobOutcome, send_job, short_video, speech_job
 
 pytestmark = [pytest.mark.anyio, needs_proc]
 
@@ -47,23 +48,27 @@ PARTIAL = {  # what was bought by then; a create that is on its way is waited fo
 }
 
 
-class Held:
+class HoldingService:
     """A sandbox, and a service beside it, whose jobs can be held at a stage."""
 
-    def __init__(self, sandbox: Sandbox, folder: Path, graceful_s: int = 10) -> None:
+    def __init__(self, sandbox: Sandbox, folder: Path, graceful_s: int = 10, mux_rate: float = 0.1) -> None:
         self.sandbox, self.folder, self.slow_next = sandbox, folder / "tmp", folder / "slow-next"
         self.folder.mkdir(parents=True)
-        ffmpeg = folder / "ffmpeg"  # the real one; told to, it reads the video no faster than it plays
+        ffmpeg = (
+            folder / "ffmpeg"
+        )  # the real one; where `slow_next` exists, it reads the video no faster than it plays, times `mux_rate`
         real = imageio_ffmpeg.get_ffmpeg_exe()
-        ffmpeg.write_text(f'#!/bin/sh\n/bin/rm "{self.slow_next}" 2>&- && exec "{real}" -re "$@"\nexec "{real}" "$@"\n')
+        ffmpeg.write_text(
+            f'#!/bin/sh\n/bin/rm "{self.slow_next}" 2>&- && exec "{real}" -readrate {mux_rate} "$@"\nexec "{real}" "$@"\n'
+        )
         ffmpeg.chmod(0o755)
         changes = {"TMPDIR": str(self.folder), "IMAGEIO_FFMPEG_EXE": str(ffmpeg)}
         self.service = Service({**sandbox.environment(), **PACE, **changes}, graceful_s=graceful_s)
 
     def is_listening(self) -> bool:
         """Whether the service takes connections."""
-        with socket.socket() as caller:
-            return caller.connect_ex(("127.0.0.1", self.service.port)) == 0
+        with socket.socket() as service_client:
+            return service_client.connect_ex(("127.0.0.1", self.service.port)) == 0
 
     def body(self) -> dict[str, Any]:
         """A speech job whose final video is as long as the model's."""
@@ -93,9 +98,9 @@ class Held:
 
 
 @pytest.fixture(scope="module")
-def running(running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Held]:
+def running(running_sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HoldingService]:
     """One service for all that leave."""
-    held = Held(running_sandbox, tmp_path_factory.mktemp("leaving") / "service")
+    held = HoldingService(running_sandbox, tmp_path_factory.mktemp("leaving") / "service")
     with held.service:
         yield held
 
@@ -109,7 +114,9 @@ def request_bytes(body: dict[str, Any], accept: str) -> bytes:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
-async def test_a_client_that_leaves_ends_its_job(running: Held, sandbox: Sandbox, stage: str, form: str) -> None:
+async def test_a_client_that_leaves_ends_its_job(
+    running: HoldingService, sandbox: Sandbox, stage: str, form: str
+) -> None:
     """Within a second the video is cancelled, ffmpeg reaped and every file gone; nothing further is bought."""
     sandbox.video(short_video(VIDEO_S))
     running.prepare(stage, seconds=0.4 if stage == "create" else 3)
@@ -118,14 +125,14 @@ async def test_a_client_that_leaves_ends_its_job(running: Held, sandbox: Sandbox
     wanted, log_before = running.wanted(stage), len(running.service.log)
     async with await anyio.connect_tcp("127.0.0.1", running.service.port) as connection:
         await connection.send(request_bytes(running.body(), FORMS[form]))
-        assert await until(lambda: running.count(stage) >= wanted)
-        assert left_in(running.folder)
+        assert await wait_until(lambda: running.count(stage) >= wanted)
+        assert files_in(running.folder)
     left_at = time.monotonic()
     videos = sandbox.predictions.values()
     if stage in ("create", "video"):
-        assert await until(lambda: [video.status for video in videos] == ["canceled"], 1.5)
-    assert await until(lambda: children(running.service.pid) == left_in(running.folder) == [], 1)
-    assert await until(lambda: " job outcome=left ms=" in running.service.log[log_before:], 1)
+        assert await wait_until(lambda: [video.status for video in videos] == ["canceled"], 1.5)
+    assert await wait_until(lambda: children(running.service.pid) == files_in(running.folder) == [], 1)
+    assert await wait_until(lambda: " job outcome=client_disconnected ms=" in running.service.log[log_before:], 1)
     assert time.monotonic() - left_at < (1.5 if stage == "create" else 1.0)
     bought = len(sandbox.requests)
     await anyio.sleep(0.08)  # four reads
@@ -138,17 +145,17 @@ async def test_a_client_that_leaves_ends_its_job(running: Held, sandbox: Sandbox
 
 
 @dataclass
-class Ending:
+class HeldJob:
     """What came of one job when the process was ended: its answer, and what its prediction was; None: there is none."""
 
-    told: Told | None = None
+    outcome: JobOutcome | None = None
     video: str | None = None
 
 
-class Ended(NamedTuple):
+class EndedProcess(NamedTuple):
     """What came of a process that was ended with a job at every stage; closed: it took no connections soon after."""
 
-    jobs: dict[str, Ending]
+    jobs: dict[str, HeldJob]
     code: int | None
     seconds: float
     is_closed: bool
@@ -156,103 +163,105 @@ class Ended(NamedTuple):
     log: str
 
 
-Endings = dict[tuple[str, str], Ended]
+EndedProcesses = dict[tuple[str, str], EndedProcess]
 
 
-async def end_one(seen: Endings, folder: Path, patience: str, form: str) -> None:
+async def end_service(seen: EndedProcesses, folder: Path, patience: str, form: str) -> None:
     """Start a service, hold a job at every stage, and end it: with enough time or too little, asked in either form."""
     graceful_s, hold_s = (30, VIDEO_S) if patience == "enough" else (1, 20.0)
     with Sandbox() as sandbox:
         sandbox.video(short_video(VIDEO_S))
-        held = Held(sandbox, folder / f"{patience}-{form}", graceful_s)
+        held = HoldingService(sandbox, folder / f"{patience}-{form}", graceful_s, 1 if patience == "enough" else 0.1)
         await anyio.to_thread.run_sync(held.service.start)
         try:
-            seen[patience, form] = await hold_all(held, hold_s, form)
+            seen[patience, form] = await hold_and_end(held, hold_s, form)
         finally:
             await anyio.to_thread.run_sync(held.service.close)
 
 
-async def hold_all(held: Held, hold_s: float, form: str) -> Ended:
+async def hold_and_end(held: HoldingService, hold_s: float, form: str) -> EndedProcess:
     """A job at every stage, then SIGTERM; what comes of each."""
-    jobs: dict[str, Ending] = {}
+    jobs: dict[str, HeldJob] = {}
 
-    async def job(ending: Ending) -> None:
-        ending.told = await ask(held.service.url, "/jobs_prompt_tts", held.body(), {"accept": FORMS[form]})
+    async def job(held_job: HeldJob) -> None:
+        held_job.outcome = await send_job(held.service.url, "/jobs_prompt_tts", held.body(), {"accept": FORMS[form]})
 
     async with anyio.create_task_group() as tasks:
         for stage in reversed(HOLDS):  # the ones that take longest to get there first
             # A create on its way is waited for five seconds, to learn which video to cancel.
             held.prepare(stage, hold_s if stage != "create" else min(hold_s, 4))
             wanted, known = held.wanted(stage), set(held.sandbox.predictions)
-            jobs[stage] = Ending()
+            jobs[stage] = HeldJob()
             tasks.start_soon(job, jobs[stage])
-            assert await until(lambda s=stage, n=wanted: held.count(s) >= n, 45), f"no job stands at {stage}"
+            assert await wait_until(lambda s=stage, n=wanted: held.count(s) >= n, 45), f"no job stands at {stage}"
             if stage in MADE:
-                assert await until(lambda known=known: set(held.sandbox.predictions) - known)
+                assert await wait_until(lambda known=known: set(held.sandbox.predictions) - known)
                 [jobs[stage].video] = set(held.sandbox.predictions) - known
-        assert all(ending.told is None for ending in jobs.values()), "every job is still on its way"
+        assert all(held_job.outcome is None for held_job in jobs.values()), "every job is still on its way"
         ffmpegs, started = children(held.service.pid), time.monotonic()
         os.kill(held.service.pid, signal.SIGTERM)
-        is_closed = await until(lambda: not held.is_listening(), 2)
+        is_closed = await wait_until(lambda: not held.is_listening(), 2)
         code = await anyio.to_thread.run_sync(held.service.stop, 0)  # no further signal
         seconds = time.monotonic() - started
-        for ending in jobs.values():
-            ending.video = held.sandbox.predictions[ending.video].status if ending.video else None
-        left = [*left_in(held.folder), *(pid for pid in ffmpegs if Path(f"/proc/{pid}").exists())]
-    return Ended(jobs, code, seconds, is_closed, left, held.service.log)
+        for held_job in jobs.values():
+            held_job.video = held.sandbox.predictions[held_job.video].status if held_job.video else None
+        left = [*files_in(held.folder), *(pid for pid in ffmpegs if Path(f"/proc/{pid}").exists())]
+    return EndedProcess(jobs, code, seconds, is_closed, left, held.service.log)
 
 
-async def end_four(folder: Path) -> Endings:
+async def end_all_services(folder: Path) -> EndedProcesses:
     """Each combination, all at once."""
-    seen: Endings = {}
+    seen: EndedProcesses = {}
     async with anyio.create_task_group() as tasks:
         for patience in ("enough", "too little"):
             for form in FORMS:
-                tasks.start_soon(end_one, seen, folder, patience, form)
+                tasks.start_soon(end_service, seen, folder, patience, form)
     return seen
 
 
 @pytest.fixture(scope="module", autouse=True)
-def all_endings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Endings]]:
+def all_ended_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[EndedProcesses]]:
     """The four, beside the tests that come before those which judge them: most of it is waiting."""
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(anyio.run, end_four, tmp_path_factory.mktemp("endings"))
+        yield pool.submit(anyio.run, end_all_services, tmp_path_factory.mktemp("endings"))
 
 
 @pytest.fixture(scope="module")
-def endings(all_endings: Future[Endings]) -> Endings:
+def ended_processes(all_ended_processes: Future[EndedProcesses]) -> EndedProcesses:
     """What came of each of the four."""
-    return all_endings.result()
+    return all_ended_processes.result()
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
-def test_a_job_that_can_finish_in_time_does(endings: Endings, stage: str, form: str) -> None:
+def test_a_job_that_can_finish_in_time_does(ended_processes: EndedProcesses, stage: str, form: str) -> None:
     """SIGTERM with enough time: the answer is the video, and its prediction was never cancelled."""
-    job = endings["enough", form].jobs[stage]
-    assert job.told
-    assert (job.told.status, set(job.told.data)) == (200, {"audio_url", "video_url", "final_url"}), job.told.text
+    job = ended_processes["enough", form].jobs[stage]
+    assert job.outcome
+    assert (job.outcome.status, set(job.outcome.data)) == (200, {"audio_url", "video_url", "final_url"}), (
+        job.outcome.text
+    )
     assert job.video in (None, "succeeded")
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("stage", HOLDS)
-def test_a_job_that_cannot_is_told_and_cancelled(endings: Endings, stage: str, form: str) -> None:
+def test_a_job_that_cannot_is_told_and_cancelled(ended_processes: EndedProcesses, stage: str, form: str) -> None:
     """SIGTERM with too little time: an error with what was bought, and the video is cancelled before the process ends."""
-    job = endings["too little", form].jobs[stage]
-    assert job.told
-    assert (job.told.kind[:2], job.told.data["provider"]) == ((500, "internal"), None), job.told.text
-    assert "restarting" in job.told.data["detail"]
-    assert set(job.told.data.get("partial", {})) == PARTIAL[stage]
+    job = ended_processes["too little", form].jobs[stage]
+    assert job.outcome
+    assert (job.outcome.kind[:2], job.outcome.data["provider"]) == ((500, "internal"), None), job.outcome.text
+    assert "restarting" in job.outcome.data["detail"]
+    assert set(job.outcome.data.get("partial", {})) == PARTIAL[stage]
     made = {"create": "canceled", "video": "canceled", "speech": None, "audio_upload": None}
     assert job.video == made.get(stage, "succeeded")
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("patience", ["enough", "too little"])
-def test_a_process_that_ends_leaves_nothing(endings: Endings, patience: str, form: str) -> None:
+def test_a_process_that_ends_leaves_nothing(ended_processes: EndedProcesses, patience: str, form: str) -> None:
     """No file, no ffmpeg, no traceback; it takes no connection after the signal, and ends by it soon after its jobs."""
-    ended = endings[patience, form]
+    ended = ended_processes[patience, form]
     assert ended.is_closed, "the host sends new jobs to the next instance"
     assert ended.left == []
     assert "Traceback" not in ended.log
@@ -268,7 +277,7 @@ async def test_a_client_that_leaves_an_ending_process_leaves_no_video(sandbox: S
     with Service(environment, graceful_s=1) as service:
         async with await anyio.connect_tcp("127.0.0.1", service.port) as connection:
             await connection.send(request_bytes(speech_job(sandbox), FORMS["json"]))
-            assert await until(lambda: sandbox.calls("read"))
+            assert await wait_until(lambda: sandbox.calls("read"))
             service.process.send_signal(signal.SIGTERM)
             await anyio.sleep(0.85)  # of the one second that is left
         assert await anyio.to_thread.run_sync(service.process.wait, 10) in (0, -signal.SIGTERM)
@@ -279,15 +288,14 @@ async def test_a_client_that_leaves_an_ending_process_leaves_no_video(sandbox: S
 @pytest.mark.parametrize("is_native", [True, False], ids=["Ctrl-C twice", "unwatched"])
 async def test_the_end_of_the_process_ends_every_job(settings: None, is_native: bool) -> None:
     """Also one whose request has ended without a word; whoever still waits is told."""
-    job = main.Job("-", "-")
+    job = main.Job("-", name="-")
     async with main.lifespan(main.app):
-        assert main._running is not None
-        main._running.jobs["-"] = job
-        task = asyncio.create_task(main.run_job(job, asyncio.sleep(60), main._running))
+        main.app_state().jobs["-"] = job
+        task = asyncio.create_task(main.run_job(job, asyncio.sleep(60)))
         await asyncio.sleep(0)
         if is_native:
             task.cancel()
             await asyncio.wait({task})
     await asyncio.wait({task}, timeout=1)
     assert "the service is restarting" in str(job.result).lower()
-    assert (task.cancelled(), job.stopped) == (is_native, None if is_native else "shutdown")
+    assert (task.cancelled(), job.cancel_reason) == (is_native, None if is_native else "shutdown")

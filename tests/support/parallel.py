@@ -1,9 +1,10 @@
-"""Lanes for the tests: further pytest processes take files from the end while this one takes them from the start.
+"""Lanes: further pytest processes that share the test files with the first one.
 
-A file belongs to whoever claims it first, so the lanes end together whatever each file takes; much of that is waiting,
-so there are more lanes than two cores need for work alone. What the others report is told by the first as if it were
-its own: one summary, one exit code. Off with `--lanes 1`, and by itself where there is one core, where only one file
-was chosen, and in a debugger.
+The first lane takes files from the start of the list, the others from its end. A file belongs to
+the lane that claims it first, so all lanes end at about the same time. Much of the tests' time is
+waiting, so there are more lanes than cores. The first lane reports the results of all: one
+summary, one exit code. `--lanes 1` switches this off, and so do a single core, a single file and
+a debugger.
 """
 
 from __future__ import annotations
@@ -31,16 +32,15 @@ class Lanes:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.folder = Path(os.environ[LANE]) if LANE in os.environ else None
-        if self.folder:  # ended early, it takes down what its tests have started
+        if self.folder:  # ended early, it still stops the processes that its tests have started
             signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
-        """Run the files that this lane claims; in the first lane, then tell what the others have found."""
+        """Run the files that this lane claims; the first lane then reports the results of the others."""
         if self.folder:
             return run_claimed(session, self.folder.parent, reverse=True)
-        options, files = self.config.option, {item.path for item in session.items}
-        count = 1 if options.usepdb or options.collectonly or os.cpu_count() == 1 else min(options.lanes, len(files))
+        count = self.lane_count(session)
         if count < 2 or session.testsfailed:
             return None
         with tempfile.TemporaryDirectory(prefix="test-lanes-") as claims, ExitStack() as stack:
@@ -50,15 +50,22 @@ class Lanes:
             run_claimed(session, Path(claims))
             for lane in others:
                 lane.process.wait()
-                lane.tell()
+                lane.replay_reports()
         return True
 
+    def lane_count(self, session: pytest.Session) -> int:
+        """How many lanes share the files of this run."""
+        options = self.config.option
+        if options.usepdb or options.collectonly or os.cpu_count() == 1:
+            return 1
+        return min(options.lanes, len({item.path for item in session.items}))
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """In the other lanes: write each report down."""
+        """In the other lanes: write each report to a file for the first lane."""
         if self.folder:
-            told = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+            line = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
             with (self.folder / "reports").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(told, default=str) + "\n")
+                file.write(json.dumps(line, default=str) + "\n")
 
 
 class OtherLane:
@@ -67,31 +74,37 @@ class OtherLane:
     def __init__(self, config: pytest.Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         folder.mkdir()
-        # Not the folder that all runs share: at its end each would clear away what another is just clearing away.
+        # A folder of its own: two lanes must not clean up the same one at the same time.
         command = [sys.executable, "-m", "pytest", *config.invocation_params.args, f"--basetemp={folder / 'files'}"]
         environment, where = {**os.environ, LANE: str(folder)}, config.invocation_params.dir
         with (folder / "output").open("wb") as output:
             self.process = subprocess.Popen(command, cwd=where, env=environment, stdout=output, stderr=output)
 
     def end(self) -> None:
-        """Nothing to do, unless the first lane was cut short."""
+        """End the process, which has ended by itself unless the first lane was interrupted."""
         self.process.terminate()
         self.process.wait()
 
-    def tell(self) -> None:
-        """Tell its reports as the first lane's; if it ended otherwise than by its tests, all it said."""
-        told, reports, code = self.folder / "reports", list[Any](), self.process.returncode
-        for line in told.read_text(encoding="utf-8").splitlines() if told.exists() else ():
-            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=json.loads(line))
+    def replay_reports(self) -> None:
+        """Log its reports as the first lane's own; fail with its output if the lane itself broke."""
+        reports: list[Any] = []
+        file = self.folder / "reports"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        for line in lines:
+            data = json.loads(line)
+            report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
             self.config.hook.pytest_runtest_logreport(report=report)
             reports.append(report)
-        if code not in (0, 1, 5) or (code == 1 and not any(report.failed for report in reports)):
+
+        code = self.process.returncode
+        has_failures = any(report.failed for report in reports)
+        if code not in (0, 1, 5) or (code == 1 and not has_failures):
             output = (self.folder / "output").read_text(encoding="utf-8", errors="replace")
             raise pytest.UsageError(f"a lane of tests ended with {code}:\n{output}")
 
 
 def run_claimed(session: pytest.Session, claims: Path, reverse: bool = False) -> bool:
-    """Run the tests of each file that is nobody else's yet, as pytest's own loop does."""
+    """Run the tests of each file that this lane can claim, as pytest's own loop does."""
     items = claimed(session.items, claims, reverse)
     item = next(items, None)
     while item is not None:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import anyio
 import httpx
-import pytest
 
 from tests.sandbox import Sandbox, media
 from tests.sandbox.providers import PET_FILE
 
 STAGES = ("speech", "audio_upload", "video", "download", "mux", "final_upload")
 EVENT_STREAM = {"accept": "text/event-stream"}
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at the process through Linux's /proc")
 
 
 def prompt_job(sandbox: Sandbox, **changes: Any) -> dict[str, Any]:
@@ -33,9 +28,9 @@ def speech_job(sandbox: Sandbox, **changes: Any) -> dict[str, Any]:
     return prompt_job(sandbox, **{"text": "Feed me!", "voice_id": sandbox.voice_id, **changes})
 
 
-def caller(url: str, **options: Any) -> httpx.AsyncClient:
-    """A client of the service that waits for half a minute at most; it loads no certificates, which takes a moment."""
-    return httpx.AsyncClient(base_url=url, trust_env=False, verify=False, timeout=30, **options)
+def service_client(url: str, **options: Any) -> httpx.AsyncClient:
+    """A client of the service that waits for two minutes at most; it loads no certificates, which takes a moment."""
+    return httpx.AsyncClient(base_url=url, trust_env=False, verify=False, timeout=120, **options)
 
 
 @lru_cache
@@ -77,7 +72,7 @@ async def read_events(response: httpx.Response) -> AsyncIterator[Event]:
             name = text = ""
 
 
-async def all_events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[Event]:
+async def stream_events(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> list[Event]:
     """Every event of a job, from the first to the end of the stream."""
     async with client.stream("POST", path, json=body, headers=EVENT_STREAM) as response:
         assert response.status_code == 200, await response.aread()
@@ -87,7 +82,7 @@ async def all_events(client: httpx.AsyncClient, path: str, body: dict[str, Any])
 # A job in either form
 
 
-class Told(NamedTuple):
+class JobOutcome(NamedTuple):
     """What came of a request, in either form: the result or error as it is written, and the stages before it."""
 
     status: int
@@ -106,65 +101,12 @@ class Told(NamedTuple):
         return self.status, self.data.get("category"), self.data.get("retryable")
 
 
-async def ask(url: str, path: str, body: dict[str, Any], headers: Any) -> Told:
+async def send_job(url: str, path: str, body: dict[str, Any], headers: Any) -> JobOutcome:
     """Send a job to a service and hear what comes of it."""
-    async with caller(url) as client, client.stream("POST", path, json=body, headers=headers) as response:
+    async with service_client(url) as client, client.stream("POST", path, json=body, headers=headers) as response:
         is_replayed = response.headers.get("idempotency-replayed") == "true"
         if response.headers["content-type"] == "application/json":
-            return Told(response.status_code, (await response.aread()).decode(), [], is_replayed)
+            return JobOutcome(response.status_code, (await response.aread()).decode(), [], is_replayed)
         *stages, last = [event async for event in read_events(response) if event.name != "comment"]
     changed = [(one.data["stage"], one.data["state"]) for one in stages if one.data["state"] != "progress"]
-    return Told(last.data["status"] if last.name == "error" else 200, last.text, changed, is_replayed)
-
-
-# The service's process
-
-
-def left_in(folder: Path) -> list[str]:
-    """The names of what lies in a folder."""
-    return sorted(path.name for path in folder.iterdir())
-
-
-def children(pid: int, name: str = "") -> list[int]:
-    """The processes whose parent this is, and whose name begins so; dead ones that nobody has waited for included."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            command, _, fields = stat.read_text().partition("(")[2].rpartition(")")
-        except OSError:  # it has just ended
-            continue
-        if int(fields.split()[1]) == pid and command.startswith(name):
-            found.append(int(stat.parent.name))
-    return found
-
-
-def open_files(pid: int) -> list[str]:
-    """What every descriptor of a process leads to; sockets are `socket:[...]`."""
-    found = []
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            found.append(str(link.readlink()))
-        except OSError:  # it has just been closed
-            continue
-    return found
-
-
-def sockets(pid: int) -> int:
-    """How many sockets a process holds."""
-    return sum(name.startswith("socket:") for name in open_files(pid))
-
-
-def status_of(pid: int, name: str) -> int:
-    """A number from /proc/<pid>/status, such as VmRSS (kB) or Threads."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-async def until(condition: Callable[[], Any], seconds: float = 5.0) -> bool:
-    """Whether something becomes true within so many seconds; looked at every few milliseconds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        await anyio.sleep(0.005)
-    return True
+    return JobOutcome(last.data["status"] if last.name == "error" else 200, last.text, changed, is_replayed)

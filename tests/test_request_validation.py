@@ -9,23 +9,23 @@ import pytest
 import respx
 
 import main
-from tests.inprocess import ELEVEN_URL, REPLICATE_URL, rows
+from tests.support.application import ELEVEN_URL, REPLICATE_URL, cases
 
 PICTURE_URL = "https://example.com/pet.jpg"
 VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
 JOB = {"image_url": PICTURE_URL, "prompt": "The cat talks", "text": "Feed me!", "voice_id": "JBFqnCBsd6RMkjVDRZzb"}
 JSON_HEADERS = {"Content-Type": "application/json"}
 
-NOT_TEXT = "should be a text"
-NOT_WHOLE = "should be a whole number"
-NOT_AN_OBJECT = "should be a JSON object"
+NOT_TEXT = "must be a string"
+NOT_WHOLE = "must be a whole number"
+NOT_AN_OBJECT = "must be a JSON object"
 NOT_UNICODE = "Input should be a valid string, unable to parse raw data as a unicode string"
-BLANK = "should not be blank"
-MISSING = "is needed"
-NOT_A_URL = "should be an absolute http(s) URL"
-BLANK_INSIDE = "should not have a blank in it; in an address it is written %20"
-NOT_A_VOICE = "should be up to 64 letters, digits, _ and -"
-NOT_JSON = "is no valid JSON"
+BLANK = "must not be blank"
+MISSING = "is required"
+NOT_A_URL = "must be an absolute http(s) URL"
+BLANK_INSIDE = "must not contain a blank; in a URL it is written %20"
+NOT_A_VOICE = "must be up to 64 letters, digits, _ and -"
+NOT_JSON = "is not valid JSON"
 
 # By field, what is said of which values.
 REFUSED: dict[str, dict[str, list[Any]]] = {
@@ -38,39 +38,39 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
         ],
         BLANK_INSIDE: ["https://example.com/a pet.jpg", "https://exa mple.com/", f" {PICTURE_URL}", " \t\n"],
         NOT_UNICODE: [PICTURE_URL + "\ud800"],
-        "should have at most 4096 characters": [PICTURE_URL + "a" * 4070],
+        "must have at most 4096 characters": [PICTURE_URL + "a" * 4070],
     },
     "prompt": {NOT_TEXT: [None, 7, ["x"]], BLANK: ["", " \n\t\u00a0"], NOT_UNICODE: ["a\udfff"]},
     "seconds": {
         NOT_WHOLE: [None, True, "6", 6.0, 6.5, ["6"], float("nan"), float("inf")],
-        "should be at least 1": [0, -6],
-        "should be at most 600": [601, 10**30],
+        "must be at least 1": [0, -6],
+        "must be at most 600": [601, 10**30],
         "minimax/hailuo-02 takes 6 or 10": [7],
     },
     "resolution": {
         NOT_TEXT: [None, 768],
-        "should be a size such as 768p": ["", " ", "768 p", "768p; rm", "../", "7" * 17],
+        "must be a size such as 768p": ["", " ", "768 p", "768p; rm", "../", "7" * 17],
         "minimax/hailuo-02 takes 512p or 768p or 1080p": ["720p", "4k"],
     },
     "model": {
         NOT_TEXT: [5],
-        "should be owner/name or owner/name:version": [
+        "must be owner/name or owner/name:version": [
             *("", " ", "hailuo-02", "../../v1/account", "a/../../v1/account", "minimax/..", "a/b/c", "a/b c", "a/b:"),
             *("a/b?c", "a/b#c", "a/b%2Fc", "a/b:../x", "https://example.com/a", "a/b\nc"),
         ],
-        "should have at most 200 characters": ["a/" + "b" * 199],
+        "must have at most 200 characters": ["a/" + "b" * 199],
     },
     "text": {
         NOT_TEXT: [None, 5, ["Hi"]],
         BLANK: ["", " \r\n "],
         NOT_UNICODE: ["\ud83d"],
-        "has 601 characters, at most 600 are spoken": ["a" * 601, "\u00e9" * 601],
+        "has 601 characters, the most is 600": ["a" * 601, "\u00e9" * 601],
     },
     "voice_id": {
         NOT_TEXT: [None, 7],
         NOT_A_VOICE: ["", " ", "../models", "..%2f..", "a/b", "a?b", "a#b", "a b", "a\nb", "\u00e9", "a" * 65],
     },
-    "fit": {"should be 'shortest', 'video' or 'speech'": [None, "", 7, "longest", "Video"]},
+    "fit": {"must be 'shortest', 'video' or 'speech'": [None, "", 7, "longest", "Video"]},
     "url": {NOT_TEXT: [None, 5], NOT_A_URL: ["", "example.com", "file:///etc/passwd"]},
 }
 
@@ -96,29 +96,33 @@ def check_refused(response: httpx.Response, router: respx.MockRouter) -> dict[st
     return body
 
 
-async def check_told(client: httpx.AsyncClient, router: respx.MockRouter, field: str, body: Any, told: str) -> None:
+async def check_field_refused(
+    client: httpx.AsyncClient, router: respx.MockRouter, field: str, body: Any, message: str
+) -> None:
     """Every route that has the field refuses this body, naming the field."""
     for path in routes_with(field):
         response = await client.post(path, content=json.dumps(body), headers=JSON_HEADERS)
         refused = check_refused(response, router)
-        assert refused["errors"] == [{"loc": ["body", field], "msg": told}], body
-        assert refused["detail"] == f"{field}: {told}."
+        assert refused["errors"] == [{"loc": ["body", field], "msg": message}], body
+        assert refused["detail"] == f"{field}: {message}."
 
 
 # What a request holds
 
 
-@pytest.mark.parametrize(("field", "told"), [(field, told) for field, words in REFUSED.items() for told in words])
-async def test_a_bad_value_is_refused(client, respx_mock, field, told):
+@pytest.mark.parametrize(
+    ("field", "message"), [(field, message) for field, words in REFUSED.items() for message in words]
+)
+async def test_a_bad_value_is_refused(client, respx_mock, field, message):
     """Every route refuses a value by its field's name, in words, before anything is bought."""
-    for value in REFUSED[field][told]:
-        await check_told(client, respx_mock, field, {**JOB, field: value}, told)
+    for value in REFUSED[field][message]:
+        await check_field_refused(client, respx_mock, field, {**JOB, field: value}, message)
 
 
 @pytest.mark.parametrize("field", [*JOB, "url"])
 async def test_a_missing_field_is_named(client, respx_mock, field):
     """What is required is said so."""
-    await check_told(client, respx_mock, field, {name: JOB[name] for name in JOB if name != field}, MISSING)
+    await check_field_refused(client, respx_mock, field, {name: JOB[name] for name in JOB if name != field}, MISSING)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +139,8 @@ async def test_a_field_that_is_nearly_ours_is_named(client, respx_mock, wrong, r
     for path in routes_with(right):
         response = await client.post(path, content=json.dumps({**body, wrong: 10}), headers=JSON_HEADERS)
         refused, name = check_refused(response, respx_mock), wrong.replace("\ud83d", "?")
-        assert refused["errors"] == [{"loc": ["body", name], "msg": f"should be called {right}"}]
-        assert refused["detail"] == f"{name}: should be called {right}."
+        assert refused["errors"] == [{"loc": ["body", name], "msg": f"must be called {right}"}]
+        assert refused["detail"] == f"{name}: must be called {right}."
 
 
 @pytest.mark.parametrize("host", ["localhost", "pet.localhost.", "192.168.1.2", "2130706433", "[::1]"])
@@ -146,7 +150,7 @@ async def test_a_picture_inside_is_refused(client, respx_mock, host):
         response = await client.post(path, json={**JOB, "image_url": f"http://{host}/pet.jpg"})
         refused = check_refused(response, respx_mock)
         assert refused["errors"][0]["loc"] == ["body", "image_url"]
-        assert refused["detail"].endswith("; the picture must be on the internet.")
+        assert refused["detail"].endswith("; the picture must be on the public internet.")
 
 
 async def test_every_fault_is_told_at_once_and_what_was_sent_is_not(client, respx_mock):
@@ -185,7 +189,7 @@ TAKEN: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "expected"), rows(TAKEN))
+@pytest.mark.parametrize(("changes", "expected"), cases(TAKEN))
 async def test_what_a_picture_job_takes(client, respx_mock, changes, expected):
     """A sound value goes to the model as it is; what is left out has its default."""
     route = created(respx_mock)
@@ -237,7 +241,7 @@ BODIES: list[tuple[Any, ...]] = [
 ]
 
 
-@pytest.mark.parametrize(("content", "detail"), rows(BODIES))
+@pytest.mark.parametrize(("content", "detail"), cases(BODIES))
 async def test_a_body_that_is_not_a_json_object(client, respx_mock, content, detail):
     """Whatever a body holds, the answer is a sentence about the body, in the one shape."""
     for path in ("/jobs_prompt_only", "/jobs_prompt_tts", "/debug/head"):
@@ -277,7 +281,7 @@ async def test_a_body_over_64_kib_is_refused(client, respx_mock):
     """The limit itself is read, one byte more is one too many; without a length, no more than that is asked for."""
     read, refused, sent = f"The body: {NOT_JSON}.", "The request's body is larger than 64 KiB.", list[int]()
     bodies = ((b" " * 65_536, read), (blanks(64, []), read), (b" " * 65_537, refused), (blanks(10_000, sent), refused))
-    for content, told in bodies:
+    for content, message in bodies:
         response = await client.post("/jobs_prompt_tts", content=content, headers=JSON_HEADERS)
-        assert check_refused(response, respx_mock)["detail"] == told
+        assert check_refused(response, respx_mock)["detail"] == message
     assert 0 < sum(sent) <= 66 * 1024

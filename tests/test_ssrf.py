@@ -12,13 +12,13 @@ import httpx
 import pytest
 
 import main
-from tests import network
-from tests.inprocess import SECRETS, log_lines, use_settings
-from tests.network import PATH, PUBLIC, URL, Answers, Internet, Server, head, redirect, reply
+from tests.support import network
+from tests.support.application import SECRETS, in_lifespan, log_lines, use_settings
+from tests.support.network import PATH, PUBLIC, URL, Answers, Internet, Server, debug_head, redirect, reply
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("settings")]
 
-serve, inside, internet = network.serve, network.inside, network.internet
+serve, internal_server, internet = network.serve, network.internal_server, network.internet
 client, pets = network.client, network.pets
 
 Serve = Callable[[Answers], Server]
@@ -37,11 +37,11 @@ def refused(client: httpx.AsyncClient, internet: Internet, tmp_path: Path) -> Re
     """Asks for a URL by both doors, and returns what `/debug/head` and a download say; nothing is reached or kept."""
 
     async def ask(url: str) -> list[str]:
-        answer = await head(client, url)
+        answer = await debug_head(client, url)
         with pytest.raises(main.ResourceFailed) as failed:
             await main.download(url, tmp_path / "video.mp4")
         assert (answer.status_code, answer.json()["category"]) == (400, "validation")
-        assert internet.inside.was_silent()
+        assert internet.internal_server.was_never_contacted()
         assert list(tmp_path.iterdir()) == []
         return [answer.json()["detail"], failed.value.detail]
 
@@ -104,9 +104,9 @@ async def test_a_url_that_leads_inside_is_refused(
     host: str, reason: str, refused: Refused, pets: Server, internet: Internet
 ) -> None:
     """Whatever form of address a client or a model finds, nothing is connected to."""
-    assert all(reason in told for told in await refused(f"http://{host}/"))
+    assert all(reason in detail for detail in await refused(f"http://{host}/"))
     assert internet.connected == []
-    assert pets.was_silent()
+    assert pets.was_never_contacted()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ async def test_what_is_no_url_is_refused(url: str, refused: Refused, pets: Serve
     """What is not an absolute http(s) URL is invalid input, and nothing is connected to."""
     looked_at, downloaded = await refused(url)
     assert looked_at.startswith("url: ")
-    assert downloaded == "The address of a file to download makes no sense."
+    assert downloaded == "The URL of a file to download is invalid."
     assert internet.connected == []
 
 
@@ -147,10 +147,10 @@ async def test_what_leads_nowhere_is_a_failed_answer(
     """A name that is known to nobody or silent, and a redirect that makes no sense: 500, and the reason in words."""
     internet.names["silent.example"], internet.addresses["8.8.8.8"] = [["8.8.8.8"]], None
     pets.answers |= {f"/{number}": [redirect(location)] for number, location in enumerate(NONSENSE)}
-    answer = await head(client, url)
+    answer = await debug_head(client, url)
     assert (answer.status_code, answer.json()["category"]) == (500, "resource")
     assert answer.json()["detail"].startswith(f"The URL did not answer: {reason}")
-    assert internet.inside.was_silent()
+    assert internet.internal_server.was_never_contacted()
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ async def test_public_urls_are_fetched(host: str, client: httpx.AsyncClient, pet
     for name in ("my_pets.example", "xn--bcher-kva.example", "4pets.example", "1.2.3.4.example"):
         internet.add(name, pets)
     internet.addresses["2606:4700:4700::1111"] = pets.port
-    answer = await head(client, f"http://{host}{PATH}#start")
+    answer = await debug_head(client, f"http://{host}{PATH}#start")
     assert answer.json() == {"status": 200, "content_type": "video/mp4", "bytes": 5}
     assert pets.requests == [f"HEAD {PATH}"]
 
@@ -189,7 +189,7 @@ async def test_a_name_with_one_inner_address_is_refused_whole(
 ) -> None:
     """A name is refused by what it leads to; one inner address among public ones is enough."""
     internet.names["pets.example"] = [addresses]
-    assert all(NOT_PUBLIC in told for told in await refused(URL))
+    assert all(NOT_PUBLIC in detail for detail in await refused(URL))
     assert internet.connected == []
 
 
@@ -215,7 +215,7 @@ async def test_the_next_address_is_tried(
 
     monkeypatch.setattr("anyio.connect_tcp", connect)
     monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(5, connect=0.3))
-    await main.download(URL, tmp_path / "video.mp4")
+    await in_lifespan(main.download(URL, tmp_path / "video.mp4"))
     assert (internet.looked_up, internet.connected[-1]) == (["pets.example"], PUBLIC)
 
 
@@ -233,7 +233,7 @@ async def test_tls_asks_for_the_name(client: httpx.AsyncClient, internet: Intern
         listening.start()
         internet.names["pets.example"] = [[PUBLIC]]
         internet.addresses[PUBLIC] = listener.getsockname()[1]
-        answer = await head(client, "https://pets.example/")
+        answer = await debug_head(client, "https://pets.example/")
         await asyncio.to_thread(listening.join, 5)
 
     assert (answer.status_code, answer.json()["category"]) == (500, "resource")
@@ -254,7 +254,7 @@ async def test_a_slow_look_up_has_the_time_of_a_connection(
 
     monkeypatch.setattr(socket, "getaddrinfo", slow_at_first)
     monkeypatch.setattr(main, "TIMEOUT", httpx.Timeout(5, connect=0.05))
-    await main.download(URL, tmp_path / "video.mp4")
+    await in_lifespan(main.download(URL, tmp_path / "video.mp4"))
     answered.set()
 
     assert "(ConnectTimeout looking up pets.example took too long)" in log_lines(caplog)[0]
@@ -294,15 +294,15 @@ async def test_each_hop_is_looked_up_again(client: httpx.AsyncClient, pets: Serv
     """Public hops before it earn an inner one nothing, and a name that was public before is not taken at its word."""
     internet.names["pets.example"] = [[PUBLIC], [PUBLIC], ["127.0.0.1"]]
     pets.answers |= {PATH: [redirect("/2")], "/2": [redirect("/3")]}
-    assert (await head(client)).json()["detail"] == NOT_PUBLIC
+    assert (await debug_head(client)).json()["detail"] == NOT_PUBLIC
     assert internet.connected == [PUBLIC, PUBLIC]
-    assert internet.inside.was_silent()
+    assert internet.internal_server.was_never_contacted()
 
 
 async def test_five_redirects_are_followed(client: httpx.AsyncClient, pets: Server, tmp_path: Path) -> None:
     """The fifth still leads to the file, by both doors."""
     pets.answers |= {f"/{n}": [redirect(f"/{n + 1}" if n < 4 else PATH)] for n in range(5)}
-    assert (await head(client, "http://pets.example/0")).json()["bytes"] == 5
+    assert (await debug_head(client, "http://pets.example/0")).json()["bytes"] == 5
     await main.download("http://pets.example/0", tmp_path / "video.mp4")
     assert (tmp_path / "video.mp4").read_bytes() == b"video"
 
@@ -310,7 +310,7 @@ async def test_five_redirects_are_followed(client: httpx.AsyncClient, pets: Serv
 async def test_a_sixth_redirect_is_not_followed(refused: Refused, pets: Server) -> None:
     """A circle of redirects is one redirect too many."""
     pets.answers[PATH] = [redirect(PATH)]
-    assert all("The URL redirects more than 5 times." in told for told in await refused(URL))
+    assert all("The URL redirects more than 5 times." in detail for detail in await refused(URL))
     assert pets.requests == [f"HEAD {PATH}"] * 6 + [f"GET {PATH}"] * 6
 
 
@@ -323,10 +323,10 @@ async def test_a_proxy_of_the_environment_is_not_used(
     """Whatever proxy the machine has, the service connects by itself, or the guard would look at the proxy's address."""
     internet.add("pets.example", serve({PATH: reply(200, b"video")}))
     for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"):
-        monkeypatch.setenv(name, internet.inside.url)
-    await main.download(URL, tmp_path / "video.mp4")
+        monkeypatch.setenv(name, internet.internal_server.url)
+    await in_lifespan(main.download(URL, tmp_path / "video.mp4"))
     assert (tmp_path / "video.mp4").read_bytes() == b"video"
-    assert internet.inside.was_silent()
+    assert internet.internal_server.was_never_contacted()
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,12 @@ async def test_a_proxy_of_the_environment_is_not_used(
     "http://10.1.2.3:9000/self/hosted".split(),
 )
 async def test_the_owners_storage_is_trusted(
-    storage: str, serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    storage: str,
+    serve: Serve,
+    client: httpx.AsyncClient,
+    internet: Internet,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """A storage inside the owner's network works, however its address is written, with the owner's own bucket."""
     path = httpx.URL(storage).path.rstrip("/") + "/storage/v1/object"
@@ -345,7 +350,7 @@ async def test_the_owners_storage_is_trusted(
     use_settings(monkeypatch, SUPABASE_URL=storage, SUPABASE_BUCKET="cats-2.x")
     await main.download(await main.supabase_upload("a.mp3", b"speech", "audio/mpeg"), tmp_path / "speech")
     assert (tmp_path / "speech").read_bytes() == b"ok"
-    assert internet.inside.was_silent()
+    assert internet.internal_server.was_never_contacted()
 
 
 @pytest.mark.parametrize(
@@ -395,7 +400,7 @@ async def test_no_key_follows_a_redirect(
     with pytest.raises((main.ProviderFailed, main.ResourceFailed), match="answered 307: "):
         await CALLS[path]()
     assert len(provider.requests) == 1
-    assert thief.was_silent()
+    assert thief.was_never_contacted()
 
 
 async def test_a_download_carries_no_key(
@@ -405,8 +410,8 @@ async def test_a_download_carries_no_key(
     storage = serve({"/storage/v1/object/public/pets/a.mp3": redirect(URL)})
     use_settings(monkeypatch, SUPABASE_URL=storage.url)
     await main.download(f"{storage.url}/storage/v1/object/public/pets/a.mp3", tmp_path / "speech")
-    heads = "\n".join([*storage.heard, *pets.heard]).lower()
-    assert len(storage.heard) == len(pets.heard) == 1
+    heads = "\n".join([*storage.request_heads, *pets.request_heads]).lower()
+    assert len(storage.request_heads) == len(pets.request_heads) == 1
     carriers = (*SECRETS.values(), "authorization:", "apikey:", "xi-api-key:", "cookie:")
     assert not any(key.lower() in heads for key in carriers)
 
@@ -414,15 +419,15 @@ async def test_a_download_carries_no_key(
 async def test_no_cookie_is_kept(client: httpx.AsyncClient, pets: Server) -> None:
     """What one server sets is not sent to it again: requests of different clients have nothing in common."""
     pets.answers[PATH] = [reply(200, set_cookie="client=1; Path=/")]
-    assert [(await head(client)).status_code for _ in range(2)] == [200, 200]
-    assert "cookie:" not in pets.heard[1].lower()
+    assert [(await debug_head(client)).status_code for _ in range(2)] == [200, 200]
+    assert "cookie:" not in pets.request_heads[1].lower()
 
 
 # The end of every connection
 
 
 @pytest.mark.parametrize(
-    ("is_ours", "kind"), [(True, "usual"), (True, main.FRESH), (False, "usual"), (False, main.ASKED_FOR)]
+    ("is_ours", "kind"), [(True, "usual"), (True, main.NEW_CONNECTION), (False, "usual"), (False, main.USER_SUPPLIED)]
 )
 async def test_the_end_of_the_service_closes_every_connection(
     is_ours: bool, kind: str, serve: Serve, internet: Internet, monkeypatch: pytest.MonkeyPatch
@@ -440,8 +445,7 @@ async def test_the_end_of_the_service_closes_every_connection(
     use_settings(monkeypatch, REPLICATE_BASE_URL=server.url)
     url = f"{server.url if is_ours else 'http://pets.example'}/v1/video"
     async with main.lifespan(main.app):
-        assert main._running is not None
-        http = main._running.http
+        http = main.app_state().http
         answer = await http.send(http.build_request("GET", url, extensions={kind: True}), stream=True)
     assert await asyncio.to_thread(left.wait, 2)
     await answer.aclose()

@@ -6,7 +6,7 @@ Only what lies outside main.py is replaced: the environment here, HTTP by respx 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -21,6 +21,7 @@ SECRETS = {
     "REPLICATE_API_TOKEN": "r8_0123456789abcdefghijABCDEFGHIJ",
     "SUPABASE_SERVICE_ROLE": "eyJhbGciOiJIUzI1NiJ9.eyJyb2xlIjoic2VydmljZSJ9.c2lnbmF0dXJl",
 }
+Result = TypeVar("Result")
 FAST = {"POLL_MIN_SECONDS": "0.0001", "RETRY_FIRST_SECONDS": "0.0001", "PATIENCE_SECONDS": "0.4"}
 
 
@@ -40,25 +41,31 @@ async def running_application() -> AsyncIterator[httpx.AsyncClient]:
             yield client
 
 
-async def error_of(work: Awaitable[Any]) -> main.ServiceError:
+async def in_lifespan(work: Awaitable[Result]) -> Result:
+    """The result of some work while the application is started: providers are called only then."""
+    async with main.lifespan(main.app):
+        return await work
+
+
+async def error_from(work: Awaitable[Any]) -> main.ServiceError:
     """The error that some work ends with."""
     with pytest.raises(main.ServiceError) as caught:
         await asyncio.wait_for(work, 10)
     return caught.value
 
 
-def told(error: main.ServiceError) -> tuple[int, str, str | None]:
+def error_kind(error: main.ServiceError) -> tuple[int, str, str | None]:
     """Status, category and provider of an error."""
     return error.http_status, error.category, error.provider
 
 
-def answer(status: int, body: bytes | str = b"", **headers: str) -> main.Answer:
+def provider_response(status: int, body: bytes | str = b"", **headers: str) -> main.ProviderResponse:
     """A provider's answer, as the HTTP plumbing holds it."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return main.Answer(status, httpx.Headers(named), body.encode() if isinstance(body, str) else body)
+    return main.ProviderResponse(status, httpx.Headers(named), body.encode() if isinstance(body, str) else body)
 
 
-def rows(table: list[tuple[Any, ...]]) -> list[Any]:
+def cases(table: list[tuple[Any, ...]]) -> list[Any]:
     """A table of cases for parametrize, each named by its first cell."""
     return [pytest.param(*row, id=name) for name, *row in table]
 

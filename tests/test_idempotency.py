@@ -1,4 +1,4 @@
-"""The same request again, over real sockets: whatever happened in between, one video is bought, and it is delivered."""
+"""The same request again, over real sockets: whatever happened in between, one video is paid for, and it is delivered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import anyio
@@ -19,9 +19,19 @@ import httpx
 import pytest
 
 from tests.conftest import PACE, StartService
-from tests.jobs import EVENT_STREAM, STAGES, Told, ask, caller, prompt_job, short_video, speech_job, until
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.supabase import KEYS
+from tests.support.processes import wait_until
+from tests.support.requests import (
+    EVENT_STREAM,
+    STAGES,
+    JobOutcome,
+    prompt_job,
+    send_job,
+    service_client,
+    short_video,
+    speech_job,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -45,33 +55,33 @@ class FrontEnd:
     form: str = "json"
     changes: dict[str, Any] = field(default_factory=dict)
 
-    async def ask(self, path: str = TALKING, form: str = "", **changes: Any) -> Told:
+    async def send(self, path: str = TALKING, form: str = "", **changes: Any) -> JobOutcome:
         """Send the job and hear what comes of it."""
         body, headers = BODIES[path](self.sandbox, **self.changes, **changes), list(FORMS[form or self.form].items())
         headers += [] if self.key is None else [("Idempotency-Key", self.key), ("X-Request-ID", str(self.key)[:36])]
-        return await ask(self.service.url, path, body, headers)
+        return await send_job(self.service.url, path, body, headers)
 
     async def leave(self, path: str, form: str, when: Callable[[], Any]) -> None:
         """Send the job, and leave it then."""
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self.ask, path, form)
-            assert await until(when)
+            tasks.start_soon(self.send, path, form)
+            assert await wait_until(when)
             tasks.cancel_scope.cancel()
 
     @property
-    def file(self) -> str:
+    def record_path(self) -> str:
         """Where the job's file lies: only who has the service role key can tell."""
         digest = hmac.new(KEYS["service"].encode(), str(self.key).encode(), "sha256").hexdigest()
         return f"pets/jobs/{digest}.json"
 
     @property
-    def note(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """What the job's file holds."""
-        note: dict[str, Any] = json.loads(self.sandbox.objects[self.file].read())
-        return note
+        record: dict[str, Any] = json.loads(self.sandbox.objects[self.record_path].read())
+        return record
 
     @property
-    def bought(self) -> tuple[int, int]:
+    def paid_for(self) -> tuple[int, int]:
         """Speeches and videos."""
         return self.sandbox.speeches.total(), len(self.sandbox.predictions)
 
@@ -114,18 +124,18 @@ def second(start_once: StartService) -> Service:
     return start_once(2)
 
 
-async def together(*fronts: FrontEnd, when: Callable[[], Any] = lambda: True) -> list[Told]:
+async def send_together(*fronts: FrontEnd, when: Callable[[], Any] = lambda: True) -> list[JobOutcome]:
     """What comes of requests that run at the same time, each sent once it is time for the next one."""
-    told: list[Told] = []
+    outcomes: list[JobOutcome] = []
 
     async def one(front: FrontEnd) -> None:
-        told.append(await front.ask())
+        outcomes.append(await front.send())
 
     async with anyio.create_task_group() as tasks:
         for front in fronts:
             tasks.start_soon(one, front)
-            assert await until(when)
-    return told
+            assert await wait_until(when)
+    return outcomes
 
 
 # Leaving, asking again, joining
@@ -137,35 +147,39 @@ async def test_a_job_goes_on_when_its_client_leaves(front: FrontEnd, path: str, 
     """Nothing is cancelled; whoever asks again after its end gets the answer, told as one from before."""
     front.sandbox.video_seconds = 0.3
     await front.leave(path, form, lambda: front.sandbox.predictions)
-    assert await until(lambda: f"request_id={front.key} job outcome=ok" in front.service.log)
-    asked = len(front.sandbox.requests)
-    told = await front.ask(path, form)
-    assert (told.status, told.is_replayed, told.stages) == (200, True, [])
-    assert told.data == front.note["answer"]
-    assert [call.call for call in front.sandbox.requests[asked:]] == ["storage"], "the file is read, and that is all"
-    assert (front.bought, front.sandbox.calls("cancel")) == ((path == TALKING, 1), [])
+    assert await wait_until(lambda: f"request_id={front.key} job outcome=ok" in front.service.log)
+    requests_before = len(front.sandbox.requests)
+    outcome = await front.send(path, form)
+    assert (outcome.status, outcome.is_replayed, outcome.stages) == (200, True, [])
+    assert outcome.data == front.record["answer"]
+    assert [call.call for call in front.sandbox.requests[requests_before:]] == ["storage"], (
+        "the file is read, and that is all"
+    )
+    assert (front.paid_for, front.sandbox.calls("cancel")) == ((path == TALKING, 1), [])
 
 
 @both_routes
 async def test_any_number_may_wait_for_one_job(front: FrontEnd, path: str) -> None:
     """Whoever comes while it runs hears the stages so far and gets the same bytes; who leaves ends nothing."""
     front.sandbox.video_seconds = 0.8
-    waiters: list[Told] = []
+    waiters: list[JobOutcome] = []
 
     async def wait(form: str) -> None:
-        waiters.append(await front.ask(path, form))
+        waiters.append(await front.send(path, form))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait, "events")
-        assert await until(lambda: front.sandbox.calls("read"))
+        assert await wait_until(lambda: front.sandbox.calls("read"))
         await front.leave(path, "events", lambda: f"joins the job of request_id={front.key}" in front.service.log)
         for form in ("json", "events", "json"):
             tasks.start_soon(wait, form)
-    assert [(told.status, told.is_replayed, told.text) for told in waiters] == [(200, False, waiters[0].text)] * 4
-    first, late = (told.stages for told in waiters if told.stages)
+    assert [(outcome.status, outcome.is_replayed, outcome.text) for outcome in waiters] == [
+        (200, False, waiters[0].text)
+    ] * 4
+    first, late = (outcome.stages for outcome in waiters if outcome.stages)
     stages = STAGES if path == TALKING else ("video",)
     assert first == late == [(stage, state) for stage in stages for state in ("started", "done")]
-    assert front.bought == (path == TALKING, 1)
+    assert front.paid_for == (path == TALKING, 1)
 
 
 # Going on after a failure
@@ -187,18 +201,18 @@ async def test_a_failed_job_is_gone_on_with(front: FrontEnd, step: str, form: st
         front.fault(call, number, status=status)
     else:
         front.sandbox.video(b"\0\0\0\x08ftyp")
-    failed = await front.ask(form=form)
+    failed = await front.send(form=form)
     assert failed.status == 500
     for prediction in front.sandbox.predictions.values():  # ffmpeg could not use the video, and now can
         prediction.video = short_video()
     known = failed.data.get("partial", {})
     if "prediction_id" in known:  # the picture was needed for that only
         front.sandbox.fault("picture", "status", times=None, status=404)
-    told = await front.ask(form=form)
-    assert (told.status, told.is_replayed) == (200, False), told.text
-    assert known.items() <= {**told.data, "prediction_id": next(iter(front.sandbox.predictions))}.items()
-    assert front.bought == (2 if step == "audio_upload" else 1, 1)
-    assert form == "json" or (("speech", "started") in told.stages) == ("audio_url" not in known)
+    outcome = await front.send(form=form)
+    assert (outcome.status, outcome.is_replayed) == (200, False), outcome.text
+    assert known.items() <= {**outcome.data, "prediction_id": next(iter(front.sandbox.predictions))}.items()
+    assert front.paid_for == (2 if step == "audio_upload" else 1, 1)
+    assert form == "json" or (("speech", "started") in outcome.stages) == ("audio_url" not in known)
 
 
 # Where jobs stand when their process ends: the call, and which one of them it is. What comes of the last two is awaited
@@ -211,73 +225,93 @@ HOLDS = {
 }  # fmt: skip
 
 
-class Ended(NamedTuple):
+HOLD_S = {"create": 4, "created": 2}
+
+
+def has_taken_effect(front: FrontEnd, stage: str, stored_before: int) -> bool:
+    """Whether the call that holds a job at this stage has been carried out by the provider."""
+    stored = len(front.sandbox.objects) - stored_before  # the job's record, its speech and its final video
+    if stage == "speech":
+        return front.sandbox.speeches[f"I am {stage}"] == 1
+    if stage in ("create", "video", "download"):
+        return bool(front.sandbox.created(prompt=stage))
+    if stage in ("begun", "audio_upload", "final_upload"):
+        return stored >= {"begun": 1, "audio_upload": 2, "final_upload": 3}[stage]
+    if stage == "done":
+        return "answer" in front.record
+    return {"spoken": "audio_url", "created": "prediction_id"}[stage] in front.record["partial"]
+
+
+class Resumed(NamedTuple):
     """Jobs that their process did not finish: what came of them, of the same requests again, and the files between."""
 
     sandbox: Sandbox
-    first: dict[str, Told]
-    again: dict[str, Told]
-    notes: dict[str, dict[str, Any]]
+    first: dict[str, JobOutcome]
+    again: dict[str, JobOutcome]
+    records: dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="module", params=[signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
-def ended(request: pytest.FixtureRequest) -> Ended:
+def resumed(request: pytest.FixtureRequest) -> Resumed:
     """A process that holds a job at every stage is ended without time, and the same requests go to the next one."""
     pace = {**PACE, "PATIENCE_SECONDS": "8"}  # else a job on a busy machine writes further notes meanwhile
     with Sandbox() as sandbox, Service({**sandbox.environment(), **pace}, graceful_s=0) as service:
         sandbox.video(short_video())
         forms, fronts = itertools.cycle(FORMS), {}
         for stage in HOLDS:
-            told = {"prompt": stage, "text": f"I am {stage}"}
-            fronts[stage] = FrontEnd(sandbox, service, str(uuid.uuid4()), next(forms), told)
-        return anyio.run(end_and_ask_again, sandbox, fronts, service, request.param)
+            changes = {"prompt": stage, "text": f"I am {stage}"}
+            fronts[stage] = FrontEnd(sandbox, service, str(uuid.uuid4()), next(forms), changes)
+        return anyio.run(end_and_send_again, sandbox, fronts, service, request.param)
 
 
-async def end_and_ask_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], service: Service, by: int) -> Ended:
+async def end_and_send_again(sandbox: Sandbox, fronts: dict[str, FrontEnd], service: Service, by: int) -> Resumed:
     """Hold a job at every stage, end the process, start it again, and send the same requests."""
-    ended = Ended(sandbox, {}, {}, {})
+    resumed = Resumed(sandbox, {}, {}, {})
 
-    async def ask(stage: str, answers: dict[str, Told]) -> None:
+    async def send(stage: str, outcomes: dict[str, JobOutcome]) -> None:
         with suppress(httpx.HTTPError):  # a process that is killed says nothing
-            answers[stage] = await fronts[stage].ask()
+            outcomes[stage] = await fronts[stage].send()
 
     async with anyio.create_task_group() as tasks:
         for stage, (call, number) in HOLDS.items():
-            wanted = len(sandbox.calls(call)) + number
-            fronts[stage].fault(call, number, "slow", seconds=2 if stage.startswith("create") else 20)
-            tasks.start_soon(ask, stage, ended.first)
-            assert await until(lambda call=call, n=wanted: len(sandbox.calls(call)) >= n, 10), f"no job at {stage}"
-        assert await until(lambda: sandbox.created(prompt="create"))
+            wanted, stored_before = len(sandbox.calls(call)) + number, len(sandbox.objects)
+            fronts[stage].fault(call, number, "slow", seconds=HOLD_S.get(stage, 60))
+            tasks.start_soon(send, stage, resumed.first)
+            assert await wait_until(lambda call=call, n=wanted: len(sandbox.calls(call)) >= n), f"no job at {stage}"
+            # The provider has heard of the call; its effect is there a moment later, and only its answer is held.
+            is_done = partial(has_taken_effect, fronts[stage], stage, stored_before)
+            assert await wait_until(is_done), f"the call at {stage} has no effect"
+        assert await wait_until(lambda: sandbox.created(prompt="create"))
         await anyio.to_thread.run_sync(service.stop, by)
-    ended.notes.update((stage, front.note) for stage, front in fronts.items())
+    resumed.records.update((stage, front.record) for stage, front in fronts.items())
     await anyio.to_thread.run_sync(service.start)
     async with anyio.create_task_group() as tasks:
         for stage in HOLDS:
-            tasks.start_soon(ask, stage, ended.again)
-    return ended
+            tasks.start_soon(send, stage, resumed.again)
+    return resumed
 
 
 @pytest.mark.parametrize("stage", HOLDS)
-def test_a_job_outlives_its_process(ended: Ended, stage: str) -> None:
-    """The next process goes on from what exists: one video is bought, never cancelled, and delivered."""
-    told = ended.again[stage]
-    assert (told.status, told.is_replayed) == (200, stage == "done"), told.text
-    assert [prediction.status for prediction in ended.sandbox.created(prompt=stage)] == ["succeeded"]
-    assert ended.sandbox.speeches[f"I am {stage}"] == (2 if stage in ("speech", "audio_upload") else 1)
+def test_a_job_outlives_its_process(resumed: Resumed, stage: str) -> None:
+    """The next process goes on from what exists: one video is paid for, never cancelled, and delivered."""
+    outcome = resumed.again[stage]
+    assert (outcome.status, outcome.is_replayed) == (200, stage == "done"), outcome.text
+    assert [prediction.status for prediction in resumed.sandbox.created(prompt=stage)] == ["succeeded"]
+    assert resumed.sandbox.speeches[f"I am {stage}"] == (2 if stage in ("speech", "audio_upload") else 1)
 
 
-def test_a_process_that_is_told_to_end_says_so(ended: Ended, request: pytest.FixtureRequest) -> None:
+def test_a_process_that_is_told_to_end_says_so(resumed: Resumed, request: pytest.FixtureRequest) -> None:
     """SIGTERM leaves nobody without a word, and no prediction without a note; SIGKILL leaves all."""
     if "SIGKILL" in request.node.name:
-        assert ended.first == {}
+        assert resumed.first == {}
         return
-    assert {stage for stage, told in ended.first.items() if told.status == 200} == {"done"}
-    failed = [told for stage, told in ended.first.items() if stage != "done"]
-    assert {told.kind for told in failed} == {(500, "internal", True)}
-    assert all("send the same request again" in told.data["detail"] for told in failed)
-    assert set(ended.first) == set(HOLDS)
-    bought = set(HOLDS) - {"begun", "speech", "audio_upload", "spoken"}
-    assert {stage for stage, note in ended.notes.items() if "prediction_id" in note["partial"]} == bought
+    assert {stage for stage, outcome in resumed.first.items() if outcome.status == 200} == {"done"}
+    failed = [outcome for stage, outcome in resumed.first.items() if stage != "done"]
+    assert {outcome.kind for outcome in failed} == {(500, "internal", True)}
+    assert all("send the same request again" in outcome.data["detail"] for outcome in failed)
+    assert set(resumed.first) == set(HOLDS)
+    paid_for = set(HOLDS) - {"begun", "speech", "audio_upload", "spoken"}
+    assert {stage for stage, record in resumed.records.items() if "prediction_id" in record["partial"]} == paid_for
 
 
 async def test_a_job_that_nobody_waits_for_may_end_with_its_process(
@@ -287,7 +321,7 @@ async def test_a_job_that_nobody_waits_for_may_end_with_its_process(
     front.service, front.sandbox.video_seconds = start_service(graceful_s=0), 0.3
     await front.leave(SILENT, "json", lambda: front.sandbox.predictions)
     await anyio.to_thread.run_sync(front.service.stop)
-    assert "answer" in front.note
+    assert "answer" in front.record
 
 
 # On another instance
@@ -296,26 +330,26 @@ async def test_a_job_that_nobody_waits_for_may_end_with_its_process(
 async def test_a_fresh_job_of_another_instance_is_waited_for(front: FrontEnd, second: Service) -> None:
     """It has no prediction yet, but will have: the second instance goes on with that one."""
     front.fault("speech", kind="slow", seconds=MEETING_S)
-    one, two = await together(front, replace(front, service=second), when=lambda: front.sandbox.calls("speech"))
+    one, two = await send_together(front, replace(front, service=second), when=lambda: front.sandbox.calls("speech"))
     assert (one.status, two.status, one.data["video_url"]) == (200, 200, two.data["video_url"])
-    assert front.bought == (1, 1)
+    assert front.paid_for == (1, 1)
 
 
 async def test_a_job_that_was_given_up_is_taken_over_at_once(front: FrontEnd, second: Service) -> None:
     """An instance that has failed is not waited for, however fresh its file is."""
     front.fault("speech", status=401)
-    assert (await front.ask()).status == 500
-    asked = len(front.sandbox.requests)
-    assert (await replace(front, service=second).ask()).status == 200
-    assert [call.call for call in front.sandbox.requests[asked:]][:2] == ["storage", "upload"]
+    assert (await front.send()).status == 500
+    requests_before = len(front.sandbox.requests)
+    assert (await replace(front, service=second).send()).status == 200
+    assert [call.call for call in front.sandbox.requests[requests_before:]][:2] == ["storage", "upload"]
 
 
 async def test_two_instances_that_begin_at_once_buy_one_video(front: FrontEnd, second: Service) -> None:
     """Neither has seen the other's file: the one that wrote last buys, the other finds its prediction."""
     front.sandbox.fault("storage", "slow", times=2, seconds=MEETING_S)  # both will hear that there is no file
     front.fault("public", kind="slow", seconds=2 * MEETING_S)  # one looks again after the other's last note
-    assert [told.status for told in await together(front, replace(front, service=second))] == [200, 200]
-    assert front.bought == (2, 1)
+    assert [outcome.status for outcome in await send_together(front, replace(front, service=second))] == [200, 200]
+    assert front.paid_for == (2, 1)
 
 
 # What stays refused
@@ -327,32 +361,32 @@ async def test_a_video_that_cannot_be_had_stays_refused(front: FrontEnd, outcome
     """The same 400 again, and nothing is bought: a new try needs a new key."""
     if outcome == "expired":
         front.fault("output", status=403)
-        assert (await front.ask()).status == 500
+        assert (await front.send()).status == 500
         front.sandbox.expire(next(iter(front.sandbox.predictions)))
     else:
         front.sandbox.outcome(outcome)
     for _ in range(2):
-        told = await front.ask(form=form)
-        assert told.kind == (400, "provider", False)
-        assert ("is gone" if outcome == "expired" else f"ended as {outcome}") in told.data["detail"]
-        assert set(told.data["partial"]) >= {"audio_url", "prediction_id"}
-    assert front.bought == (1, 1)
+        refused = await front.send(form=form)
+        assert refused.kind == (400, "provider", False)
+        assert ("has expired" if outcome == "expired" else f"ended as {outcome}") in refused.data["detail"]
+        assert set(refused.data["partial"]) >= {"audio_url", "prediction_id"}
+    assert front.paid_for == (1, 1)
 
 
-@pytest.mark.parametrize("is_noted", [True, False], ids=["while the video is made", "before its id is noted"])
-async def test_the_deadline_is_final(start_once: StartService, front: FrontEnd, is_noted: bool) -> None:
+@pytest.mark.parametrize("is_recorded", [True, False], ids=["while the video is made", "before its id is recorded"])
+async def test_the_deadline_is_final(start_once: StartService, front: FrontEnd, is_recorded: bool) -> None:
     """The video is cancelled and the file knows it, whatever was going on; the next request gets that refusal."""
     front.service = start_once(JOB_TIMEOUT_SECONDS="1", RETRY_FIRST_SECONDS="1.2")
     front.sandbox.outcome("never")
-    if not is_noted:  # its write fails, and is not given up
+    if not is_recorded:  # its write fails, and is not given up
         front.fault("upload", 2, status=503)
-    late = await front.ask(SILENT, "events" if is_noted else "json")
+    late = await front.send(SILENT, "events" if is_recorded else "json")
     [prediction] = front.sandbox.predictions.values()
     assert late.kind == (500, "provider", False)
-    assert (prediction.status, front.note["partial"]) == ("canceled", {"prediction_id": prediction.id})
-    told = await front.ask(SILENT)
-    assert told.kind == (400, "provider", False)
-    assert ("ended as canceled" in told.data["detail"], front.bought) == (True, (0, 1))
+    assert (prediction.status, front.record["partial"]) == ("canceled", {"prediction_id": prediction.id})
+    outcome = await front.send(SILENT)
+    assert outcome.kind == (400, "provider", False)
+    assert ("ended as canceled" in outcome.data["detail"], front.paid_for) == (True, (0, 1))
 
 
 @both_forms
@@ -363,28 +397,28 @@ async def test_a_key_belongs_to_one_body_and_one_route(front: FrontEnd, form: st
 
     async def check_others() -> None:
         for changes in others:
-            told = await front.ask(form=form, **changes)
-            assert told.kind == (400, "validation", False)
-            assert [fault["loc"] for fault in told.data["errors"]] == [["header", "Idempotency-Key"]]
+            outcome = await front.send(form=form, **changes)
+            assert outcome.kind == (400, "validation", False)
+            assert [fault["loc"] for fault in outcome.data["errors"]] == [["header", "Idempotency-Key"]]
 
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(front.ask)
-        assert await until(lambda: front.sandbox.predictions)
+        tasks.start_soon(front.send)
+        assert await wait_until(lambda: front.sandbox.predictions)
         await check_others()
     await check_others()
-    assert front.bought == (1, 1)
+    assert front.paid_for == (1, 1)
 
 
 @pytest.mark.parametrize("key", ["", "a b", "x" * 256, "ключ".encode()], ids=["empty", "blank", "long", "not ASCII"])
 async def test_a_malformed_key_is_refused(front: FrontEnd, key: str | bytes) -> None:
     """It is named, in words, and nobody is called; 255 characters are none too many."""
     for path in BODIES:
-        told = await replace(front, key=key).ask(path)
-        message = "should be 1 to 255 visible ASCII characters, such as a UUID"
-        assert told.kind == (400, "validation", False)
-        assert told.data["errors"] == [{"loc": ["header", "Idempotency-Key"], "msg": message}]
+        outcome = await replace(front, key=key).send(path)
+        message = "must be 1 to 255 visible ASCII characters, such as a UUID"
+        assert outcome.kind == (400, "validation", False)
+        assert outcome.data["errors"] == [{"loc": ["header", "Idempotency-Key"], "msg": message}]
     assert front.sandbox.requests == []
-    assert (await replace(front, key="!~" + "x" * 253).ask(SILENT)).status == 200
+    assert (await replace(front, key="!~" + "x" * 253).send(SILENT)).status == 200
 
 
 # The file
@@ -405,34 +439,34 @@ async def test_a_file_that_does_not_go_costs_nothing(
     if content is None:
         front.sandbox.buckets["pets"].allowed_mime_types = ["audio/mpeg", "video/mp4"]
     else:
-        async with caller(front.sandbox.url) as client:
+        async with service_client(front.sandbox.url) as client:
             headers = {"Authorization": f"Bearer {KEYS['service']}", "Content-Type": "application/json"}
-            await client.post(f"/storage/v1/object/{front.file}", content=content, headers=headers)
-        words = f"{front.file.removeprefix('pets/')} in the bucket is not one of this service's"
-    told = await front.ask(path)
-    assert (told.kind, front.bought) == ((500, "resource", False), (0, 0))
-    assert words in told.data["detail"]
+            await client.post(f"/storage/v1/object/{front.record_path}", content=content, headers=headers)
+        words = f"{front.record_path.removeprefix('pets/')} in the bucket is not one of this service's"
+    outcome = await front.send(path)
+    assert (outcome.kind, front.paid_for) == ((500, "resource", False), (0, 0))
+    assert words in outcome.data["detail"]
 
 
 async def test_a_read_of_the_file_that_fails_is_repeated(front: FrontEnd) -> None:
     """Four times; then the job ends without having bought anything."""
     front.sandbox.fault("storage", "status", times=7, status=503)
-    assert (await front.ask()).kind == (500, "resource", True)
-    assert (len(front.sandbox.calls("storage")), front.bought) == (4, (0, 0))
-    assert ((await front.ask()).status, front.bought) == (200, (1, 1))
+    assert (await front.send()).kind == (500, "resource", True)
+    assert (len(front.sandbox.calls("storage")), front.paid_for) == (4, (0, 0))
+    assert ((await front.send()).status, front.paid_for) == (200, (1, 1))
 
 
 async def test_what_the_file_holds(front: FrontEnd) -> None:
-    """What is needed to go on, under a name that cannot be guessed; nothing of what was asked for, and no key."""
-    asked = {"text": "A private text", "prompt": "A private prompt"}
-    told, stored = await front.ask(**asked), front.sandbox.objects[front.file]
+    """What is required to go on, under a name that cannot be guessed; nothing of what was asked for, and no key."""
+    private = {"text": "A private text", "prompt": "A private prompt"}
+    outcome, stored = await front.send(**private), front.sandbox.objects[front.record_path]
     assert (stored.content_type, stored.cache_control) == ("application/json", "max-age=0")
-    assert set(front.note) == {"body", "started", "written", "writer", "partial", "answer"}
-    assert front.note["answer"] == told.data
-    kept = {name: told.data[name] for name in ("audio_url", "video_url")}
-    assert front.note["partial"] == {**kept, "prediction_id": next(iter(front.sandbox.predictions))}
+    assert set(front.record) == {"body", "started", "written", "writer", "partial", "answer"}
+    assert front.record["answer"] == outcome.data
+    kept = {name: outcome.data[name] for name in ("audio_url", "video_url")}
+    assert front.record["partial"] == {**kept, "prediction_id": next(iter(front.sandbox.predictions))}
     keys = [value for name, value in front.sandbox.environment().items() if name.endswith(("_KEY", "_TOKEN", "_ROLE"))]
-    secrets = [*asked.values(), front.sandbox.image_url, front.sandbox.voice_id, str(front.key), *keys]
+    secrets = [*private.values(), front.sandbox.image_url, front.sandbox.voice_id, str(front.key), *keys]
     assert [secret for secret in secrets if secret in stored.read().decode()] == []
 
 
@@ -444,18 +478,18 @@ async def test_what_the_file_holds(front: FrontEnd) -> None:
 async def test_equal_jobs_that_lose_their_answers_get_a_video_each(front: FrontEnd, fault: str, is_keyed: bool) -> None:
     """Each finds one that was made and that the other does not hold; none is bought twice."""
     front.sandbox.fault("create", fault, times=2)
-    one, two = await together(*(replace(front, key=str(uuid.uuid4()) if is_keyed else None) for _ in range(2)))
+    one, two = await send_together(*(replace(front, key=str(uuid.uuid4()) if is_keyed else None) for _ in range(2)))
     assert (one.status, two.status) == (200, 200)
-    assert (one.data["video_url"] != two.data["video_url"], front.bought) == (True, (2, 2))
+    assert (one.data["video_url"] != two.data["video_url"], front.paid_for) == (True, (2, 2))
 
 
 async def test_a_create_that_was_never_carried_out_is_made_by_the_next_request(front: FrontEnd) -> None:
     """It is looked for and not found: 500; with the key it is looked for once more, and then bought."""
     front.fault("create", kind="cut")
-    assert (await front.ask()).kind == (500, "provider", True)
+    assert (await front.send()).kind == (500, "provider", True)
     looks = len(front.sandbox.calls("list"))
-    assert (looks >= 2, front.bought) == (True, (1, 0))
-    assert ((await front.ask()).status, front.bought) == (200, (1, 1))
+    assert (looks >= 2, front.paid_for) == (True, (1, 0))
+    assert ((await front.send()).status, front.paid_for) == (200, (1, 1))
     assert len(front.sandbox.calls("list")) > looks
 
 
@@ -467,7 +501,7 @@ async def test_without_a_key_nothing_is_different(front: FrontEnd) -> None:
 
     async def sent(key: str | None) -> list[tuple[str, bytes]]:
         front.sandbox.wire.clear()
-        assert (await replace(front, key=key).ask(SILENT)).status == 200
+        assert (await replace(front, key=key).send(SILENT)).status == 200
         return [(f"{one.call} {one.method} {one.path}", one.body) for one in front.sandbox.requests]
 
     front.sandbox.reads_to_finish = 1
@@ -481,11 +515,11 @@ async def test_a_video_whose_notes_were_all_lost_is_not_bought_again(front: Fron
     """The storage was away from the create on: the next request finds its own prediction in Replicate's list."""
     front.service = start_once(PATIENCE_SECONDS="0.8")
     front.fault("upload", 2, status=503, times=None)
-    assert (await front.ask(SILENT)).status == 200
-    assert "prediction_id" not in front.note["partial"]
+    assert (await front.send(SILENT)).status == 200
+    assert "prediction_id" not in front.record["partial"]
     front.sandbox.wire.faults["upload"].clear()
-    told = await front.ask(SILENT)
-    assert (told.status, told.is_replayed, front.bought) == (200, False, (0, 1))
+    outcome = await front.send(SILENT)
+    assert (outcome.status, outcome.is_replayed, front.paid_for) == (200, False, (0, 1))
 
 
 async def test_a_speech_that_takes_long_is_not_waited_for_by_two_who_buy(
@@ -495,6 +529,6 @@ async def test_a_speech_that_takes_long_is_not_waited_for_by_two_who_buy(
     fronts = [replace(front, service=start_once(number, PATIENCE_SECONDS="0.8")) for number in (1, 2)]
     front.sandbox.fault("speech", "slow", seconds=1)
     front.sandbox.video_seconds = 1.0
-    told = await together(*fronts, when=lambda: front.sandbox.calls("speech"))
-    assert [answer.status for answer in told] == [200, 200]
+    outcomes = await send_together(*fronts, when=lambda: front.sandbox.calls("speech"))
+    assert [outcome.status for outcome in outcomes] == [200, 200]
     assert len(front.sandbox.predictions) == 1
