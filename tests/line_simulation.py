@@ -112,14 +112,18 @@ CROWDS = {
     "300 speeches at once through ten slots": Crowd(300, 0, lambda: Slots(10, 2.0)),
     "50 speeches at once through three slots": Crowd(50, 0, lambda: Slots(3, 2.0)),
     "1,000 creates at once, 600 a minute": Crowd(1_000, 0, lambda: Window(600), main.MAX_CREATES),
-    "1,000 creates in 10 s, 600 a minute": Crowd(1_000, 0.01, lambda: Window(600), main.MAX_CREATES),
+    "1,000 creates in 10 s, 600 a minute": Crowd(
+        1_000, 0.01, lambda: Window(600), main.MAX_CREATES
+    ),
     "8 creates at once, 6 a minute": Crowd(8, 0, lambda: Window(6)),
     "8 creates at once, one in 10 s": Crowd(8, 0, lambda: Bucket(6)),
     "100 creates at once, one in 10 s": Crowd(100, 0, lambda: Bucket(6)),
 }
 
 
-async def run_job(line: main.ProviderLine, exchange: main.Exchange, outcomes: list[tuple[str, float]]) -> None:
+async def run_job(
+    line: main.ProviderLine, exchange: main.Exchange, outcomes: list[tuple[str, float]]
+) -> None:
     """Make one call as send_with_retry does, up to the job's deadline; note how it ended, and when."""
     place = main.LinePlace(line, main.Job("-"))
     request = httpx.Request("POST", "http://provider")
