@@ -121,7 +121,7 @@ MAX_DRAIN_S = 20.0  # of it, for jobs with a key to end by themselves
 MAX_RECORD_SAVE_S = 4.0  # for a job that was stopped to write its record
 
 # Lines at the providers (see ProviderLine).
-MAX_CREATES = 64  # at once: so many in a second, and more would hold up /health by their handshakes
+MAX_CREATES = 64  # at once: each takes a moment, and the handshakes of more would hold up /health
 PROBE_ROUNDS = 8  # successes for each call under way, after a refusal, before one more goes at once
 LINE_SPEED_S = 120.0  # of turns, by which a wait is estimated: providers' limits are by minute
 LINE_STEP_S = 2.0  # between two looks at a job in line: its event, its deadline, its record
@@ -1485,7 +1485,8 @@ def one_line(message: str) -> str:
 # ---- Lines at the providers ------------------------------------------------------------------------
 #
 # A 429 of a speech or of a create costs nothing and concerns every job, so the jobs of this process wait
-# in a line at each of the two, first come first served. Without a 429 there is no line: nobody waits.
+# in a line at each of the two, first come first served. Without a 429 there is no line, and nobody waits
+# but for a moment, where more than MAX_CREATES come at once.
 #
 # ElevenLabs limits how many calls are under way, Replicate how many come in a minute. One rule fits both
 # (see Pace): after a refusal, as many go at once as are under way by then. At ElevenLabs that is what the
@@ -1520,7 +1521,7 @@ class LinePlace:
 
     line: "ProviderLine"
     job: Job
-    number: int = field(default_factory=itertools.count().__next__)
+    number: int = field(default_factory=itertools.count().__next__)  # in the order of calls
     turn_began_at: float = 0.0
     ahead: int | None = None  # as the client was told; None: it is not queued
     woken: asyncio.Event = field(default_factory=asyncio.Event)
@@ -1576,6 +1577,7 @@ class ProviderLine:
             self._note_refusal(place, response)
         else:
             self.turn_ends.append(time.monotonic())
+            self._forget_old_turns()
             if response.status < 300 and self.pace:
                 self.refusals_in_a_row = 0
                 self.pace = self.pace.after_success()
@@ -1594,22 +1596,27 @@ class ProviderLine:
         retry_after_s = min(max(1.0, too_long_s), MAX_BUSY_S)
         name = PROVIDER_NAMES[self.provider]
         detail = (
-            f"{name} answered {self.last_refusal}, and the line there, {ahead} jobs long, takes longer"
-            f" than this job has; try again in {retry_after_s:.0f} s."
+            f"{name} answered {self.last_refusal}, and the wait there, with {ahead} jobs ahead, is"
+            f" longer than this job has; try again in {retry_after_s:.0f} s."
         )
         raise ProviderBusy(detail, self.provider, retry_after_s)
 
     def _expected_wait_s(self, ahead: int) -> float:
         """Return how long a job waits at the line's present speed; while none is known, for the pause."""
+        self._forget_old_turns()
         now = time.monotonic()
-        while self.turn_ends and self.turn_ends[0] < now - LINE_SPEED_S:
-            self.turn_ends.popleft()
         pause_s = max(0.0, self.paused_until - now)
         turns = len(self.turn_ends) + self.under_way
         if turns == 0:
             return pause_s
         seconds = min(now - self.busy_since, LINE_SPEED_S)
         return max(pause_s, ahead * seconds / turns)
+
+    def _forget_old_turns(self) -> None:
+        """Keep the turns of the last LINE_SPEED_S."""
+        since = time.monotonic() - LINE_SPEED_S
+        while self.turn_ends and self.turn_ends[0] < since:
+            self.turn_ends.popleft()
 
     def _may_go(self, place: LinePlace) -> bool:
         """Return whether it is this place's turn."""
@@ -1660,7 +1667,10 @@ class ProviderLine:
     def _note_refusal(self, place: LinePlace, response: ProviderResponse) -> None:
         """Form a line if there is none, let fewer go at once, and pause as long as the provider asks."""
         now = time.monotonic()
+        asked_s = response.retry_after_s(time.time())
         self.last_refusal = f"{response.status}: {provider_message(response)}".rstrip(".")
+        if asked_s:
+            self.last_refusal += f" (it asks to wait {asked_s:.0f} s)"
         if self.pace is None:
             self.formed_at = now
             self.refusals = 0
@@ -1670,7 +1680,6 @@ class ProviderLine:
             self.refusals_in_a_row += 1
         self.refused_at = now
         self.pace = Pace.after_refusal(self.under_way)
-        asked_s = response.retry_after_s(time.time())
         # While calls are under way, the end of one is the sign to ask again.
         if asked_s is not None or self.under_way == 0:
             pause_s = backoff_s(max(1, self.refusals_in_a_row), asked_s)
