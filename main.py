@@ -1596,7 +1596,7 @@ class ProviderLine:
         retry_after_s = min(max(1.0, too_long_s), MAX_BUSY_S)
         name = PROVIDER_NAMES[self.provider]
         detail = (
-            f"{name} answered {self.last_refusal}, and the wait there, with {ahead} jobs ahead, is"
+            f"{name} answered {self.last_refusal} The wait in line there, with {ahead} jobs ahead, is"
             f" longer than this job has; try again in {retry_after_s:.0f} s."
         )
         raise ProviderBusy(detail, self.provider, retry_after_s)
@@ -1668,9 +1668,9 @@ class ProviderLine:
         """Form a line if there is none, let fewer go at once, and pause as long as the provider asks."""
         now = time.monotonic()
         asked_s = response.retry_after_s(time.time())
-        self.last_refusal = f"{response.status}: {provider_message(response)}".rstrip(".")
+        self.last_refusal = f"{response.status}: {provider_message(response).rstrip('.')}."
         if asked_s:
-            self.last_refusal += f" (it asks to wait {asked_s:.0f} s)"
+            self.last_refusal += f" It asks to wait {asked_s:.0f} s."
         if self.pace is None:
             self.formed_at = now
             self.refusals = 0

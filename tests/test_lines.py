@@ -376,7 +376,7 @@ async def test_the_log_says_when_a_line_forms_and_when_it_is_gone(
     await main.elevenlabs_tts_bytes("Hello", "voice")
     lines = [record.getMessage() for record in caplog.records if record.name == "talking_pet"]
     assert len(lines) == 2
-    assert lines[0].endswith("a line forms at elevenlabs: 429: Too many")
+    assert lines[0].endswith("a line forms at elevenlabs: 429: Too many.")
     assert lines[1].partition("the line at elevenlabs is gone: ")[2].endswith("refusals=5")
 
 
