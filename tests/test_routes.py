@@ -250,7 +250,7 @@ def test_pages_of_allowed_origins_only_can_read_an_answer(
     assert anyone["access-control-allow-origin"] == "*"
     assert "access-control-allow-credentials" not in anyone
     exposed = {name.strip() for name in anyone["access-control-expose-headers"].lower().split(",")}
-    assert exposed == {"x-request-id", "server-timing", "idempotency-replayed"}
+    assert exposed == {"x-request-id", "server-timing", "idempotency-replayed", "retry-after"}
 
 
 def test_a_preflight_allows_a_job_to_known_pages(guarded_client: httpx.Client) -> None:
