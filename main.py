@@ -116,6 +116,7 @@ MAX_VALUE_CHARS = 2_000  # of a default; an enum's values are shorter
 MAX_DESCRIPTION_CHARS = 300
 MAX_NUMBER = 1e15  # larger ones bound nothing
 MAX_FIELD_ERRORS = 20  # that Replicate reports about one input
+MAX_NAMED_FIELDS = 10  # of a model, in the `params` of one error
 MAX_OUTPUT_VALUES = 1_000  # the video's URL is among the first few
 MAX_MP3_GAPS = 1_000  # places in a speech where a frame is looked for
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
@@ -2830,7 +2831,7 @@ def build_model_input(
             reason = "only /jobs_prompt_tts has"
         names = one_line(", ".join(missing))
         message = f"{model.name} needs {names}, which {reason}"
-        raise invalid_field("model", message, params={"missing": missing})
+        raise invalid_field("model", message, params={"missing": missing[:MAX_NAMED_FIELDS]})
     if model is HAILUO and values["duration"] == 10 and values["resolution"] == "1080p":
         message = "must be 512p or 768p with 10 seconds"
         raise invalid_field("resolution", message, params={"allowed": ["512p", "768p"]})

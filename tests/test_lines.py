@@ -459,6 +459,18 @@ def test_the_client_is_told_how_many_are_ahead(sandbox: Sandbox, service: Servic
         assert states[states.index(("done", None)) - 1] == ("progress", None)
 
 
+def test_a_crowd_comes_through_a_plans_slots(sandbox: Sandbox, service: Service) -> None:
+    """Over real sockets: all are served, with fewer refusals than jobs."""
+    sandbox.speech_slots = 2
+    sandbox.speech_delay_s = 0.4
+    streams = [EventStream(service, speech_job(sandbox)) for _ in range(12)]
+    for stream in streams:
+        stream.thread.join(4 * WAIT_S)
+    assert [stream.events[-1][0] for stream in streams] == ["result"] * 12
+    assert sandbox.speeches.total() == 12
+    assert 0 < len(sandbox.calls("speech")) - 12 < 12 + 6
+
+
 def test_server_timing_names_the_time_in_line(sandbox: Sandbox, service: Service) -> None:
     """In milliseconds, beside the stage in which the job waited; not named by a job that did not."""
     sandbox.fault("create", "status", status=429, headers={"Retry-After": "1"})
