@@ -182,7 +182,7 @@ REPEATED_STATUSES = {
     "create": {429},
     "model": {408, 429, *SERVER_ERRORS},
     "list": {408, 429, *SERVER_ERRORS},
-    "read": {401, 403, 404, 408, 429, *SERVER_ERRORS},
+    "read": {401, 403, 404, 408, 429, *range(300, 400), *SERVER_ERRORS},
     "upload": {429, *SERVER_ERRORS},
     "fetch": {404, 429, *SERVER_ERRORS},
     "paid upload": {429, *SERVER_ERRORS},

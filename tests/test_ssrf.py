@@ -185,7 +185,7 @@ async def test_an_unreachable_url_is_a_failed_resource(
     pets.answers |= {f"/{number}": [redirect(location)] for number, location in enumerate(NONSENSE)}
     answer = await debug_head(client, url)
     assert (answer.status_code, answer.json()["category"]) == (500, "resource")
-    assert answer.json()["detail"].startswith(f"The URL did not answer: {reason}")
+    assert answer.json()["detail"].startswith(f"The URL did not answer: {reason}"[:300])
     assert internet.internal_server.was_never_contacted()
 
 
@@ -301,7 +301,7 @@ async def test_a_name_look_up_counts_as_connecting(
     answered, known = threading.Event(), socket.getaddrinfo
 
     def slow_at_first(*args: Any, **options: Any) -> Any:
-        if not caplog.records:
+        if "took too long" not in caplog.text:
             answered.wait(5)
         return known(*args, **options)
 
@@ -310,7 +310,7 @@ async def test_a_name_look_up_counts_as_connecting(
     await in_lifespan(main.download(URL, tmp_path / "video.mp4"))
     answered.set()
 
-    assert "(ConnectTimeout looking up pets.example took too long)" in log_lines(caplog)[0]
+    assert "(ConnectTimeout looking up pets.example took too long)" in log_lines(caplog)[-1]
 
 
 # Redirects
