@@ -90,7 +90,7 @@ def test_render_asks_for_the_secrets_and_sets_the_defaults() -> None:
     """No key stands in the repository; what else is set is the service's own default."""
     known = {key: value for key, value in render_variables().items() if key in DEFAULTS}
     secrets = {key for key, value in known.items() if value == "sync: false"}
-    assert secrets == {name.upper() for name in main.SPEECH_JOB_SETTINGS}
+    assert secrets == {name.upper() for name in (*main.SPEECH_JOB_SETTINGS, "service_token")}
     assert {
         key: value for key, value in known.items() if key not in secrets
     }.items() <= DEFAULTS.items()

@@ -215,9 +215,9 @@ async def test_an_unusable_poll_does_not_end_the_job(replicate):
     assert (replicate.read.call_count, replicate.create.call_count) == (len(odd) + 1, 1)
 
 
-async def test_a_prediction_over_8_mb_ends_the_job(client, replicate):
+async def test_a_prediction_over_1_mb_ends_the_job(client, replicate):
     """At once, since the next poll would return the same; it is a 500 with the id in `partial`."""
-    replicate.reads({**DONE, "logs": "x" * 8_000_000})
+    replicate.reads({**DONE, "logs": "x" * 1_000_000})
     message = "Replicate's response is larger than the service reads."
     assert await failed(client) == (500, message, {"prediction_id": "p1"})
     assert replicate.read.call_count == 1
@@ -249,7 +249,7 @@ OUTPUTS: list[tuple[Any, ...]] = [
     ("text", VIDEO_URL, VIDEO_URL),
     ("the first of a list", [VIDEO_URL, "https://replicate.delivery/2.mp4"], VIDEO_URL),
     ("one in the other", {"seed": 5, "files": [None, {"url": VIDEO_URL}]}, VIDEO_URL),
-    ("after others", ["data:video/mp4;base64,AA", *["http://xn--a/"] * 999, VIDEO_URL], VIDEO_URL),
+    ("after others", ["data:video/mp4;base64,AA", *["http://xn--a/"] * 997, VIDEO_URL], VIDEO_URL),
     ("after a thousand that are none", ["http://xn--a/"] * 1000 + [VIDEO_URL], None),
     ("a name", {VIDEO_URL: 5}, None),
     ("null", None, None),
