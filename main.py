@@ -4768,7 +4768,10 @@ async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
 async def record_end(job: Job, error: ServiceError) -> None:
     """Write that a job was refused for good, or that it has given its claim up: others need not wait."""
     log = job.log
-    is_final = job.partial.prediction_id and not error.retryable and error.category == "provider"
+    # Not a rejected key or plan, which the owner can change: the video is paid for, and may be there.
+    may_be_final = error.http_status == 400 or job.past_deadline()
+    is_refused = may_be_final and not error.retryable and error.category == "provider"
+    is_final = job.partial.prediction_id and is_refused
     if log is None or not (is_final or log.owns_claim()):
         return
     with anyio.move_on_after(MAX_RECORD_SAVE_S, shield=True):
