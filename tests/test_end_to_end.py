@@ -144,7 +144,7 @@ LOOKS = [  # what comes, the picture's address if it is another one, and how it 
     ("503", reply(503), "", ""),
     ("a redirect to nonsense", redirect("http://[::1"), "", ""),
     ("a redirect to another port", redirect("http://pets.example:8080/pet.jpg"), "", ""),
-    ("no such name", PET, "http://nowhere.example/pet.jpg", ""),
+    ("no such name", PET, "http://nowhere.example/pet.jpg", "its host does not exist"),
 ]
 
 

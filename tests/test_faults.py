@@ -19,7 +19,7 @@ import pytest
 
 from tests.sandbox import Sandbox, Service
 from tests.support.processes import children, files_in, needs_proc, socket_count
-from tests.support.requests import service_client, short_video, speech_job
+from tests.support.requests import RESULT_FIELDS, service_client, short_video, speech_job
 
 # Services by their deadline in seconds: enough to come to the video, enough to come to the end, plenty.
 INSTANCES = {1: 2, 2: 1, 60: 2}
@@ -294,7 +294,7 @@ def test_what_is_worth_repeating_is_repeated(seen: dict[Case, Seen], case: Case)
     """A fault that passes costs the job nothing but a moment; what is found is not made again."""
     found = seen[case]
     assert found.status == 200, found.answer
-    assert set(found.answer) == {"audio_url", "video_url", "final_url"}
+    assert set(found.answer) == RESULT_FIELDS
     usual = 2 if case.place == "audio upload" else 1  # the other upload goes well
     assert found.asked == usual + (0 if case.outcome == "found" else case.times or 0)
 
