@@ -1423,7 +1423,9 @@ class AppState:
 
     http: httpx.AsyncClient
     ffmpeg_slots: asyncio.Semaphore
-    conversion_slot: asyncio.Semaphore  # of its own: no mux waits for a conversion
+    conversion_slot: asyncio.Semaphore = field(  # of its own: no mux waits for a conversion
+        default_factory=lambda: asyncio.Semaphore(1)
+    )
     speech_line: "ProviderLine" = field(default_factory=lambda: ProviderLine("elevenlabs"))
     create_line: "ProviderLine" = field(
         default_factory=lambda: ProviderLine("replicate", MAX_CREATES)
@@ -1467,7 +1469,7 @@ async def open_app_state() -> AsyncIterator[AppState]:
     headers = {"Accept-Encoding": "identity"}  # nothing is unpacked: a small body stays small
     async with httpx.AsyncClient(transport=transport, timeout=TIMEOUT, headers=headers) as http:
         ffmpeg_slots = asyncio.Semaphore(min(os.cpu_count() or 1, MAX_FFMPEG))
-        yield AppState(http, ffmpeg_slots, conversion_slot=asyncio.Semaphore(1))
+        yield AppState(http, ffmpeg_slots)
 
 
 # ---- HTTP calls: retry policy and backoff ----------------------------------------------------------

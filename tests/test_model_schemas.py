@@ -808,7 +808,7 @@ async def test_the_output_of_a_speaking_model_must_be_a_video(client, respx_mock
     body = (await client.post("/jobs_prompt_tts", json={**JOB, "model": SPEAKING})).json()
     assert (body["category"], body["detail"]) == (
         "resource",
-        "What the model made is not an MP4 video.",
+        "The model made a web page, not a video.",
     )
     assert (body["partial"]["video_url"], body["partial"]["prediction_id"]) == (VIDEO_URL, "p1")
     assert upload.call_count == 1
