@@ -101,6 +101,7 @@ MAX_RESPONSE_BYTES = 2_000_000  # of a provider's JSON; the largest model schema
 MAX_PREDICTION_BYTES = 1_000_000  # of one prediction with its whole log
 MAX_LIST_BYTES = 8_000_000  # of a list of a hundred predictions
 MAX_JSON_VALUES = 100_000  # of one body: they take some 20 ms, in which nothing else runs, and 7 MB
+MAX_URL_CHARS = 4_096
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
 MAX_ERROR_CHARS = 1_000  # of an error's text as a client gets it, whoever wrote it
 MAX_LOG_CHARS = 20_000  # of one line of the log, its traceback included
@@ -116,6 +117,7 @@ MAX_VALUE_CHARS = 2_000  # of a default; an enum's values are shorter
 MAX_DESCRIPTION_CHARS = 300
 MAX_NUMBER = 1e15  # larger ones bound nothing
 MAX_FIELD_ERRORS = 20  # that Replicate reports about one input
+MAX_NAMED_FIELDS = 10  # of a model, in the `params` of one error
 MAX_OUTPUT_VALUES = 1_000  # the video's URL is among the first few
 MAX_MP3_GAPS = 1_000  # places in a speech where a frame is looked for
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
@@ -200,7 +202,7 @@ HEAD_TIMEOUT_S = 10.0
 PICTURE_TIMEOUT_S = 3.0
 MAX_HEADS = 8  # remote files that are looked at for /debug/head at once
 MAX_PICTURE_CHECKS = 100  # ... and for jobs
-MAX_HEAD_BYTES = 32 * 1024  # that the servers of one remote file may send, redirects included
+MAX_HEAD_BYTES = 32 * 1024  # that the servers of one remote file may send before its body
 READ_BYTES = 4 * 1024  # of them at a time, so that little is read beyond the headers
 MAX_REDIRECTS = 5
 MAX_DNS_LOOKUPS = 16  # at once, of names that strangers gave
@@ -484,7 +486,7 @@ def refuse_embedded_file(value: Any) -> Any:
     return value
 
 
-UrlText = Annotated[str, StringConstraints(strict=True, max_length=4096)]
+UrlText = Annotated[str, StringConstraints(strict=True, max_length=MAX_URL_CHARS)]
 HttpUrl = Annotated[
     UrlText,
     BeforeValidator(refuse_embedded_file),  # however long it is
@@ -762,6 +764,7 @@ class Unauthorized(InvalidInput):
     """The request carries none of the tokens of SERVICE_TOKEN."""
 
     http_status = 401
+    code = "unauthorized"
     headers = {"WWW-Authenticate": "Bearer"}
 
 
@@ -796,9 +799,11 @@ class ProviderFailed(ServiceError):
 class ProviderBusy(ProviderFailed):
     """The line at a provider is too long for the job's deadline; nothing was asked for."""
 
+    code = "busy"
+
     def __init__(self, detail: str, provider: Provider, retry_after_s: float) -> None:
         super().__init__(detail, provider)
-        self.retry_after_s = retry_after_s
+        self.headers = {"Retry-After": str(math.ceil(retry_after_s))}
 
 
 class SpeechTooLarge(ServiceError):
@@ -1159,12 +1164,12 @@ class DnsResolver:
         return await resolved
 
 
-# How much the servers of the remote file that is being looked at (see head) may still send, in bytes.
-head_bytes_left: ContextVar[int] = ContextVar("head_bytes_left", default=MAX_HEAD_BYTES)
+# What the servers of a remote file may still send before its body, redirects included; in bytes.
+head_bytes_left: ContextVar[float] = ContextVar("head_bytes_left", default=MAX_HEAD_BYTES)
 
 
 class MeteredStream(httpcore.AsyncNetworkStream):
-    """A connection to a server that a stranger named, which may send MAX_HEAD_BYTES for one request."""
+    """A connection to a server that a stranger, or a model, has named: it may send `head_bytes_left`."""
 
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
@@ -1174,7 +1179,9 @@ class MeteredStream(httpcore.AsyncNetworkStream):
         bytes_left = head_bytes_left.get()
         if bytes_left <= 0:
             raise httpcore.RemoteProtocolError("it sends too much")
-        received = await self._stream.read(min(max_bytes, READ_BYTES), timeout)
+        if bytes_left < math.inf:
+            max_bytes = min(max_bytes, READ_BYTES)
+        received = await self._stream.read(max_bytes, timeout)
         head_bytes_left.set(bytes_left - len(received))
         return received
 
@@ -1224,8 +1231,10 @@ class PublicOnlyBackend(httpcore.AnyIOBackend):
         addresses = addresses[:MAX_ADDRESSES]
         for address in addresses[:-1]:
             with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                return await connect(address, port, timeout, local_address, socket_options)
-        return await connect(addresses[-1], port, timeout, local_address, socket_options)
+                stream = await connect(address, port, timeout, local_address, socket_options)
+                return MeteredStream(stream)
+        stream = await connect(addresses[-1], port, timeout, local_address, socket_options)
+        return MeteredStream(stream)
 
     async def _resolve(self, host: str, port: int, timeout_s: float | None) -> list[str]:
         with suppress(ValueError):
@@ -1294,14 +1303,6 @@ class HttpcoreStream(httpx.AsyncByteStream):
         await self._stream.aclose()
 
 
-class UserSuppliedBackend(PublicOnlyBackend):
-    """Connects to servers that strangers name: public ones, and what they send is metered."""
-
-    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
-        """Connect as PublicOnlyBackend does."""
-        return MeteredStream(await super().connect_tcp(*args, **options))
-
-
 class GuardedTransport(httpx.AsyncBaseTransport):
     """Sends each request through a pool: two for the owner's own addresses, two guarded ones for all others."""
 
@@ -1309,7 +1310,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         self.trusted = connection_pool(httpcore.AnyIOBackend())
         self.new_connections = connection_pool(httpcore.AnyIOBackend(), max_idle=0)
         self.public = connection_pool(PublicOnlyBackend())
-        self.user_supplied = connection_pool(UserSuppliedBackend())
+        self.user_supplied = connection_pool(PublicOnlyBackend())
 
     def pool_for(self, request: httpx.Request) -> httpcore.AsyncConnectionPool:
         """Return the pool for a request. Raises BlockedUrl."""
@@ -2467,7 +2468,9 @@ async def download(url: str, target: Path, retry: RetryPolicy = PAID_DOWNLOAD_RE
 
 async def download_once(target: Path, request: httpx.Request, max_bytes: int) -> ProviderResponse:
     """Make one attempt at a download: a success goes to `target`, a refusal's body into the response."""
+    head_bytes_left.set(MAX_HEAD_BYTES)
     async with follow_redirects(request) as response:
+        head_bytes_left.set(math.inf)  # a body has limits of its own
         if response.status_code != 200:
             return await read_response(response, max_bytes)
         check_download_size(content_length(response) or 0)
@@ -2529,7 +2532,8 @@ async def head(url: str, timeout_s: float, slots: asyncio.Semaphore) -> HeadResu
         raise ResourceFailed(message, code="download_failed") from exc
     except TimeoutError as exc:
         if is_waiting:
-            raise ResourceFailed("The service looks at too many files; try again.") from exc
+            message = "The service looks at too many files; try again."
+            raise ResourceFailed(message, code="busy") from exc
         message = f"The URL did not answer within {timeout_s:g} s."
         raise ResourceFailed(message, code="download_failed") from exc
 
@@ -2826,7 +2830,7 @@ def build_model_input(
             reason = "only /jobs_prompt_tts has"
         names = one_line(", ".join(missing))
         message = f"{model.name} needs {names}, which {reason}"
-        raise invalid_field("model", message, params={"missing": missing})
+        raise invalid_field("model", message, params={"missing": missing[:MAX_NAMED_FIELDS]})
     if model is HAILUO and values["duration"] == 10 and values["resolution"] == "1080p":
         message = "must be 512p or 768p with 10 seconds"
         raise invalid_field("resolution", message, params={"allowed": ["512p", "768p"]})
@@ -3012,6 +3016,13 @@ def last_percent(logs: Any) -> int | None:
     return int(percents[-1]) if percents else None
 
 
+def is_http_url(value: Any) -> bool:
+    """Return whether a value looks like an http(s) URL of a bearable length."""
+    if not isinstance(value, str) or len(value) > MAX_URL_CHARS:
+        return False
+    return re.match("https?://", value, re.IGNORECASE) is not None
+
+
 def first_url(output: Any) -> str | None:
     """Return the first URL in a prediction's output, which is a string, a list or an object."""
     pending = [output]
@@ -3023,7 +3034,7 @@ def first_url(output: Any) -> str | None:
             value = list(value.values())
         if isinstance(value, list):
             pending.extend(reversed(value[:MAX_OUTPUT_VALUES]))
-        elif isinstance(value, str) and re.match("https?://", value, re.IGNORECASE):
+        elif is_http_url(value):
             with suppress(ValueError):
                 return check_http_url(value)
     return None
@@ -3131,7 +3142,9 @@ def check_allowed_model(name: str) -> None:
     allowed = get_settings().allowed_models
     if allowed is not None and name not in allowed.split(","):
         choices = one_line(allowed.replace(",", " or "))
-        raise invalid_field("model", f"must be {choices}")
+        params: ErrorParams = {"allowed": allowed.split(",")}
+        message = f"must be {choices}"
+        raise invalid_field("model", message, code="model_not_allowed", params=params)
 
 
 def begin_lookup(name: str, is_known: bool) -> ModelLookup:
@@ -3144,7 +3157,7 @@ def begin_lookup(name: str, is_known: bool) -> ModelLookup:
             message = (
                 f"The service looks up {MAX_LOOKUPS_PER_MINUTE} new models a minute; try again."
             )
-            raise ResourceFailed(message)
+            raise ResourceFailed(message, code="busy")
         state.lookups_at.append(now)
 
     task = asyncio.create_task(look_up_model(name))
@@ -4233,10 +4246,7 @@ def error_response(
 
 async def handle_service_error(request: Request, exc: ServiceError) -> Response:
     """Answer an error of the service's own."""
-    headers = {}
-    if isinstance(exc, ProviderBusy):
-        headers["Retry-After"] = str(math.ceil(exc.retry_after_s))
-    return error_response(request, exc, headers)
+    return error_response(request, exc)
 
 
 # Pydantic's error types: our code and plain words.
@@ -4758,7 +4768,10 @@ async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
 async def record_end(job: Job, error: ServiceError) -> None:
     """Write that a job was refused for good, or that it has given its claim up: others need not wait."""
     log = job.log
-    is_final = job.partial.prediction_id and not error.retryable and error.category == "provider"
+    # Not a rejected key or plan, which the owner can change: the video is paid for, and may be there.
+    may_be_final = error.http_status == 400 or job.past_deadline()
+    is_refused = may_be_final and not error.retryable and error.category == "provider"
+    is_final = job.partial.prediction_id and is_refused
     if log is None or not (is_final or log.owns_claim()):
         return
     with anyio.move_on_after(MAX_RECORD_SAVE_S, shield=True):

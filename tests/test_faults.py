@@ -71,7 +71,8 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # 3, 4:  the call is repeated. One such fault does no harm; if it goes on, the job ends after so many attempts.
-# on:    an outage of five attempts does no harm; if it goes on, the job ends when patience does (a read: late).
+# on:    an outage of five attempts does no harm; if it goes on, the job ends when patience does (a read: late; a 429 of
+#        speech or create: once its wait in line would pass the deadline).
 # found: the call was carried out although its answer never came, and what it made is found.
 # ends:  the job ends at once with an error of that place.
 # late:  the job ends at its deadline.
@@ -156,6 +157,8 @@ class Case:
     @property
     def deadline_s(self) -> int:
         """The deadline of the service that is to be used."""
+        if self.goes_on and self.place in ("speech", "create") and self.fault == "429":
+            return 2  # in line: it is refused once the next wait would pass the deadline
         if not self.is_late:
             return 60
         return 2 if self.place in ("video", "final upload") else 1

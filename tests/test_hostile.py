@@ -217,6 +217,21 @@ async def test_no_more_videos_are_paid_for_than_an_hour_may_have(
     assert sandbox_environ.calls("speech") == []
 
 
+async def test_a_refused_job_with_a_key_is_refused_again_before_its_speech(
+    sandbox_environ: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is sent, it pays for nothing while the hour has no video left."""
+    headers = {"Idempotency-Key": "refused"}
+    async with application(monkeypatch, MAX_VIDEOS_PER_HOUR="1") as client:
+        assert (await send_video_job(client, sandbox_environ)).status_code == 200
+        for _ in range(2):
+            response = await client.post(
+                "/jobs_prompt_tts", json=speech_request(sandbox_environ), headers=headers
+            )
+            assert response.status_code == 429
+    assert sandbox_environ.calls("speech") == []
+
+
 async def test_jobs_at_the_same_time_do_not_pay_for_speech_in_vain(
     sandbox_environ: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -692,23 +707,43 @@ async def debug_head(client: httpx.AsyncClient, url: str = URL) -> httpx.Respons
     return await client.post("/debug/head", json={"url": url})
 
 
+def hint_without_end(connection: socket.socket, head: str) -> None:
+    """Send `103 Early Hints` until the client leaves."""
+    while True:
+        connection.sendall(b"HTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\n\r\n")
+
+
 async def test_endless_early_hints_are_cut_off(
     hostile: StartHostile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server may send 32 KB in all before its response."""
-    sent = 0
-
-    def respond(connection: socket.socket, head: str) -> None:
-        nonlocal sent
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
-        while True:
-            sent += connection.send(b"HTTP/1.1 103 Early Hints\r\nlink: </a.css>\r\n\r\n")
-
-    hostile(respond)
+    hostile(hint_without_end)
     async with application(monkeypatch) as client:
         response = await debug_head(client)
     assert response.status_code == 500
     assert "sends too much" in response.json()["detail"]
+
+
+async def test_a_download_has_no_endless_early_hints_either(
+    hostile: StartHostile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A stranger's model names the server of its video."""
+    hostile(hint_without_end)
+    async with application(monkeypatch):
+        with pytest.raises(main.ResourceFailed, match="sends too much"), anyio.fail_after(20):
+            await main.download(URL, tmp_path / "video.mp4")
+
+
+async def test_the_body_of_a_download_is_not_metered(
+    hostile: StartHostile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only what comes before it is."""
+    body = bytes(300_000)
+    start = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    hostile(lambda connection, head: connection.sendall(start + body))
+    async with application(monkeypatch):
+        await main.download(URL, tmp_path / "video.mp4")
+    assert (tmp_path / "video.mp4").read_bytes() == body
 
 
 @pytest.mark.parametrize(

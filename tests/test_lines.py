@@ -313,7 +313,7 @@ async def test_who_would_come_too_late_is_refused_at_once(
     with pytest.raises(main.ProviderBusy, match="429: Too many") as caught:
         line.check_turn(job, ahead)
     error = caught.value
-    assert error.retry_after_s == pytest.approx(retry_after_s, abs=1)
+    assert float(error.headers["Retry-After"]) == pytest.approx(retry_after_s, abs=1)
     assert (error.http_status, error.category, error.retryable) == (500, "provider", True)
 
 
@@ -457,6 +457,18 @@ def test_the_client_is_told_how_many_are_ahead(sandbox: Sandbox, service: Servic
         states = [(data["state"], data.get("status")) for _, data in stream.events[:-1]]
         assert states[:2] == [("started", None), ("progress", "queued")]
         assert states[states.index(("done", None)) - 1] == ("progress", None)
+
+
+def test_a_crowd_comes_through_a_plans_slots(sandbox: Sandbox, service: Service) -> None:
+    """Over real sockets: all are served, with fewer refusals than jobs."""
+    sandbox.speech_slots = 2
+    sandbox.speech_delay_s = 0.4
+    streams = [EventStream(service, speech_job(sandbox)) for _ in range(12)]
+    for stream in streams:
+        stream.thread.join(4 * WAIT_S)
+    assert [stream.events[-1][0] for stream in streams] == ["result"] * 12
+    assert sandbox.speeches.total() == 12
+    assert 0 < len(sandbox.calls("speech")) - 12 < 12 + 6
 
 
 def test_server_timing_names_the_time_in_line(sandbox: Sandbox, service: Service) -> None:

@@ -841,3 +841,21 @@ def test_a_schema_of_300_fields_is_read():
     """MAX_SCHEMA_FIELDS itself is allowed."""
     properties = {"image": FILE, **{f"field{number}": TEXT for number in range(299)}}
     assert fit(unseen(properties)) == {"image": PICTURE_URL}
+
+
+async def test_a_failed_look_up_does_not_forget_a_newer_one(client):
+    """When it ends after another has taken its place, that one stays."""
+    models = main.app_state().models
+
+    async def look_up(error: Exception | None) -> main.VideoModel:
+        if error:
+            raise error
+        return main.HAILUO
+
+    old = asyncio.create_task(look_up(main.ProviderFailed("down", "replicate")))
+    await asyncio.wait({old})
+    new = main.ModelLookup(asyncio.create_task(look_up(None)), time.monotonic() + 60)
+    models["a/b"] = new
+    main.forget_failed_lookup("a/b", old)
+    assert models.pop("a/b") is new
+    assert await new.task is main.HAILUO

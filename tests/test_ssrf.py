@@ -185,7 +185,7 @@ async def test_an_unreachable_url_is_a_failed_resource(
     pets.answers |= {f"/{number}": [redirect(location)] for number, location in enumerate(NONSENSE)}
     answer = await debug_head(client, url)
     assert (answer.status_code, answer.json()["category"]) == (500, "resource")
-    assert answer.json()["detail"].startswith(f"The URL did not answer: {reason}")
+    assert answer.json()["detail"].startswith(f"The URL did not answer: {reason}"[:300])
     assert internet.internal_server.was_never_contacted()
 
 

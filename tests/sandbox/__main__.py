@@ -30,6 +30,7 @@ TEXT = "Hello! I am Rex. I can talk now, and I have a lot to say!"
 PROMPT = "The dog looks into the camera and talks"
 VIDEO_FILE = Path("talking-pet.mp4")
 VIDEO_SECONDS = 2.5
+SPEECH_DELAY_S = 2.0  # with --eleven-slots, so that there is something to wait for
 JOB_TIMEOUT_S = 660.0
 LOG_POLL_S = 0.1  # how often the service's log is checked for new lines
 ERASE_TO_END = "\x1b[K" if sys.stdout.isatty() else ""  # of the line; empty if not on a terminal
@@ -44,8 +45,16 @@ def main() -> int:
     options = parse_options()
     print(INTRODUCTION)
     with ExitStack() as stack:
-        providers = Sandbox(options.port, video_seconds=VIDEO_SECONDS, tones=False)
+        providers = Sandbox(
+            options.port,
+            video_seconds=VIDEO_SECONDS,
+            tones=False,
+            speech_slots=options.eleven_slots,
+            speech_delay_s=SPEECH_DELAY_S if options.eleven_slots else 0.0,
+        )
         sandbox = stack.enter_context(providers)
+        if options.creates_per_minute:
+            sandbox.limits(options.creates_per_minute)
         service = stack.enter_context(Service(sandbox.environment(), options.service_port))
         sandbox.service_url = service.url
         print(f"providers  {sandbox.url}")
@@ -113,6 +122,18 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--image", help="a picture: a file or a URL")
     parser.add_argument("--model", help="a Replicate model, as owner/name")
     parser.add_argument(
+        "--eleven-slots",
+        type=positive,
+        metavar="N",
+        help="speeches that ElevenLabs makes at once; more are refused with 429",
+    )
+    parser.add_argument(
+        "--creates-per-minute",
+        type=positive,
+        metavar="N",
+        help="videos that Replicate begins in a minute; more are refused with 429",
+    )
+    parser.add_argument(
         "--verbose",
         action="store_true",
         help="print the service's log as it comes",
@@ -135,6 +156,13 @@ def parse_options() -> argparse.Namespace:
 def port(text: str) -> int:
     """Parse a port number; argparse reports the ValueError as an invalid port."""
     if not 0 <= int(text) <= 65_535:
+        raise ValueError(text)
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1 on; argparse reports the ValueError as an invalid one."""
+    if int(text) < 1:
         raise ValueError(text)
     return int(text)
 
@@ -220,6 +248,8 @@ def show_stage(stage: dict[str, Any]) -> None:
         if stage.get("percent") is not None:
             percent = f"{stage['percent']} %"
         status = stage.get("status") or ""
+        if stage.get("ahead") is not None:
+            status += f", {stage['ahead']} ahead"
         print(f"{line}  {status} {percent}{ERASE_TO_END}", end="\r", flush=True)
 
 

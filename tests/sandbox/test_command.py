@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.sandbox import PortTaken, Service
-from tests.sandbox.__main__ import port
+from tests.sandbox.__main__ import port, positive
 from tests.sandbox.media import probe
 from tests.sandbox.service import ROOT, ServiceError
 from tests.support.requests import prompt_job
@@ -156,3 +156,10 @@ def test_the_command_stays_up_until_it_is_interrupted(beside, http):
     assert not log.exists()
     with pytest.raises(httpx.TransportError):
         http.get(service_line.split()[1])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "ten"])
+def test_a_providers_limit_is_a_number_from_one_on(text):
+    """Anything else is refused before anything starts."""
+    with pytest.raises(ValueError, match=text):
+        positive(text)

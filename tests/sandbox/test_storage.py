@@ -450,5 +450,5 @@ def test_an_object_can_vanish_while_it_is_overwritten(sandbox, call):
     upload(call, "pets/a")
     url = "/storage/v1/object/public/pets/a"
     assert call("GET", url).status_code == 200
-    upload(call, "pets/a", b"new")
+    upload(call, "pets/a", b"new", x_upsert="true")
     assert storage_error(call("GET", url)) == (400, "404", "The resource was not found")
