@@ -19,7 +19,7 @@ import pytest
 
 from tests.sandbox import Sandbox, Service
 from tests.support.processes import children, files_in, needs_proc, socket_count
-from tests.support.requests import service_client, short_video, speech_job
+from tests.support.requests import RESULT_FIELDS, service_client, short_video, speech_job
 
 # How many services have which deadline in seconds: enough for the video, for the whole job, and plenty.
 INSTANCES = {1: 2, 2: 1, 60: 2}
@@ -331,7 +331,7 @@ def test_a_passing_fault_is_retried(seen: dict[Case, Seen], case: Case) -> None:
     """The job succeeds after as many calls as its retry policy makes, and no prediction is made twice."""
     found = seen[case]
     assert found.status == 200, found.answer
-    assert set(found.answer) == {"audio_url", "video_url", "final_url"}
+    assert set(found.answer) == RESULT_FIELDS
     usual = 2 if case.place == "audio upload" else 1  # the other upload goes well
     assert found.asked == usual + (0 if case.outcome == "found" else case.times or 0)
 
