@@ -122,7 +122,7 @@ MAX_OUTPUT_VALUES = 1_000  # the video's URL is among the first few
 MAX_MP3_GAPS = 1_000  # places in a speech where a frame is looked for
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
 MAX_MP4_INDEX_BYTES = 1_000_000  # of `moov`; the video's description is near its start
-MAX_HEAD_BYTES = 64 * 1024  # of a file, from which its format is known
+MAX_FORMAT_BYTES = 64 * 1024  # at the start of a file, from which its format is known
 
 # Seconds of silence on a connection, not of a whole call.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
@@ -3614,7 +3614,7 @@ CUT_OFF = "The video that the model made is cut off."
 def read_video_format(video: Path) -> VideoFormat:
     """Return what a model's file is. Raises ResourceFailed if it is no video, or cut off."""
     with video.open("rb") as file:
-        head = file.read(MAX_HEAD_BYTES)
+        head = file.read(MAX_FORMAT_BYTES)
         file_format = find_video_format(head)
         if file_format.demuxer == "mov":
             check_mp4(video)

@@ -45,6 +45,8 @@ from urllib.parse import parse_qs, urlencode
 
 import httpx
 
+from tests.support.requests import short_video
+
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = Path("/dev/shm")  # where it exists, the jobs' folders are made there
 EPOCH = 1_800_000_000.0  # clock time at the start of each run
@@ -56,7 +58,7 @@ SETTINGS = {
 }
 SPEAKING_MODEL = "wan-video/wan-2.5-i2v"  # its video needs no mux, so no ffmpeg
 LEASE_S = 30.0  # of a claim, with the default PATIENCE_SECONDS
-VIDEO = b"\0\0\0\x10ftypisom\0\0\0\0" + b"\0\0\0\x08mdat"
+VIDEO = short_video(0.2)  # plays everywhere, so that no ffmpeg is started
 MAX_PROCESSES = 7  # in a run, restarted ones included
 MAX_RUN_S = 3 * 3_600.0  # virtual seconds after which something waits for ever
 WEAK_SHARE = 0.4  # of the calls that fail often in a run
