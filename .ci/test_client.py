@@ -24,14 +24,20 @@ from tests.sandbox import Sandbox, Service
 
 CLIENT = Path(__file__).parent.parent / "tests" / "sandbox" / "client.js"
 NODE_S = 60.0
-JOB = {"image_url": "https://example.com/pet.jpg", "prompt": "It nods", "text": "Feed me!", "voice_id": "Rex"}
+JOB = {
+    "image_url": "https://example.com/pet.jpg",
+    "prompt": "It nods",
+    "text": "Feed me!",
+    "voice_id": "Rex",
+}
 VIDEO = {"audio_url": "https://a", "video_url": "https://v", "final_url": "https://f"}
 KEY = "a-key-of-one-job"
 
 # A front end's call of makeVideo, and what came of it. `speedup` divides every delay.
 CALL = """
 import { VideoError, makeVideo } from "./client.js";
-const { job, options, abortAt, failingDisplay, speedup, tabs } = JSON.parse(process.argv[2]);
+const { job, options, abortAt, failingDisplay, speedup, tabs, headersCode } = JSON.parse(process.argv[2]);
+if (headersCode) options.headers = eval(headersCode);
 if (speedup) {
   const setTimeout = globalThis.setTimeout;
   globalThis.setTimeout = (callback, milliseconds, ...rest) => setTimeout(callback, milliseconds / speedup, ...rest);
@@ -40,6 +46,7 @@ if (speedup) {
 function toDo(error) {
   if (!(error instanceof VideoError)) return "nothing: the user has aborted";
   if (error.errors.length) return `change ${error.errors.map(({ loc }) => loc.at(-1)).join(", ")}`;
+  if (error.status === 401) return "sign in";
   if (error.retryable) return "retry";
   if (error.category === "network") return "check the address";
   return error.status === 400 ? "change the job" : "tell the operator";
@@ -65,7 +72,7 @@ async function call() {
   } catch (error) {
     outcome.is_video_error = error instanceof VideoError;
     outcome.to_do = toDo(error);
-    outcome.error = { name: error.name, detail: error.message, ...error };
+    outcome.error = { name: error.name, message: error.message, ...error };
   }
   return outcome;
 }
@@ -98,20 +105,32 @@ class Caller:
         """Run a script, and return the JSON that it prints."""
         command = ["node", "--input-type=module", "-", json.dumps(argument)]
         process = subprocess.run(
-            command, cwd=self.folder, input=script, capture_output=True, text=True, timeout=NODE_S, check=False
+            command,
+            cwd=self.folder,
+            input=script,
+            capture_output=True,
+            text=True,
+            timeout=NODE_S,
+            check=False,
         )
         assert process.returncode == 0, process.stderr
         return json.loads(process.stdout)
 
-    def calls(self, job: dict[str, Any], options: dict[str, Any], tabs: int, **extras: Any) -> list[Outcome]:
+    def calls(
+        self, job: dict[str, Any], options: dict[str, Any], tabs: int, **extras: Any
+    ) -> list[Outcome]:
         """Several calls at the same time."""
         outcomes = self.run(CALL, {"job": job, "options": options, "tabs": tabs, **extras})
         return [Outcome(**outcome) for outcome in outcomes]
 
     def __call__(
-        self, job: dict[str, Any], service: str, extras: dict[str, Any] | None = None, **options: Any
+        self,
+        job: dict[str, Any],
+        service: str,
+        extras: dict[str, Any] | None = None,
+        **options: Any,
     ) -> Outcome:
-        """One call; `extras`: abortAt (start, retry, delay or a stage), failingDisplay, speedup."""
+        """One call; `extras`: abortAt (start, retry, delay or a stage), failingDisplay, speedup, headersCode."""
         [outcome] = self.calls(job, {"service": service, **options}, 1, **(extras or {}))
         return outcome
 
@@ -244,11 +263,12 @@ def proxy(service: Service) -> Iterator[Proxy]:
     yield from running_proxy(service.url)
 
 
-def plain(status: int, body: Any, kind: str = "application/json") -> Script:
+def plain(status: int, body: Any, kind: str = "application/json", **headers: str) -> Script:
     """A complete response."""
     content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-    head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nX-Request-ID: r-1\r\n\r\n"
-    return [head.encode() + content]
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nX-Request-ID: r-1\r\n"
+    more = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return [f"{head}{more}\r\n".encode() + content]
 
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nX-Request-ID: r-1\r\n\r\n"
@@ -262,7 +282,13 @@ def event(name: str, data: Any) -> bytes:
 
 STARTED = {"stage": "speech", "state": "started", "seconds": 0}
 STARTING = event("stage", STARTED)
-BODY = {"category": "provider", "provider": "replicate", "request_id": "r-2", "retryable": True, "detail": "Busy."}
+BODY = {
+    "category": "provider",
+    "provider": "replicate",
+    "request_id": "r-2",
+    "retryable": True,
+    "detail": "Busy.",
+}
 PAGE = "<!doctype html><h1>502 Bad Gateway</h1>"
 VIDEO_STREAM: Script = [STREAM_HEAD, STARTING, b": still at work\n\n", event("result", VIDEO)]
 
@@ -324,15 +350,29 @@ def test_a_json_response_gives_the_video(make_video: Caller, stand_in: Proxy) ->
 
 def test_an_error_is_data(make_video: Caller, stand_in: Proxy) -> None:
     """The error has every part of the body, and the status; a final error is not retried."""
-    error = {"loc": ["body", "voice_id"], "msg": "Field required"}
-    body = {**BODY, "category": "validation", "provider": None, "retryable": False, "errors": [error]}
+    error = {
+        "loc": ["body", "text"],
+        "msg": "is too long",
+        "code": "too_long",
+        "params": {"max": 600, "got": 659},
+    }
+    body = {
+        **BODY,
+        "category": "validation",
+        "provider": None,
+        "retryable": False,
+        "errors": [error],
+    }
+    body["code"] = "invalid_field"
     stand_in.responses.append(plain(400, body))
     outcome = make_video(JOB, stand_in.url, key=KEY)
     assert outcome.is_video_error
     assert outcome.error == {
         "name": "VideoError",
+        "message": "Busy.",
         "detail": "Busy.",
         "category": "validation",
+        "code": "invalid_field",
         "retryable": False,
         "errors": [error],
         "partial": {},
@@ -354,7 +394,9 @@ def test_an_error_event_gives_the_same_error(make_video: Caller, stand_in: Proxy
 
 
 @breaks
-def test_a_broken_response_is_a_network_error(make_video: Caller, stand_in: Proxy, script: Script) -> None:
+def test_a_broken_response_is_a_network_error(
+    make_video: Caller, stand_in: Proxy, script: Script
+) -> None:
     """Without a key the job is not retried, since each attempt is paid for; the error is retryable."""
     stand_in.responses.append(script)
     outcome = make_video(JOB, stand_in.url)
@@ -364,7 +406,9 @@ def test_a_broken_response_is_a_network_error(make_video: Caller, stand_in: Prox
 
 
 @breaks
-def test_with_a_key_a_broken_response_is_retried(make_video: Caller, stand_in: Proxy, script: Script) -> None:
+def test_with_a_key_a_broken_response_is_retried(
+    make_video: Caller, stand_in: Proxy, script: Script
+) -> None:
     """The retry has the same path, headers and body, and gives the video."""
     stand_in.responses.extend([script, VIDEO_STREAM])
     outcome = make_video(JOB, stand_in.url, {"speedup": 10}, key=KEY)
@@ -375,9 +419,15 @@ def test_with_a_key_a_broken_response_is_retried(make_video: Caller, stand_in: P
 
 def test_with_a_key_a_retryable_error_is_retried(make_video: Caller, stand_in: Proxy) -> None:
     """It may come as an event or as JSON; each attempt starts again with the stages so far."""
-    stand_in.responses.extend([[STREAM_HEAD, STARTING, event("error", BODY)], plain(500, BODY), VIDEO_STREAM])
+    stand_in.responses.extend(
+        [[STREAM_HEAD, STARTING, event("error", BODY)], plain(500, BODY), VIDEO_STREAM]
+    )
     outcome = make_video(JOB, stand_in.url, {"speedup": 10}, key=KEY)
-    assert (outcome.video, outcome.causes, outcome.stages) == (VIDEO, ["Busy.", "Busy."], [STARTED, STARTED])
+    assert (outcome.video, outcome.causes, outcome.stages) == (
+        VIDEO,
+        ["Busy.", "Busy."],
+        [STARTED, STARTED],
+    )
 
 
 def test_without_a_key_nothing_is_retried(make_video: Caller, stand_in: Proxy) -> None:
@@ -387,9 +437,11 @@ def test_without_a_key_nothing_is_retried(make_video: Caller, stand_in: Proxy) -
     assert (outcome.error["retryable"], len(stand_in.requests)) == (True, 1)
 
 
-@pytest.mark.parametrize("status", [401, 404, 413])
-def test_a_client_error_of_another_server_is_not_retried(make_video: Caller, stand_in: Proxy, status: int) -> None:
-    """A wrong address, a sign-in or a proxy's limit will not go away."""
+@pytest.mark.parametrize("status", [403, 404, 413])
+def test_a_client_error_of_another_server_is_not_retried(
+    make_video: Caller, stand_in: Proxy, status: int
+) -> None:
+    """A wrong address or a proxy's limit will not go away."""
     stand_in.responses.append(plain(status, PAGE, "text/html"))
     outcome = make_video(JOB, stand_in.url, key=KEY)
     assert (outcome.error["category"], outcome.error["retryable"], outcome.error["status"]) == (
@@ -400,7 +452,133 @@ def test_a_client_error_of_another_server_is_not_retried(make_video: Caller, sta
     assert outcome.error["requestId"] == "r-1"
 
 
-def test_the_backoff_grows_to_15_s_and_ends_after_ten_minutes(make_video: Caller, stand_in: Proxy) -> None:
+@pytest.mark.parametrize(
+    ("body", "kind", "detail", "code"),
+    [
+        pytest.param(PAGE, "text/html", "502 Bad Gateway", "other_server", id="a page"),
+        pytest.param(
+            "<title>Oops</title><style>p { color: red }</style><p>Try\nlater</p>",
+            "text/html",
+            "Try later",
+            "other_server",
+            id="a page with a style",
+        ),
+        pytest.param(
+            "upstream connect error\n",
+            "text/plain",
+            "upstream connect error",
+            "other_server",
+            id="text",
+        ),
+        pytest.param(
+            {"message": "No quota", "code": "quota"},
+            "application/json",
+            "No quota",
+            "quota",
+            id="its code",
+        ),
+        pytest.param(
+            {"error": {"message": "No"}}, "application/json", "No", "other_server", id="nested JSON"
+        ),
+        pytest.param(
+            [],
+            "application/json",
+            "A response with status 502, not from the service.",
+            "other_server",
+            id="no words",
+        ),
+        pytest.param(
+            "",
+            "",
+            "A response with status 502, not from the service.",
+            "other_server",
+            id="nothing",
+        ),
+        pytest.param("x" * 20_000, "text/plain", "x" * 300, "other_server", id="too much"),
+    ],
+)
+def test_an_error_of_a_proxy_is_passed_on(
+    make_video: Caller, stand_in: Proxy, body: Any, kind: str, detail: str, code: str
+) -> None:
+    """Its status, its words and its code, if it has one."""
+    stand_in.responses.append(plain(502, body, kind))
+    outcome = make_video(JOB, stand_in.url)
+    assert (outcome.error["status"], outcome.error["category"]) == (502, "network")
+    assert (outcome.error["detail"], outcome.error["code"]) == (detail, code)
+
+
+UNAUTHORIZED = {**BODY, "category": "validation", "code": "unauthorized", "retryable": False}
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        pytest.param(plain(401, PAGE, "text/html"), id="a proxy's page"),
+        pytest.param(plain(401, UNAUTHORIZED), id="the service"),
+    ],
+)
+def test_who_is_not_signed_in_keeps_the_job(
+    make_video: Caller, stand_in: Proxy, response: Script
+) -> None:
+    """A 401 is thrown at once, but the key can still be used after signing in."""
+    stand_in.responses.append(response)
+    outcome = make_video(JOB, stand_in.url, key=KEY)
+    assert (outcome.to_do, outcome.error["retryable"], outcome.retries) == ("sign in", True, [])
+
+
+def test_headers_are_sent_along(make_video: Caller, stand_in: Proxy) -> None:
+    """The caller's are added to the client's own."""
+    stand_in.responses.append(VIDEO_STREAM)
+    make_video(
+        JOB,
+        stand_in.url,
+        key=KEY,
+        headers={"Authorization": "Bearer mine", "X-Request-ID": "my-id"},
+    )
+    sent = [
+        stand_in.requests[0].headers[name]
+        for name in ("authorization", "x-request-id", "idempotency-key")
+    ]
+    assert sent == ["Bearer mine", "my-id", KEY]
+
+
+@pytest.mark.parametrize("keyword", ["", "async "], ids=["a function", "an async function"])
+def test_headers_are_asked_for_at_each_attempt(
+    make_video: Caller, stand_in: Proxy, keyword: str
+) -> None:
+    """A sign-in may expire while a job is retried."""
+    stand_in.responses.extend([plain(502, PAGE, "text/html"), VIDEO_STREAM])
+    code = f"let tries = 0; {keyword}() => ({{ Authorization: `Bearer ${{++tries}}` }})"
+    outcome = make_video(JOB, stand_in.url, {"headersCode": code, "speedup": 10}, key=KEY)
+    assert outcome.video == VIDEO
+    assert [request.headers["authorization"] for request in stand_in.requests] == [
+        "Bearer 1",
+        "Bearer 2",
+    ]
+
+
+def test_a_function_for_headers_that_fails_keeps_the_job(
+    make_video: Caller, stand_in: Proxy
+) -> None:
+    """Its error is told at once, nothing is sent, and the key can be used again."""
+    code = "() => { throw new Error('the session is over'); }"
+    outcome = make_video(JOB, stand_in.url, {"headersCode": code}, key=KEY)
+    assert (outcome.error["code"], outcome.error["retryable"]) == ("headers_failed", True)
+    assert "the session is over" in outcome.error["detail"]
+    assert (stand_in.requests, outcome.retries) == ([], [])
+
+
+def test_a_response_that_asks_for_more_time_gets_it(make_video: Caller, stand_in: Proxy) -> None:
+    """Retry-After lengthens the delay; more than there is patience for ends the attempts at once."""
+    stand_in.responses.append(plain(429, {"message": "Slowly"}, Retry_After="30"))
+    stand_in.responses.append(plain(500, BODY, Retry_After="700"))
+    outcome = make_video(JOB, stand_in.url, {"speedup": 100}, key=KEY)
+    assert (outcome.retries, outcome.error["detail"]) == ([30], "Busy.")
+
+
+def test_the_backoff_grows_to_15_s_and_ends_after_ten_minutes(
+    make_video: Caller, stand_in: Proxy
+) -> None:
     """Delays of 1, 2, 4, 8, 15 s less up to a quarter of jitter; the last error has all that is known."""
     paid = {"prediction_id": "p-1"}
     stand_in.responses.append(plain(500, {**BODY, "partial": paid}))
@@ -425,19 +603,27 @@ def test_a_service_that_is_down_is_retried_until_it_is_up(make_video: Caller) ->
     """At first nothing listens at its address, and a second later it does."""
     with Proxy(listens=False) as late:
         late.responses.append(VIDEO_STREAM)
-        start = threading.Timer(1.0, lambda: (late.server_activate(), late.serve_forever(poll_interval=0.02)))
+        start = threading.Timer(
+            1.0, lambda: (late.server_activate(), late.serve_forever(poll_interval=0.02))
+        )
         start.start()
         outcome = make_video(JOB, late.url, {"speedup": 10}, key=KEY)
         late.shutdown()
         start.join()
-    assert (outcome.video, set(outcome.causes)) == (VIDEO, {"The connection failed before the video was ready."})
+    assert (outcome.video, set(outcome.causes)) == (
+        VIDEO,
+        {"The connection failed before the video was ready."},
+    )
 
 
 def test_with_a_key_a_silent_connection_is_given_up(make_video: Caller, stand_in: Proxy) -> None:
     """No byte comes, but it does not close: a phone may have changed its network."""
     stand_in.responses.extend([[STREAM_HEAD, STARTING, 2 * NODE_S], VIDEO_STREAM])
     outcome = make_video(JOB, stand_in.url, {"speedup": 10}, key=KEY, silence=3)
-    assert (outcome.video, outcome.causes) == (VIDEO, ["The response ended before the video was ready."])
+    assert (outcome.video, outcome.causes) == (
+        VIDEO,
+        ["The response ended before the video was ready."],
+    )
 
 
 def test_without_a_key_a_silent_connection_is_kept(make_video: Caller, stand_in: Proxy) -> None:
@@ -446,17 +632,23 @@ def test_without_a_key_a_silent_connection_is_kept(make_video: Caller, stand_in:
     assert make_video(JOB, stand_in.url, {"speedup": 10}, silence=3).video == VIDEO
 
 
-@pytest.mark.parametrize(("moment", "requests"), [("start", 0), ("speech", 1), ("retry", 1), ("delay", 1)])
+@pytest.mark.parametrize(
+    ("moment", "requests"), [("start", 0), ("speech", 1), ("retry", 1), ("delay", 1)]
+)
 def test_an_aborted_call_throws_the_signals_reason(
     make_video: Caller, stand_in: Proxy, moment: str, requests: int
 ) -> None:
     """It does so at once, before the request, in the stream or between attempts; nothing more is sent."""
     endless: Script = [STREAM_HEAD, STARTING, 2 * NODE_S]
-    stand_in.responses.append(plain(502, PAGE, "text/html") if moment in ("retry", "delay") else endless)
+    stand_in.responses.append(
+        plain(502, PAGE, "text/html") if moment in ("retry", "delay") else endless
+    )
     started = time.monotonic()
-    outcome = make_video(JOB, stand_in.url, {"abortAt": moment, "speedup": 0.05}, key=KEY)  # a delay would take 15 s
+    outcome = make_video(
+        JOB, stand_in.url, {"abortAt": moment, "speedup": 0.05}, key=KEY
+    )  # a delay would take 15 s
     assert time.monotonic() - started < 10
-    assert (outcome.is_video_error, outcome.error["detail"]) == (False, "aborted by the user")
+    assert (outcome.is_video_error, outcome.error["message"]) == (False, "aborted by the user")
     assert len(stand_in.requests) == requests
 
 
@@ -473,11 +665,18 @@ def test_a_failing_display_does_not_lose_the_video(make_video: Caller, stand_in:
         pytest.param("http://127.0.0.1:9", "🐶", id="invalid header"),
     ],
 )
-def test_a_job_that_cannot_be_sent_fails_at_once(make_video: Caller, service: str, key: str) -> None:
+def test_a_job_that_cannot_be_sent_fails_at_once(
+    make_video: Caller, service: str, key: str
+) -> None:
     """It is not a network error, and a retry would not help."""
     outcome = make_video(JOB, service, key=key)
     assert outcome.is_video_error
-    assert (outcome.error["category"], outcome.error["retryable"], outcome.retries) == ("validation", False, [])
+    assert outcome.error["code"] == "not_sent"
+    assert (outcome.error["category"], outcome.error["retryable"], outcome.retries) == (
+        "validation",
+        False,
+        [],
+    )
 
 
 # ---- The parser of event streams
@@ -522,8 +721,12 @@ def test_events_are_parsed_whatever_the_chunks(make_video: Caller, size: int) ->
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
 def test_an_event_does_not_wait_for_the_next_chunk(make_video: Caller, end: str) -> None:
     """It is complete with its blank line."""
-    first = READ.replace("controller.close();", "").replace("events.push(event);", "{ events.push(event); break; }")
-    assert make_video.run(first, [f"data: now{end}{end}", 1000]) == [{"event": "message", "data": "now"}]
+    first = READ.replace("controller.close();", "").replace(
+        "events.push(event);", "{ events.push(event); break; }"
+    )
+    assert make_video.run(first, [f"data: now{end}{end}", 1000]) == [
+        {"event": "message", "data": "now"}
+    ]
 
 
 # ---- Mistakes and mishaps of a front end, against the real service
@@ -547,7 +750,9 @@ def job(sandbox: Sandbox) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("wrong", "to_do"),
     [
-        pytest.param({"image_url": "/pictures/gone.jpg"}, "change image_url", id="no picture there"),
+        pytest.param(
+            {"image_url": "/pictures/gone.jpg"}, "change image_url", id="no picture there"
+        ),
         pytest.param({"image_url": "/"}, "change image_url", id="a web page for a picture"),
         pytest.param({"image_url": "/my pet.jpg"}, "change image_url", id="a blank in the address"),
         pytest.param({"voice_id": UNKNOWN_VOICE}, "change voice_id", id="no such voice"),
@@ -559,17 +764,28 @@ def job(sandbox: Sandbox) -> dict[str, Any]:
         pytest.param({"seconds": 7}, "change seconds", id="a length the model does not have"),
         pytest.param({"text": "x" * 601}, "change text", id="too much to say"),
         pytest.param({"text": " "}, "change text", id="nothing to say"),
-        pytest.param({"prompt": " ", "seconds": "soon"}, "change prompt, seconds", id="two at once"),
+        pytest.param(
+            {"prompt": " ", "seconds": "soon"}, "change prompt, seconds", id="two at once"
+        ),
     ],
 )
 def test_a_mistake_in_the_job_names_its_field(
-    make_video: Caller, service: Service, sandbox: Sandbox, job: dict[str, Any], wrong: dict[str, Any], to_do: str
+    make_video: Caller,
+    service: Service,
+    sandbox: Sandbox,
+    job: dict[str, Any],
+    wrong: dict[str, Any],
+    to_do: str,
 ) -> None:
     """The error names the field to change, nothing is retried, and no video is paid for."""
     if wrong.get("image_url"):
         wrong = {"image_url": sandbox.url + wrong["image_url"]}
     outcome = make_video({**job, **wrong}, service.url, key=str(uuid.uuid4()))
-    assert (outcome.to_do, outcome.error["status"], outcome.error["retryable"]) == (to_do, 400, False)
+    assert (outcome.to_do, outcome.error["status"], outcome.error["retryable"]) == (
+        to_do,
+        400,
+        False,
+    )
     assert (outcome.retries, videos_paid_for(sandbox)) == ([], 0)
 
 
@@ -577,13 +793,29 @@ def test_a_mistake_in_the_job_names_its_field(
     ("prepare", "to_do", "videos"),
     [
         pytest.param(
-            lambda sandbox: sandbox.outcome("failed", "flagged"), "change the job", 1, id="the model rejects it"
+            lambda sandbox: sandbox.outcome("failed", "flagged"),
+            "change the job",
+            1,
+            id="the model rejects it",
         ),
         pytest.param(
-            lambda sandbox: sandbox.fault("create", "status", None, status=401), "tell the operator", 0, id="no credit"
+            lambda sandbox: sandbox.fault("create", "status", None, status=401),
+            "tell the operator",
+            0,
+            id="no credit",
         ),
-        pytest.param(lambda sandbox: sandbox.fault("create", "status", None, status=429), "retry", 0, id="throttled"),
-        pytest.param(lambda sandbox: sandbox.video("html"), "tell the operator", 1, id="a page in place of the video"),
+        pytest.param(
+            lambda sandbox: sandbox.fault("create", "status", None, status=429),
+            "retry",
+            0,
+            id="throttled",
+        ),
+        pytest.param(
+            lambda sandbox: sandbox.video("html"),
+            "tell the operator",
+            1,
+            id="a page in place of the video",
+        ),
     ],
 )
 def test_a_providers_error_says_what_to_do(
@@ -610,7 +842,9 @@ def test_a_service_that_is_not_set_up_says_so(
     assert (outcome.to_do, outcome.error["category"]) == ("tell the operator", "configuration")
 
 
-def test_the_address_of_another_server_is_recognized(make_video: Caller, sandbox: Sandbox, job: dict[str, Any]) -> None:
+def test_the_address_of_another_server_is_recognized(
+    make_video: Caller, sandbox: Sandbox, job: dict[str, Any]
+) -> None:
     """Something responds, but not the service: nothing is retried for ten minutes."""
     outcome = make_video(job, sandbox.url, key=KEY)
     assert (outcome.to_do, outcome.retries) == ("check the address", [])
@@ -636,7 +870,11 @@ def test_a_proxy_that_drops_accept_only_loses_the_stages(
     ],
 )
 def test_with_a_key_a_mishap_on_the_way_costs_nothing(
-    make_video: Caller, proxy: Proxy, sandbox: Sandbox, job: dict[str, Any], mishap: Script | Forward
+    make_video: Caller,
+    proxy: Proxy,
+    sandbox: Sandbox,
+    job: dict[str, Any],
+    mishap: Script | Forward,
 ) -> None:
     """One speech and one video are paid for, and the video arrives."""
     proxy.responses.append(mishap)
@@ -683,7 +921,10 @@ def test_aborting_without_a_key_cancels_the_video(
     """The signal's reason is thrown, and the prediction is canceled."""
     sandbox.outcome("never")
     outcome = make_video(job, service.url, {"abortAt": "video"})
-    assert (outcome.to_do, outcome.error["detail"]) == ("nothing: the user has aborted", "aborted by the user")
+    assert (outcome.to_do, outcome.error["message"]) == (
+        "nothing: the user has aborted",
+        "aborted by the user",
+    )
     assert final_statuses(sandbox) == ["canceled"]
 
 
@@ -707,7 +948,9 @@ def test_a_key_of_another_job_is_named(
     assert videos_paid_for(sandbox) == 1
 
 
-def test_a_malformed_key_is_named(make_video: Caller, service: Service, job: dict[str, Any]) -> None:
+def test_a_malformed_key_is_named(
+    make_video: Caller, service: Service, job: dict[str, Any]
+) -> None:
     """An empty key is malformed, and does not count as no key."""
     for key in ("", "two words"):
         assert make_video(job, service.url, key=key).to_do == "change Idempotency-Key"
@@ -719,6 +962,8 @@ def test_a_final_error_is_replayed_for_its_key(
     """A new attempt needs a new key."""
     sandbox.outcome("failed", "flagged")
     key = str(uuid.uuid4())
-    answers = [make_video(job, service.url, key=name).to_do for name in (key, key, str(uuid.uuid4()))]
+    answers = [
+        make_video(job, service.url, key=name).to_do for name in (key, key, str(uuid.uuid4()))
+    ]
     assert answers == ["change the job", "change the job", "show the video"]
     assert videos_paid_for(sandbox) == 2
