@@ -14,18 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
-from test_client import (
-    BODY,
-    JOB,
-    KEY,
-    VIDEO,
-    VIDEO_STREAM,
-    Caller,
-    Proxy,
-    make_video,
-    plain,
-    stand_in,
-)  # noqa: F401
+from test_client import BODY, JOB, KEY, VIDEO, VIDEO_STREAM, Caller, Proxy, plain
+from test_client import make_video as make_video  # a fixture, as is the next
+from test_client import stand_in as stand_in
 
 from tests.jobs import short_video, speech_job
 from tests.sandbox import Sandbox, Service
@@ -122,7 +113,7 @@ def signed_in(token: str = "token-of-ann") -> dict[str, str]:
 
 
 def test_a_signed_in_user_gets_a_video(
-    make_video: Caller,  # noqa: F811
+    make_video: Caller,
     start_proxy: StartProxy,
     service: Service,
     sandbox: Sandbox,
@@ -141,9 +132,9 @@ def test_a_signed_in_user_gets_a_video(
 
 
 def test_the_service_gets_its_own_token_and_a_key_of_the_user(
-    make_video: Caller,  # noqa: F811
+    make_video: Caller,
     start_proxy: StartProxy,
-    stand_in: Proxy,  # noqa: F811
+    stand_in: Proxy,
 ) -> None:
     """Neither the user's session nor other headers reach it, and two users with one key have two jobs."""
     stand_in.responses.extend([VIDEO_STREAM, VIDEO_STREAM])
@@ -171,9 +162,9 @@ def test_the_service_gets_its_own_token_and_a_key_of_the_user(
     ],
 )
 def test_who_is_not_signed_in_is_refused(
-    make_video: Caller,  # noqa: F811
+    make_video: Caller,
     start_proxy: StartProxy,
-    stand_in: Proxy,  # noqa: F811
+    stand_in: Proxy,
     headers: dict[str, str],
 ) -> None:
     """The service is not asked; the client tells it by its code, and keeps the job."""
@@ -188,9 +179,9 @@ def test_who_is_not_signed_in_is_refused(
 
 
 def test_each_user_has_a_limit(
-    make_video: Caller,  # noqa: F811
+    make_video: Caller,
     start_proxy: StartProxy,
-    stand_in: Proxy,  # noqa: F811
+    stand_in: Proxy,
 ) -> None:
     """A job that is sent again does not count; the refusal says when there is the next turn."""
     stand_in.responses.extend([VIDEO_STREAM] * 4)
@@ -239,7 +230,7 @@ def post(url: str, route: str = "/jobs_prompt_tts", **options: Any) -> httpx.Res
 )
 def test_only_jobs_pass(
     start_proxy: StartProxy,
-    stand_in: Proxy,  # noqa: F811
+    stand_in: Proxy,
     route: str,
     headers: dict[str, str],
     content: bytes,
@@ -255,7 +246,7 @@ def test_only_jobs_pass(
 
 def test_an_error_of_the_service_passes(
     start_proxy: StartProxy,
-    stand_in: Proxy,  # noqa: F811
+    stand_in: Proxy,
 ) -> None:
     """With its status, its body, and the headers that a page reads."""
     stand_in.responses.append(plain(500, BODY, Retry_After="7", Set_Cookie="x=y"))
@@ -278,7 +269,7 @@ def test_a_service_that_is_away_can_be_asked_again(start_proxy: StartProxy) -> N
 
 def test_a_sign_in_that_is_away_can_be_asked_again(
     start_proxy: StartProxy,
-    stand_in: Proxy,  # noqa: F811
+    stand_in: Proxy,
     auth: Auth,
 ) -> None:
     """Nobody gets in, but the job is not lost either."""
@@ -292,7 +283,7 @@ def test_a_sign_in_that_is_away_can_be_asked_again(
 
 def test_a_page_of_the_allowed_origin_may_ask(
     start_proxy: StartProxy,
-    stand_in: Proxy,  # noqa: F811
+    stand_in: Proxy,
 ) -> None:
     """The preflight allows the headers that client.js sends, and the response shows those that a page reads."""
     url = start_proxy(stand_in.url)

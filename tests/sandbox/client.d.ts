@@ -69,17 +69,73 @@ export interface PaidFor {
   prediction_id?: string | null;
 }
 
+/** What is wrong with a field. Later versions of the service may add others. */
+export type FieldErrorCode =
+  | "required"
+  | "not_a_string"
+  | "blank"
+  | "too_long"
+  | "not_a_whole_number"
+  | "too_small"
+  | "too_large"
+  | "not_allowed"
+  | "wrong_format"
+  | "misnamed"
+  | "upload_first"
+  | "not_a_url"
+  | "key_reused"
+  | "picture_not_found"
+  | "not_a_picture"
+  | "private_url"
+  | "unknown_model"
+  | "unsupported"
+  | "rejected";
+
 /** An invalid field; `loc` ends with its name, such as `["body", "text"]`. */
 export interface FieldError {
   loc: (string | number)[];
   msg: string;
-  /** What is wrong, such as "too_long"; for a front end that translates. */
-  code?: string | null;
+  /** What is wrong; for a front end that translates. */
+  code?: FieldErrorCode | (string & {}) | null;
   /** What to fill in, such as `{ max: 600, got: 659 }`. */
   params?: Record<string, unknown> | null;
 }
 
 export type Category = "configuration" | "validation" | "provider" | "resource" | "internal";
+
+/** What happened. Later versions of the service may add others, so have a text for the unknown. */
+export type ErrorCode =
+  | "missing_setting"
+  | "unauthorized"
+  | "spending_limit"
+  | "busy"
+  | "invalid_body"
+  | "body_too_large"
+  | "route_not_found"
+  | "method_not_allowed"
+  | "invalid_field"
+  | "key_reused"
+  | "unknown_model"
+  | "model_not_allowed"
+  | "picture_not_found"
+  | "not_a_picture"
+  | "private_url"
+  | "blocked_url"
+  | "content_rejected"
+  | "prediction_failed"
+  | "video_expired"
+  | "deadline"
+  | "provider_rejected_key"
+  | "provider_throttled"
+  | "provider_failed"
+  | "speech_too_large"
+  | "storage_failed"
+  | "bucket_not_public"
+  | "download_failed"
+  | "media_unusable"
+  | "machine_failed"
+  | "restarting"
+  | "internal";
 
 /** The codes that the client itself adds to those of the service. */
 export type ClientErrorCode =
@@ -98,7 +154,7 @@ export type ClientErrorCode =
 export interface Problem {
   detail: string;
   category: Category | "network";
-  code?: string | null;
+  code?: ErrorCode | ClientErrorCode | (string & {}) | null;
   provider?: string | null;
   request_id?: string | null;
   retryable?: boolean;
@@ -143,7 +199,7 @@ export class VideoError extends Error {
   /** From the service; "network" if the response did not come from the service, or did not arrive. */
   readonly category: Category | "network";
   /** What happened: a code of the service, of the proxy before it, or a ClientErrorCode. */
-  readonly code: string | null;
+  readonly code: ErrorCode | ClientErrorCode | (string & {}) | null;
   /** The HTTP status, or null if there was no response. */
   readonly status: number | null;
   /**
@@ -166,10 +222,6 @@ export class VideoError extends Error {
  */
 export function makeVideo(job: SpeechJob, options: Options): Promise<SpeechVideo>;
 export function makeVideo(job: PromptJob, options: Options): Promise<Video>;
-export function makeVideo(
-  job: PromptJob | SpeechJob,
-  options: Options,
-): Promise<Video | SpeechVideo>;
 
 /** Parse a body of server-sent events; after `silence` seconds without a byte (0: never) it has ended. */
 export function serverSentEvents(

@@ -50,8 +50,6 @@ export class VideoError extends Error {
  *
  * @overload  @param {SpeechJob} job  @param {Options} options  @returns {Promise<SpeechVideo>}
  * @overload  @param {PromptJob} job  @param {Options} options  @returns {Promise<Video>}
- * @overload  @param {PromptJob | SpeechJob} job  @param {Options} options
- *   @returns {Promise<Video | SpeechVideo>}
  * @param {PromptJob | SpeechJob} job
  * @param {Options} options
  * @returns {Promise<Video>}
