@@ -524,6 +524,14 @@ def test_an_invalid_field_under_more_is_shown(page: Page) -> None:
     expect(page.locator("#service")).to_be_focused()
 
 
+def test_a_field_under_more_that_is_refused_is_shown(page: Page) -> None:
+    """Only the service knows that it is invalid."""
+    fill_in(page, seconds="soon")
+    page.evaluate("document.getElementById('more').open = false")
+    page.click("#start")
+    expect(page.locator("#seconds-error")).to_be_visible(timeout=JOB_MS)
+
+
 def test_cookies_are_sent_where_asked(page: Page, service: Service) -> None:
     """With `credentials: "include"` a proxy's cookie reaches another origin; without it, it does not."""
     page.context.add_cookies([{"name": "session", "value": "mine", "url": service.url}])

@@ -557,11 +557,12 @@ def test_headers_are_asked_for_at_each_attempt(
     ]
 
 
+@pytest.mark.parametrize("keyword", ["", "async "], ids=["a function", "an async function"])
 def test_a_function_for_headers_that_fails_keeps_the_job(
-    make_video: Caller, stand_in: Proxy
+    make_video: Caller, stand_in: Proxy, keyword: str
 ) -> None:
     """Its error is told at once, nothing is sent, and the key can be used again."""
-    code = "() => { throw new Error('the session is over'); }"
+    code = f"{keyword}() => {{ throw new Error('the session is over'); }}"
     outcome = make_video(JOB, stand_in.url, {"headersCode": code}, key=KEY)
     assert (outcome.error["code"], outcome.error["retryable"]) == ("headers_failed", True)
     assert "the session is over" in outcome.error["detail"]
