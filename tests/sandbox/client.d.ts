@@ -88,6 +88,8 @@ export type FieldErrorCode =
   | "not_a_picture"
   | "private_url"
   | "unknown_model"
+  | "model_not_allowed"
+  | "invalid_body"
   | "unsupported"
   | "rejected";
 
