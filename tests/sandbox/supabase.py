@@ -247,7 +247,7 @@ class Supabase:
 
     def clear(self) -> None:
         """Delete all uploads, and set up the four buckets."""
-        for stored in self.objects.values():
+        for stored in list(self.objects.values()):
             stored.delete_file()
         self.objects = {}
         self.overwritten_at: dict[str, float] = {}
