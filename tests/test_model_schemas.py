@@ -793,7 +793,7 @@ async def test_a_job_that_does_not_fit_is_rejected_before_anything_is_paid_for(c
 
 
 async def test_the_output_of_a_speaking_model_must_be_a_video(client, respx_mock):
-    """Anything but an MP4 is not stored; the error has what was paid for in `partial`."""
+    """Anything else is not stored; the error has what was paid for in `partial`."""
     respx_mock.post(url__startswith=ELEVEN_URL).respond(200, content=b"ID3speech")
     upload = respx_mock.post(url__startswith=f"{SUPABASE_URL}/storage/v1/object/pets/").respond(
         200, json={"Key": "x"}
@@ -809,7 +809,7 @@ async def test_the_output_of_a_speaking_model_must_be_a_video(client, respx_mock
     body = (await client.post("/jobs_prompt_tts", json={**JOB, "model": SPEAKING})).json()
     assert (body["category"], body["detail"]) == (
         "resource",
-        "What the model made is not an MP4 video.",
+        "The model made a web page, not a video.",
     )
     assert (body["partial"]["video_url"], body["partial"]["prediction_id"]) == (VIDEO_URL, "p1")
     assert upload.call_count == 1

@@ -327,7 +327,7 @@ ERRORS: list[tuple[Any, ...]] = [
         ANIMATED,
         None,
     ),
-    ("no video", NO_VIDEO, {}, "500 resource replicate no", "not an MP4 video", ANIMATED, None),
+    ("no video", NO_VIDEO, {}, "500 resource replicate no", "not a video", ANIMATED, None),
 ]
 
 

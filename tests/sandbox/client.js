@@ -11,7 +11,7 @@
  * @typedef {PromptJob & { text: string, voice_id: string,
  *   fit?: "shortest" | "video" | "speech" }} SpeechJob
  * @typedef {{ video_url: string, audio_url?: string, final_url?: string }} Video
- * @typedef {"speech" | "audio_upload" | "video" | "download" | "mux" | "final_upload"} Stage
+ * @typedef {"speech" | "audio_upload" | "video" | "download" | "convert" | "mux" | "final_upload"} Stage
  * @typedef {{ stage: Stage, state: "started" | "progress" | "done", seconds: number,
  *   status?: string | null, percent?: number | null }} StageEvent
  * @typedef {{ audio_url?: string | null, video_url?: string | null,
