@@ -10,6 +10,7 @@ import pytest
 from playwright.sync_api import Page, Request, Route, expect
 
 from tests.sandbox import Sandbox, Service
+from tests.sandbox.media import VIDEO_FORMATS
 
 JOB_MS = 30_000  # a job on the sandbox takes 1 to 3 s
 FAILURE = "#job[data-state=failed] #failure:visible"
@@ -98,6 +99,34 @@ def test_a_job_runs_to_a_video_that_plays_with_sound(page: Page, sandbox: Sandbo
     urls = [page.input_value(f"#{name}") for name in ("audio_url", "video_url", "final_url")]
     assert [page.request.get(url).status for url in urls] == [200, 200, 200]
     assert len(sandbox.calls("create")) == 1
+
+
+FRAME = """async () => {
+    const video = document.getElementById("video");
+    video.pause();
+    await new Promise((resolve) => { video.onseeked = resolve; video.currentTime = 0.5; });
+    const canvas = new OffscreenCanvas(8, 6);
+    canvas.getContext("2d").drawImage(video, 0, 0, 8, 6);
+    return [...canvas.getContext("2d").getImageData(0, 0, 8, 6).data];
+}"""
+
+
+@pytest.mark.parametrize("video_format", [name for name in VIDEO_FORMATS if name != "h264"])
+def test_whatever_a_model_hands_over_is_seen(page: Page, video_format: str) -> None:
+    """It is converted, which is a stage of its own, and a decoded frame shows the same cat as usual."""
+    page.evaluate("document.getElementById('video').crossOrigin = 'anonymous'")  # to look at it
+    make_video(page, resolution="512p")
+    wait_for(page, "done")
+    assert_plays(page)
+    usual = page.evaluate(FRAME)
+
+    make_video(page, model=f"sandbox/{video_format}", resolution="240p", seconds="2")
+    page.wait_for_selector("#stages li[data-state=done] >> text=Convert the video", timeout=JOB_MS)
+    wait_for(page, "done")
+    assert_plays(page)
+    assert page.locator("#stages li[data-state=done]").count() == 7
+    difference = [abs(a - b) for a, b in zip(page.evaluate(FRAME), usual, strict=True)]
+    assert sum(difference) / len(difference) < 12
 
 
 def test_the_bar_shows_the_percentage_of_the_video(page: Page, sandbox: Sandbox) -> None:

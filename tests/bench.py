@@ -59,6 +59,8 @@ CROWD_TIME = 1.35  # of one job's: the muxes of all share the cores
 HEALTH_P99_MS = 50.0  # far below the 5 s that Render gives a health check
 GROWTH_MB = 60.0  # media stream through; on top of 60 MB at rest that leaves most of 512 MB
 TREE_MB = 300.0  # service and ffmpeg together, of the smallest instance's 512 MB
+CONVERT_CPU_S = 12.0  # of a video that not every browser plays, beside its mux
+CONVERT_MB = 260.0  # service and ffmpeg together
 REFUSED = (
     5.0  # by Replicate's limits, 600 creates and 3,000 other calls a minute (docs rate-limits)
 )
@@ -595,6 +597,28 @@ class Bench:
             note,
         )
 
+    def convert(self) -> Iterator[Row]:
+        """A speech job whose video not every browser plays, as cv2.VideoWriter writes it."""
+        samples, health_ms = list[tuple[float, float]](), list[float]()
+        plan = media.VideoPlan(self.sizes.video_s, self.sizes.video_lines, format="mp4v")
+        self.prepare(self.sizes.short_s, video=media.video(PET_FILE.read_bytes(), plan))
+        with self.fresh() as service:
+            client = self.client(service)
+            load = asyncio.run(client.jobs(1, beside=client.memory(samples)))
+            ffmpeg_s = cpu_s(service.pid)[1]
+            again = asyncio.run(client.jobs(1, beside=client.health_ms(health_ms)))
+        name = f"A job that converts {self.sizes.video_s:g} s of {self.sizes.video_lines}p"
+        note = f"{load.wall_s:.1f} s"
+        yield Row("convert", f"{name}: not answered", load.failed + again.failed, 0, note=note)
+        yield Row("convert", f"{name}: ffmpeg's CPU", ffmpeg_s, CONVERT_CPU_S, "s")
+        note = f"ffmpeg {max(ffmpeg for _, ffmpeg in samples):.0f} MB"
+        most_mb = max(map(sum, samples))
+        yield Row("convert", f"{name}: with its ffmpeg children", most_mb, CONVERT_MB, "MB", note)
+        note = f"of {len(health_ms)}; median {statistics.median(health_ms):.1f} ms"
+        p99_ms = percentile(health_ms, 99)
+        what = f"{name}: `/health` meanwhile, p99"
+        yield Row("convert", what, p99_ms, HEALTH_P99_MS, "ms", note)
+
     def pace(self) -> Iterator[Row]:
         """Hundreds of videos under Replicate's rate limits."""
         count, video_s = self.sizes.paced, self.sizes.paced_s
@@ -759,6 +783,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "alone": Bench.alone,
     "crowd": Bench.crowd,
     "memory": Bench.memory,
+    "convert": Bench.convert,
     "pace": Bench.pace,
     "line": Bench.line,
     "reads": Bench.reads,

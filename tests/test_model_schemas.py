@@ -792,7 +792,7 @@ async def test_a_job_that_does_not_fit_is_rejected_before_anything_is_paid_for(c
 
 
 async def test_the_output_of_a_speaking_model_must_be_a_video(client, respx_mock):
-    """Anything but an MP4 is not stored; the error has what was paid for in `partial`."""
+    """Anything else is not stored; the error has what was paid for in `partial`."""
     respx_mock.post(url__startswith=ELEVEN_URL).respond(200, content=b"ID3speech")
     upload = respx_mock.post(url__startswith=f"{SUPABASE_URL}/storage/v1/object/pets/").respond(
         200, json={"Key": "x"}

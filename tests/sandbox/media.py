@@ -183,13 +183,29 @@ def note(hz: float, i: int, count: int) -> float:
 # Video
 
 
+X264 = ["-c:v", "libx264", "-preset", "ultrafast", "-crf", "27"]
+X265 = ["-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=error"]
+VP9 = ["-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "8", "-b:v", "2M"]
+MP4 = ["-movflags", "+faststart", "-f", "mp4"]
+VIDEO_FORMATS = {  # what models hand over; browsers play the first
+    "h264": [*X264, "-pix_fmt", "yuv420p", *MP4],
+    "mp4v": ["-c:v", "mpeg4", "-q:v", "4", *MP4],  # as cv2.VideoWriter writes
+    "h264-444": [*X264, "-pix_fmt", "yuv444p", *MP4],  # as ffmpeg makes of RGB frames
+    "hevc-10-bit": [*X265, "-pix_fmt", "yuv420p10le", *MP4],
+    "vp9-webm": [*VP9, "-f", "webm"],
+    "gif": ["-f", "gif"],
+    "animated-webp": ["-c:v", "libwebp_anim", "-quality", "60", "-f", "webp"],
+}
+
+
 @dataclass(frozen=True)
 class VideoPlan:
-    """What a video must be: seconds, pixels of its short side, frames per second."""
+    """What a video must be: seconds, pixels of its short side, frames per second, its format."""
 
     seconds: float
     short_side: int
     fps: int = 24
+    format: str = "h264"
 
 
 def video(
@@ -198,12 +214,11 @@ def video(
     audio: bytes | None = None,
     follow_audio: bool = False,
 ) -> bytes:
-    """Make an h264 video of the picture nodding and tilting, with the audio if given.
+    """Make a video of the picture nodding and tilting, with the audio if given.
 
     With `follow_audio` the video is as long as the audio.
     """
     options = ["-f", picture_demuxer(picture), "-i", "pipe:0"]
-    encoder = ["-c:v", "libx264", "-preset", "ultrafast", "-crf", "27", "-pix_fmt", "yuv420p"]
     with tempfile.TemporaryDirectory(prefix="sandbox-video-") as folder:
         if audio is None:
             options += ["-an"]
@@ -213,12 +228,11 @@ def video(
             options += ["-i", str(audio_file), "-map", "0:v", "-map", "1:a", "-c:a", "aac"]
 
         options += ["-vf", motion(plan), "-r", str(plan.fps)]
-        options += encoder
         if follow_audio:
             options += ["-shortest"]
         else:
             options += ["-t", f"{plan.seconds:g}"]
-        options += ["-movflags", "+faststart", "-f", "mp4"]
+        options += VIDEO_FORMATS[plan.format]
 
         try:
             return ffmpeg(*options, stdin=picture)

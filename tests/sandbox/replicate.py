@@ -649,7 +649,7 @@ def video_plan(model: Model, values: dict[str, Any]) -> media.VideoPlan:
     match = re.match(r"\d+", str(resolution or ""))
     if match is not None:
         short_side = int(match[0])
-    return media.VideoPlan(seconds, short_side, min(fps, MAX_FPS))
+    return media.VideoPlan(seconds, short_side, min(fps, MAX_FPS), model.video_format)
 
 
 def digest(data: bytes) -> bytes:

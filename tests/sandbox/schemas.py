@@ -5,15 +5,21 @@ its required fields and its properties. `older` lists earlier versions with what
 Replicate's old schemas are not on record). The errors have the names and texts of gojsonschema,
 as in Replicate's own responses. Stricter than Replicate is known to be: a field that the schema
 does not have is refused.
+
+Made up as well: the models named `sandbox/...`, one for each format that some models hand over and
+not every browser plays.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+
+from .media import VIDEO_FORMATS
 
 MODELS_FILE = Path(__file__).with_name("models.json")
 JSON_TYPES: dict[type, str] = {
@@ -46,6 +52,7 @@ class Model:
     properties: dict[str, dict[str, Any]]
     created_at: str = "2026-03-29T09:00:00.000Z"
     older: list[dict[str, Any]] = field(default_factory=list)
+    video_format: str = "h264"
 
     @property
     def versions(self) -> list[Model]:
@@ -108,8 +115,31 @@ def served_property(name: str, prop: dict[str, Any], schemas: dict[str, Any]) ->
 
 def load_models() -> dict[str, Model]:
     """All models by name."""
-    models = json.loads(MODELS_FILE.read_text())
-    return {name: Model(name, **fields) for name, fields in models.items()}
+    published = json.loads(MODELS_FILE.read_text())
+    models = {name: Model(name, **fields) for name, fields in published.items()}
+    for video_format in VIDEO_FORMATS:
+        if video_format != "h264":
+            model = format_model(video_format)
+            models[model.name] = model
+    return models
+
+
+def format_model(video_format: str) -> Model:
+    """A model of the sandbox's own that hands over this format."""
+    return Model(
+        name=f"sandbox/{video_format}",
+        official=True,
+        version=sha256(video_format.encode()).hexdigest(),
+        output="string",
+        required=["image"],
+        properties={
+            "image": {"type": "string", "format": "uri", "description": "first frame"},
+            "prompt": {"type": "string", "description": "what should happen"},
+            "duration": {"type": "integer", "minimum": 1, "maximum": 10, "default": 2},
+            "resolution": {"type": "string", "enum": ["240p", "768p"], "default": "240p"},
+        },
+        video_format=video_format,
+    )
 
 
 # Checking an input

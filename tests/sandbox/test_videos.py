@@ -166,6 +166,31 @@ def test_a_model_that_takes_speech_gives_a_video_with_that_speech(sandbox, call,
     assert loudness(samples) > 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "start", "codec", "pixels"),
+    [
+        ("mp4v", b"\0\0\0.ftyp", "mpeg4", "yuv420p"),
+        ("h264-444", b"\0\0\0.ftyp", "h264", "yuv444p"),
+        ("hevc-10-bit", b"\0\0\0.ftyp", "hevc", "yuv420p10le"),
+        ("vp9-webm", b"\x1aE\xdf\xa3", "vp9", "yuv420p"),
+        ("gif", b"GIF89a", "gif", "bgra"),
+        ("animated-webp", b"RIFF....WEBPVP8X", "webp_anim", "argb"),
+    ],
+)
+def test_a_model_hands_over_its_format(name, start, codec, pixels, sandbox, call, tmp_path):
+    """Each of the sandbox's own models makes a kind of file that not every browser plays."""
+    values = {"image": sandbox.image_url, "prompt": "x", "duration": 1}
+    path = f"/v1/models/sandbox/{name}/predictions"
+    prediction = call("POST", path, headers=BEARER, json={"input": values}).json()
+
+    ended = poll(call, prediction, times=3)
+    video = call("GET", httpx.URL(ended["output"]).path).content
+    found = probe_bytes(video, tmp_path)
+    assert re.match(start, video, re.DOTALL)
+    assert (found.video, found.pixels) == (codec, pixels)
+    assert min(found.width, found.height) == 240
+
+
 def test_a_video_is_served_in_ranges(sandbox, call):
     """A browser's video element asks for them."""
     sandbox.video(b"0123456789")
