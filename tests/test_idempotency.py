@@ -878,7 +878,8 @@ async def test_a_legacy_record_with_an_answer_is_replayed(front: FrontEnd) -> No
     answer["final_url"] = "https://example.com/final"
     await front.store_legacy_record(answer=answer, writer="")
     outcome = await front.send()
-    assert (outcome.data, outcome.is_replayed, front.paid_for) == (answer, True, (0, 0))
+    assert (outcome.is_replayed, front.paid_for) == (True, (0, 0))
+    assert answer.items() <= outcome.data.items(), "what was not recorded then is null"
 
 
 async def test_a_legacy_record_with_a_prediction_is_resumed(front: FrontEnd) -> None:
