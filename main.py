@@ -3932,9 +3932,13 @@ def limit_process(pid: int, max_bytes: int, niceness: int) -> None:
     if sys.platform == "linux":
         import resource
 
-        with suppress(OSError):  # it has ended already
+        with suppress(OSError, ValueError):  # it has ended already, or has a lower limit
             resource.prlimit(pid, resource.RLIMIT_DATA, (max_bytes, max_bytes))
-            os.setpriority(os.PRIO_PGRP, pid, niceness)  # all its threads
+        if niceness:
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PGRP, pid, niceness)  # all its threads
+                # Outside of a container a session may count as one, whatever is in it.
+                Path(f"/proc/{pid}/autogroup").write_text(str(niceness), encoding="ascii")
 
 
 def raise_ffmpeg_error(returncode: int | None, stderr_tail: bytes) -> None:

@@ -519,6 +519,9 @@ async def limits_of(pids: list[int]) -> tuple[int, set[int]]:
     niceness = set()
     for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
         niceness.add(int(stat.read_text().rpartition(")")[2].split()[16]))
+    session = Path(f"/proc/{pid}/autogroup")
+    if session.exists():
+        niceness.add(int(session.read_text().split()[-1]))
     return int(limit[1]), niceness
 
 
