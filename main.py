@@ -1,16 +1,17 @@
-"""Talking Pet: a photo of a pet and a line of text go in, a video in which the pet says it comes out.
+"""Talking Pet: a photo of a pet and a line of text go in, a video in which it says that comes out.
 
-One FastAPI service without a queue. A front end POSTs a job, waits, and gets the URLs in the response:
+One FastAPI service without a queue. A front end POSTs a job, waits, and gets the URLs in the
+response:
 
     POST /jobs_prompt_only   picture + prompt         -> video_url
     POST /jobs_prompt_tts    picture + prompt + text  -> audio_url, video_url, final_url
     POST /debug/head         url                      -> status, content type and size of a remote file
     GET  /health                                      -> {"ok": true}
 
-A speech job, in sequence: ElevenLabs speaks the text, Supabase Storage keeps the speech, Replicate animates
-the picture, ffmpeg puts speech and video together, Supabase Storage keeps the final video. With
-`Accept: text/event-stream` the response is a stream of progress events. With an `Idempotency-Key` a request
-is safe to retry: one video is paid for, and its URLs are returned.
+A speech job, in sequence: ElevenLabs speaks the text, Supabase Storage keeps the speech, Replicate
+animates the picture, ffmpeg puts speech and video together, Supabase Storage keeps the final video.
+With `Accept: text/event-stream` the response is a stream of progress events. With an
+`Idempotency-Key` a request is safe to retry: one video is paid for, and its URLs are returned.
 
 Run it:       uvicorn main:app             (the API keys: see .env.example)
 Without keys: python -m tests.sandbox      (local stand-ins of the three providers)
@@ -91,7 +92,7 @@ except ImportError:  # Windows
 current_request_id: ContextVar[str] = ContextVar("request_id", default="-")
 logger = logging.getLogger("talking_pet")
 
-# ---- Limits and timings ----------------------------------------------------------------------------
+# ---- Limits and timings --------------------------------------------------------------------------
 
 MAX_REQUEST_BYTES = 64 * 1024
 BODY_START_S = 1.0  # the start of a body that is too large is waited for: it may say what is wrong
@@ -168,8 +169,8 @@ DUE_SHARE = 0.8  # of the shortest recent duration: from there on the video is e
 EARLY_SHARE = 0.1  # of the shortest recent duration: a wait before the video is expected
 DUE_STEP_SHARE = 0.012  # of the shortest recent duration: a wait once the video is expected
 DUE_STEP_MAX_S = 0.65
-# Of one process; Replicate allows 3,000 calls (docs rate-limits, 2026-11-22), and each of the look-ups
-# below may take four.
+# Of one process; Replicate allows 3,000 calls (docs rate-limits, 2026-11-22), and each of the
+# look-ups below may take four.
 MAX_POLLS_PER_MINUTE = 2_400
 MAX_LOOKUPS_PER_MINUTE = 30  # of models that this process does not know
 UNKNOWN_MODEL_TTL_S = 60.0
@@ -214,7 +215,7 @@ RETRY_RESERVED_S = 60  # Retry-After while jobs under way hold the last videos o
 MACOS_DESCRIPTORS = 10_240  # the most that macOS takes, where it names no hard limit
 ACCEPT_LOG_S = 60.0  # between two lines of the log that say that there are no descriptors
 
-# ---- Settings --------------------------------------------------------------------------------------
+# ---- Settings ------------------------------------------------------------------------------------
 
 MIN_SECRET_CHARS = 8  # shorter ones would be found, and redacted, inside ordinary words
 # ElevenLabs' OpenAPI document, parameter output_format (copy of 2026-08-22).
@@ -223,7 +224,10 @@ RAW_FORMATS = r"(pcm|wav)_(8000|16000|22050|24000|32000|44100|48000)|[au]law_800
 
 
 def check_http_url(value: str) -> str:
-    """Return the URL with non-ASCII percent-encoded. Raises ValueError if it is no absolute http(s) URL."""
+    """Return the URL with non-ASCII percent-encoded.
+
+    Raises ValueError if it is no absolute http(s) URL.
+    """
     if re.search(r"\s", value):
         raise ValueError("must not contain a blank; in a URL it is written %20")
     with suppress(httpx.InvalidURL, ValueError):
@@ -243,7 +247,10 @@ def check_base_url(value: str) -> str:
 
 
 def check_origins(value: str) -> str:
-    """Return origins without a slash at their end. Raises ValueError unless each is `*` or an origin."""
+    """Return origins without a slash at their end.
+
+    Raises ValueError unless each is `*` or an origin.
+    """
     origins = []
     for origin in value.split(","):
         origin = origin.strip().rstrip("/")
@@ -266,7 +273,10 @@ def check_secret(secret: SecretStr) -> SecretStr:
 
 
 def check_tokens(secret: SecretStr) -> SecretStr:
-    """Return tokens separated by commas, without blanks. Raises ValueError unless each could be a key."""
+    """Return tokens separated by commas, without blanks.
+
+    Raises ValueError unless each could be a key.
+    """
     tokens = [token.strip() for token in secret.get_secret_value().split(",")]
     for token in tokens:
         check_secret(SecretStr(token))
@@ -312,7 +322,10 @@ class Settings(BaseModel, frozen=True):
     keepalive_seconds: Annotated[float, Field(gt=0, le=15)] = 10
 
     def required(self, name: str) -> str:
-        """Return a setting that a call cannot do without. Raises MissingSetting naming the variable."""
+        """Return a setting that a call cannot do without.
+
+        Raises MissingSetting naming the variable.
+        """
         value = getattr(self, name)
         if value is None:
             raise MissingSetting(f"The service is not set up for this: set {name.upper()}.")
@@ -325,7 +338,10 @@ class Settings(BaseModel, frozen=True):
         return self.service_token.get_secret_value().split(",") if self.service_token else []
 
     def secrets(self) -> list[str]:
-        """Return every secret that is set, each token singly; the longest first, which may hold another."""
+        """Return every secret that is set, each token singly.
+
+        The longest first, which may hold another.
+        """
         keys = (self.eleven_api_key, self.replicate_api_token, self.supabase_service_role)
         secrets = [key.get_secret_value() for key in keys if key]
         return sorted(secrets + self.tokens(), key=len, reverse=True)
@@ -348,7 +364,10 @@ SPEECH_JOB_SETTINGS = (
 
 
 def read_settings(environment: Mapping[str, str | None]) -> Settings:
-    """Read settings from variables; an empty one counts as unset. Raises ValueError naming the variable."""
+    """Read settings from variables; an empty one counts as unset.
+
+    Raises ValueError naming the variable.
+    """
     values = {}
     for name in Settings.model_fields:
         value = (environment.get(name.upper()) or "").strip()
@@ -366,7 +385,10 @@ def read_settings(environment: Mapping[str, str | None]) -> Settings:
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """Return the settings: the environment, then `.env` beside this file. Ends the process if malformed."""
+    """Return the settings: the environment, then `.env` beside this file.
+
+    Ends the process if malformed.
+    """
     env_file = Path(__file__).with_name(".env")
     try:
         return read_settings({**dotenv_values(env_file), **os.environ})
@@ -385,11 +407,12 @@ def patience_s(share: float) -> float:
     return get_settings().patience_seconds * share
 
 
-# ---- Request and response models -------------------------------------------------------------------
+# ---- Request and response models -----------------------------------------------------------------
 
 Provider = Literal["elevenlabs", "replicate", "supabase"]
 Category = Literal["configuration", "validation", "provider", "resource", "internal"]
-# What went wrong with the request as a whole and with one of its fields; the codes in both lists first.
+# What went wrong with the request as a whole and with one of its fields; the codes in both lists
+# first.
 SharedCode = Literal[
     "key_reused",
     "unknown_model",
@@ -480,7 +503,9 @@ UPLOAD_FIRST = (
 
 
 def refuse_embedded_file(value: Any) -> Any:
-    """Raise PydanticCustomError if a URL is the file itself, or leads into the client's own browser."""
+    """Raise PydanticCustomError if a URL is the file itself, or leads into the client's own
+    browser.
+    """
     if isinstance(value, str) and re.match(r"\s*(data|blob):", value, re.IGNORECASE):
         raise PydanticCustomError("embedded_file", UPLOAD_FIRST)
     return value
@@ -542,7 +567,10 @@ class JobPromptOnly(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def reject_misspelled_fields(cls, body: Any) -> Any:
-        """Reject fields that are nearly one of ours; all others are ignored. Raises InvalidInput."""
+        """Reject fields that are nearly one of ours; all others are ignored.
+
+        Raises InvalidInput.
+        """
         if not isinstance(body, dict):
             return body
         known = {*JobPromptTTS.model_fields, *FIELD_ALIASES}
@@ -627,7 +655,9 @@ class PartialResult(BaseModel):
 
 
 class InputError(BaseModel):
-    """One invalid field: where it is, such as `["body", "voice_id"]`, and what is expected there."""
+    """One invalid field: where it is, such as `["body", "voice_id"]`, and what is expected
+    there.
+    """
 
     loc: list[str | int]
     msg: str
@@ -674,7 +704,7 @@ class StageEvent(BaseModel):
     )
 
 
-# ---- Errors ----------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 #
 # ServiceError              500 internal       anything unforeseen
 #   MissingSetting          500 configuration  a variable is unset that this request needs
@@ -851,7 +881,9 @@ def invalid_field(
 
 
 def redact(text: str) -> str:
-    """Return the text without this service's secrets, and without lone surrogates, which no JSON allows."""
+    """Return the text without this service's secrets, and without lone surrogates, which no
+    JSON allows.
+    """
     for secret in get_settings().secrets():
         text = text.replace(secret, "***")
     return text.encode("utf-8", "replace").decode()
@@ -884,12 +916,13 @@ def as_service_error(exc: BaseException) -> ServiceError:
     return ServiceError("An unforeseen error inside the service; its log has the request id.")
 
 
-# ---- Job state and progress events -----------------------------------------------------------------
+# ---- Job state and progress events ---------------------------------------------------------------
 
 Events = asyncio.Queue[StageEvent | None]  # None: there are no more
 CancelReason = Literal["client_disconnected", "shutdown"]
 
-# Whose failure it is when a stage does not end in time; None: the checks, where a model is looked up.
+# Whose failure it is when a stage does not end in time; None: the checks, where a model is looked
+# up.
 STAGE_PROVIDERS: dict[Stage | None, Provider] = {
     None: "replicate",
     "speech": "elevenlabs",
@@ -950,7 +983,10 @@ class Job:
         percent: int | None = None,
         ahead: int | None = None,
     ) -> None:
-        """Send an event to all subscribers, and keep it for those who join; of progress, only the last."""
+        """Send an event to all subscribers, and keep it for those who join.
+
+        Of progress, only the last.
+        """
         event = StageEvent(
             stage=self.current_stage or "video",
             state=state,
@@ -1018,7 +1054,8 @@ class Job:
         limit_s = get_settings().job_timeout_seconds
         limit = f"The job was not done after {limit_s:g} s"
         detail = f"{limit} and was ended in the stage {stage or 'check'}."
-        # The prediction of a job with a key was cancelled: sent again, the request would find it so.
+        # The prediction of a job with a key was cancelled: sent again, the request would
+        # find it so.
         is_final = bool(self.log and self.partial.prediction_id and stage == "video")
         if provider in ("elevenlabs", "replicate"):
             return ProviderFailed(detail, provider, code="deadline", retryable=not is_final)
@@ -1026,7 +1063,10 @@ class Job:
 
 
 def error_body(error: ServiceError, request_id: str, job: Job | None) -> dict[str, Any]:
-    """Return the body of an error (see ErrorBody); `partial` and `errors` only if they hold something."""
+    """Return the body of an error (see ErrorBody).
+
+    `partial` and `errors` only if they hold something.
+    """
     body: dict[str, Any] = {
         "detail": error.detail,
         "category": error.category,
@@ -1043,14 +1083,15 @@ def error_body(error: ServiceError, request_id: str, job: Job | None) -> dict[st
     return body
 
 
-# ---- HTTP transport and SSRF protection ------------------------------------------------------------
+# ---- HTTP transport and SSRF protection ----------------------------------------------------------
 #
-# Every outgoing request passes GuardedTransport. The owner's own addresses (both APIs, the storage) are
-# trusted. Every other URL, a redirect's as well, is checked by its form (check_public_url) and then
-# connected to by PublicOnlyBackend, which resolves the name once, checks each address, and connects to
-# the checked address itself.
+# Every outgoing request passes GuardedTransport. The owner's own addresses (both APIs, the
+# storage) are trusted. Every other URL, a redirect's as well, is checked by its form
+# (check_public_url) and then connected to by PublicOnlyBackend, which resolves the name once,
+# checks each address, and connects to the checked address itself.
 
-# Addresses that ipaddress.is_global lets pass in one Python version or another, or that lead inside.
+# Addresses that ipaddress.is_global lets pass in one Python version or another, or that lead
+# inside.
 BLOCKED_NETWORKS = [
     ipaddress.ip_network("100.64.0.0/10"),  # carrier-grade NAT
     ipaddress.ip_network("168.63.129.16/32"),  # the host of a virtual machine in Azure
@@ -1090,14 +1131,18 @@ def is_public(address: str) -> bool:
 
 
 def check_public_url(url: httpx.URL) -> None:
-    """Refuse a URL by its form alone; names are resolved later. Raises BlockedUrl saying what is wrong."""
+    """Refuse a URL by its form alone; names are resolved later.
+
+    Raises BlockedUrl saying what is wrong.
+    """
     host = url.raw_host.decode("ascii").rstrip(".")
     if url.scheme not in ("http", "https"):
         raise BlockedUrl("Only http and https URLs are fetched.")
     if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", host):
         raise BlockedUrl("The URL's host is not a plain name or address.")
 
-    # As browsers do: a host that ends in a number is an IPv4 address, and only its plain form is taken.
+    # As browsers do: a host that ends in a number is an IPv4 address, and only its plain form
+    # is taken.
     is_v4 = re.fullmatch(r"(.*\.)?(\d+|0[xX][0-9A-Fa-f]*)", host)
     if is_v4 and not re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){3}", host):
         raise PrivateAddress("The URL's address is not written in its plain form.")
@@ -1113,7 +1158,10 @@ def check_public_url(url: httpx.URL) -> None:
 
 
 def is_trusted(url: httpx.URL) -> bool:
-    """Return whether a URL is the owner's own (an API, the storage); any is with ALLOW_PRIVATE_URLS."""
+    """Return whether a URL is the owner's own (an API, the storage).
+
+    Any is with ALLOW_PRIVATE_URLS.
+    """
     settings = get_settings()
     if settings.allow_private_urls:
         return True
@@ -1127,8 +1175,9 @@ def is_trusted(url: httpx.URL) -> bool:
 class DnsResolver:
     """Name look-ups in daemon threads of their own, at most MAX_DNS_LOOKUPS at once.
 
-    getaddrinfo blocks and cannot be cancelled. A stranger's slow name holds up neither the threads that
-    files need nor the end of the process, which waits for every thread that is not a daemon.
+    getaddrinfo blocks and cannot be cancelled. A stranger's slow name holds up neither the
+    threads that files need nor the end of the process, which waits for every thread that is not
+    a daemon.
     """
 
     def __init__(self) -> None:
@@ -1169,13 +1218,18 @@ head_bytes_left: ContextVar[float] = ContextVar("head_bytes_left", default=MAX_H
 
 
 class MeteredStream(httpcore.AsyncNetworkStream):
-    """A connection to a server that a stranger, or a model, has named: it may send `head_bytes_left`."""
+    """A connection to a server that a stranger, or a model, has named: it may send
+    `head_bytes_left`.
+    """
 
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Return the next few bytes. Raises httpcore.RemoteProtocolError once there were too many."""
+        """Return the next few bytes.
+
+        Raises httpcore.RemoteProtocolError once there were too many.
+        """
         bytes_left = head_bytes_left.get()
         if bytes_left <= 0:
             raise httpcore.RemoteProtocolError("it sends too much")
@@ -1250,7 +1304,10 @@ class PublicOnlyBackend(httpcore.AnyIOBackend):
 
 @lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
-    """Return the trusted certificates, SSL_CERT_FILE and SSL_CERT_DIR honoured; loading takes some 15 ms."""
+    """Return the trusted certificates, SSL_CERT_FILE and SSL_CERT_DIR honoured.
+
+    Loading takes some 15 ms.
+    """
     return httpx.create_ssl_context(trust_env=True)
 
 
@@ -1259,8 +1316,8 @@ def connection_pool(
 ) -> httpcore.AsyncConnectionPool:
     """Return a pool, without proxies, whose connections `backend` makes.
 
-    The number of connections is not limited: each waiting job may need one. Ten idle ones are enough for
-    40 polls a second, and httpcore looks at each of them twice a request.
+    The number of connections is not limited: each waiting job may need one. Ten idle ones are
+    enough for 40 polls a second, and httpcore looks at each of them twice a request.
     """
     return httpcore.AsyncConnectionPool(
         ssl_context=tls_context(),
@@ -1304,7 +1361,9 @@ class HttpcoreStream(httpx.AsyncByteStream):
 
 
 class GuardedTransport(httpx.AsyncBaseTransport):
-    """Sends each request through a pool: two for the owner's own addresses, two guarded ones for all others."""
+    """Sends each request through a pool: two for the owner's own addresses, two guarded ones
+    for all others.
+    """
 
     def __init__(self) -> None:
         self.trusted = connection_pool(httpcore.AnyIOBackend())
@@ -1324,7 +1383,10 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         return self.public
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request; each redirect comes here again. Raises BlockedUrl, httpx.TransportError."""
+        """Send one request; each redirect comes here again.
+
+        Raises BlockedUrl, httpx.TransportError.
+        """
         pool = self.pool_for(request)
         raw_request = httpcore.Request(
             method=request.method,
@@ -1463,7 +1525,10 @@ def app_state() -> AppState:
 
 @asynccontextmanager
 async def open_app_state() -> AsyncIterator[AppState]:
-    """Yield the shared state with its HTTP client, which is closed at the end. Raises RuntimeError."""
+    """Yield the shared state with its HTTP client, which is closed at the end.
+
+    Raises RuntimeError.
+    """
     transport = GuardedTransport()
     await transport.check_guard()
     headers = {"Accept-Encoding": "identity"}  # nothing is unpacked: a small body stays small
@@ -1472,7 +1537,7 @@ async def open_app_state() -> AsyncIterator[AppState]:
         yield AppState(http, ffmpeg_slots)
 
 
-# ---- HTTP calls: retry policy and backoff ----------------------------------------------------------
+# ---- HTTP calls: retry policy and backoff --------------------------------------------------------
 
 PROVIDER_NAMES = {
     "elevenlabs": "ElevenLabs",
@@ -1504,7 +1569,9 @@ class ProviderResponse:
 
     @cached_property
     def payload(self) -> Any:
-        """The body as JSON values; None if it is not JSON, or of more values than the service reads."""
+        """The body as JSON values; None if it is not JSON, or of more values than the
+        service reads.
+        """
         if sum(map(self.body.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
             return None
         try:
@@ -1522,7 +1589,10 @@ class ProviderResponse:
         return self.status
 
     def retry_after_s(self, now: float) -> float | None:
-        """Return the seconds the provider asks us to wait at clock time `now`; None if it does not say."""
+        """Return the seconds the provider asks us to wait at clock time `now`.
+
+        None if it does not say.
+        """
         # Replicate writes `retry_after` or "resets in ~30s" into the body; others send the header
         # Retry-After, as seconds or as a date.
         asked = get_in(self.payload, "retry_after") or self.headers.get("retry-after")
@@ -1568,10 +1638,11 @@ UNTIL_DEADLINE = RetryBudget()
 class RetryPolicy:
     """Which outcomes of a call are retried, and for how long; every other outcome is final.
 
-    A connection that could not be made is always retried. `on_broken_connection`: also one that broke
-    after sending, so that the work may have been done. `on_invalid_json`: also a success whose body is
-    not a JSON object. `in_line`: a 429 is no failure, its exchange waits in line. `patient`: what the call is about is paid for, so a longer Retry-After than the
-    longest wait is cut to it, and an untrusted certificate is retried; else the call gives up.
+    A connection that could not be made is always retried. `on_broken_connection`: also one that
+    broke after sending, so that the work may have been done. `on_invalid_json`: also a success
+    whose body is not a JSON object. `in_line`: a 429 is no failure, its exchange waits in line.
+    `patient`: what the call is about is paid for, so a longer Retry-After than the longest wait
+    is cut to it, and an untrusted certificate is retried; else the call gives up.
     """
 
     statuses: Collection[int]
@@ -1604,8 +1675,8 @@ class RetryPolicy:
         return None
 
 
-# A speech after a 5xx may be paid twice, some cents: most are not charged, and a person waits. A video
-# costs more, so after a 5xx or a broken connection its prediction is searched for instead.
+# A speech after a 5xx may be paid twice, some cents: most are not charged, and a person waits. A
+# video costs more, so after a 5xx or a broken connection its prediction is searched for instead.
 SPEECH_RETRY = RetryPolicy(
     statuses={500, 502, 503, 504},
     budget=SPEECH_ATTEMPTS,
@@ -1654,9 +1725,9 @@ def retry_delay_s(
 ) -> float | None:
     """Return the seconds to wait before the next attempt, or None to give up.
 
-    `attempts` have failed in this way, the first of them `failing_s` ago. `asked_s` is the provider's
-    Retry-After: the wait is at least that long and at least the exponential delay, with jitter, so that
-    jobs that were refused together do not come back together.
+    `attempts` have failed in this way, the first of them `failing_s` ago. `asked_s` is the
+    provider's Retry-After: the wait is at least that long and at least the exponential delay,
+    with jitter, so that jobs that were refused together do not come back together.
     """
     if attempts >= budget.attempts or failing_s >= patience_s(budget.patience_share):
         return None
@@ -1667,7 +1738,9 @@ def retry_delay_s(
 
 
 def backoff_s(attempts: int, asked_s: float | None) -> float:
-    """Return the exponential delay after so many failed attempts, or `asked_s` if that is longer."""
+    """Return the exponential delay after so many failed attempts, or `asked_s` if that is
+    longer.
+    """
     first_s = get_settings().retry_first_seconds
     delay_s = min(first_s * 2.0 ** min(attempts - 1, 10), MAX_BACKOFF_S)
     if asked_s is None:
@@ -1676,7 +1749,10 @@ def backoff_s(attempts: int, asked_s: float | None) -> float:
 
 
 async def send_once(request: httpx.Request, max_bytes: int) -> ProviderResponse:
-    """Send one request, and read its response's body up to `max_bytes`. Raises httpx.RequestError."""
+    """Send one request, and read its response's body up to `max_bytes`.
+
+    Raises httpx.RequestError.
+    """
     async with open_response(request) as response:
         return await read_response(response, max_bytes)
 
@@ -1716,8 +1792,8 @@ async def send_with_retry(
 ) -> ProviderResponse:
     """Send a request, retrying as `retry` allows; return the last response, whatever its status.
 
-    `request_options` are those of httpx's build_request. Raises httpx.RequestError if the last attempt
-    had no response.
+    `request_options` are those of httpx's build_request. Raises httpx.RequestError if the last
+    attempt had no response.
     """
     # Outcomes with an equal budget count together.
     attempts: Counter[RetryBudget] = Counter()
@@ -1782,7 +1858,8 @@ Result = TypeVar("Result")
 
 
 async def wait_out_descriptors(work: Callable[[], Awaitable[Result]]) -> Result:
-    """Do work on a paid video, again as long as there are no file descriptors, as a download is retried.
+    """Do work on a paid video, again as long as there are no file descriptors, as a download
+    is retried.
 
     Raises OSError, and whatever the work raises.
     """
@@ -1810,8 +1887,8 @@ async def call_provider(
 ) -> ProviderResponse:
     """Return a provider's success; `options` are those of send_with_retry.
 
-    Raises ResourceFailed for the storage, else ProviderFailed; with `about_content`, a 400, 404 or 422 is
-    about what the client sent: ProviderRefused.
+    Raises ResourceFailed for the storage, else ProviderFailed; with `about_content`, a 400, 404
+    or 422 is about what the client sent: ProviderRefused.
     """
     failed = ResourceFailed if provider == "supabase" else ProviderFailed
     name = PROVIDER_NAMES[provider]
@@ -1910,16 +1987,17 @@ def one_line(message: str) -> str:
     return " ".join(printable.split())[:MAX_DETAIL_CHARS]
 
 
-# ---- Lines at the providers ------------------------------------------------------------------------
+# ---- Lines at the providers ----------------------------------------------------------------------
 #
-# A 429 of a speech or of a create costs nothing and concerns every job, so the jobs of this process wait
-# in a line at each of the two, first come first served. Without a 429 there is no line, and nobody waits
-# but for a moment, where more than MAX_CREATES come at once.
+# A 429 of a speech or of a create costs nothing and concerns every job, so the jobs of this
+# process wait in a line at each of the two, first come first served. Without a 429 there is no
+# line, and nobody waits but for a moment, where more than MAX_CREATES come at once.
 #
-# ElevenLabs limits how many calls are under way, Replicate how many come in a minute. One rule fits both
-# (see Pace): after a refusal, as many go at once as are under way by then. At ElevenLabs that is what the
-# plan allows, and the next goes when one ends. At Replicate it is soon none: the first in line asks again
-# when Replicate said, and every round of successes lets one more go at once.
+# ElevenLabs limits how many calls are under way, Replicate how many come in a minute. One rule
+# fits both (see Pace): after a refusal, as many go at once as are under way by then. At
+# ElevenLabs that is what the plan allows, and the next goes when one ends. At Replicate it is
+# soon none: the first in line asks again when Replicate said, and every round of successes lets
+# one more go at once.
 
 
 class Pace(NamedTuple):
@@ -1935,7 +2013,10 @@ class Pace(NamedTuple):
         return cls(max(1, under_way), max(1, PROBE_ROUNDS * under_way))
 
     def after_success(self) -> "Pace":
-        """Return the pace once a call succeeded; each step up needs half as many as the one before."""
+        """Return the pace once a call succeeded.
+
+        Each step up needs half as many as the one before.
+        """
         succeeded = self.succeeded + 1
         if succeeded < self.needed:
             return self._replace(succeeded=succeeded)
@@ -1958,8 +2039,8 @@ class LinePlace:
 class ProviderLine:
     """Who may call a provider now. After a 429 jobs wait here for their turn, up to their deadline.
 
-    Only a job itself takes its turn, awake and without an await between the look and the taking, so one
-    that is cancelled while it waits holds nothing.
+    Only a job itself takes its turn, awake and without an await between the look and the
+    taking, so one that is cancelled while it waits holds nothing.
     """
 
     def __init__(self, provider: Provider, at_most: float = math.inf) -> None:
@@ -2013,7 +2094,10 @@ class ProviderLine:
         self._wake_first()
 
     def check_turn(self, job: Job, ahead: int | None = None) -> None:
-        """Raise ProviderBusy if a job would not get its turn before its deadline; None: it comes last."""
+        """Raise ProviderBusy if a job would not get its turn before its deadline.
+
+        None: it comes last.
+        """
         if self.pace is None:
             return
         if ahead is None:
@@ -2030,7 +2114,10 @@ class ProviderLine:
         raise ProviderBusy(detail, self.provider, retry_after_s)
 
     def _expected_wait_s(self, ahead: int) -> float:
-        """Return how long a job waits at the line's present speed; while none is known, for the pause."""
+        """Return how long a job waits at the line's present speed.
+
+        While none is known, for the pause.
+        """
         self._forget_old_turns()
         now = time.monotonic()
         pause_s = max(0.0, self.paused_until - now)
@@ -2092,7 +2179,9 @@ class ProviderLine:
             place.job.emit("progress")
 
     def _note_refusal(self, place: LinePlace, response: ProviderResponse) -> None:
-        """Form a line if there is none, let fewer go at once, and pause as long as the provider asks."""
+        """Form a line if there is none, let fewer go at once, and pause as long as the
+        provider asks.
+        """
         now = time.monotonic()
         asked_s = response.retry_after_s(time.time())
         self.last_refusal = f"{response.status}: {provider_message(response).rstrip('.')}."
@@ -2143,7 +2232,7 @@ async def exchange_in_line(
     return response
 
 
-# ---- ElevenLabs: text to speech --------------------------------------------------------------------
+# ---- ElevenLabs: text to speech ------------------------------------------------------------------
 
 
 class SpeechFormat(NamedTuple):
@@ -2264,7 +2353,10 @@ OPUS_RATE = 48_000  # of its granule positions, whatever the speech was sampled 
 
 
 def speech_seconds(speech: bytes) -> float | None:
-    """Return how long speech is, by the file's own numbers; None if it has none that can be read."""
+    """Return how long speech is, by the file's own numbers.
+
+    None if it has none that can be read.
+    """
     if speech.startswith(b"RIFF"):
         seconds = wav_seconds(speech)
     elif speech.startswith(b"OggS"):
@@ -2292,7 +2384,10 @@ def wav_seconds(speech: bytes) -> float:
 
 
 def opus_seconds(speech: bytes) -> float:
-    """Return the length of an Ogg Opus file: the last page's position, without the pre-skip; 0 if unknown."""
+    """Return the length of an Ogg Opus file: the last page's position, without the pre-skip.
+
+    0 if unknown.
+    """
     head = speech.find(b"OpusHead", 0, 1_000)
     last_page = speech.rfind(b"OggS\0")
     if head < 0 or len(speech) < max(head, last_page) + 14:
@@ -2312,7 +2407,9 @@ class Mp3Frame(NamedTuple):
 
 
 def mp3_frame(speech: bytes, offset: int) -> Mp3Frame | None:
-    """Return the frame that begins at an offset, or None if there is none (ISO/IEC 11172-3, 2.4.1.3)."""
+    """Return the frame that begins at an offset, or None if there is none (ISO/IEC 11172-3,
+    2.4.1.3).
+    """
     header = int.from_bytes(speech[offset : offset + 4], "big")
     version = header >> 19 & 3  # 3: MPEG-1, 2: MPEG-2, 0: MPEG-2.5
     layer = header >> 17 & 3  # 1: layer III
@@ -2330,7 +2427,9 @@ def mp3_frame(speech: bytes, offset: int) -> Mp3Frame | None:
 
 
 def mp3_seconds(speech: bytes) -> float:
-    """Return the length of an MP3: the sum of its frames, without what the encoder added at both ends."""
+    """Return the length of an MP3: the sum of its frames, without what the encoder added at
+    both ends.
+    """
     seconds = 0.0
     offset = 0
     gaps = 0
@@ -2351,7 +2450,10 @@ def mp3_seconds(speech: bytes) -> float:
 
 
 def encoder_padding(frame: bytes, tag_start: int) -> int:
-    """Return how many samples an MP3's encoder added, as the tag in its first frame says; 0 if it does not."""
+    """Return how many samples an MP3's encoder added, as the tag in its first frame says.
+
+    0 if it does not.
+    """
     tag = frame[tag_start:]
     has_all_fields = tag[:8] in (b"Xing\0\0\0\x0f", b"Info\0\0\0\x0f")
     if not has_all_fields or tag[120:124] not in (b"LAME", b"Lavf", b"Lavc"):
@@ -2361,7 +2463,9 @@ def encoder_padding(frame: bytes, tag_start: int) -> int:
 
 
 def next_mp3_frame(speech: bytes, offset: int) -> int:
-    """Return where to look next for a frame: behind an ID3 tag, else at the next byte that may begin one."""
+    """Return where to look next for a frame: behind an ID3 tag, else at the next byte that
+    may begin one.
+    """
     if speech[offset : offset + 3] == b"ID3" and offset + 10 <= len(speech):
         size = 0
         for byte in speech[offset + 6 : offset + 10]:
@@ -2377,7 +2481,7 @@ def speech_format() -> SpeechFormat:
     return SPEECH_FORMATS[codec]
 
 
-# ---- Supabase Storage and downloads ----------------------------------------------------------------
+# ---- Supabase Storage and downloads --------------------------------------------------------------
 
 IMMUTABLE_CACHE = "max-age=31536000"  # stored and served as written
 
@@ -2418,21 +2522,29 @@ async def supabase_upload(
 
 
 def storage_url(path: str, access: Literal["", "public/", "authenticated/"] = "") -> str:
-    """Return where a file of the bucket is written, or with `access` read. Raises MissingSetting."""
+    """Return where a file of the bucket is written, or with `access` read.
+
+    Raises MissingSetting.
+    """
     settings = get_settings()
     base_url = settings.required("supabase_url")
     return f"{base_url}/storage/v1/object/{access}{settings.supabase_bucket}/{path}"
 
 
 def storage_headers() -> dict[str, str]:
-    """Return the service key in both headers, identical, for sb_ and eyJ keys. Raises MissingSetting."""
+    """Return the service key in both headers, identical, for sb_ and eyJ keys.
+
+    Raises MissingSetting.
+    """
     key = get_settings().required("supabase_service_role")
     return {"Authorization": f"Bearer {key}", "apikey": key}
 
 
 @dataclass(frozen=True)
 class FileStream:
-    """A file as a request's body: read in chunks beside the event loop, from the start at each attempt."""
+    """A file as a request's body: read in chunks beside the event loop, from the start at
+    each attempt.
+    """
 
     path: Path
 
@@ -2469,7 +2581,9 @@ async def download(url: str, target: Path, retry: RetryPolicy = PAID_DOWNLOAD_RE
 
 
 async def download_once(target: Path, request: httpx.Request, max_bytes: int) -> ProviderResponse:
-    """Make one attempt at a download: a success goes to `target`, a refusal's body into the response."""
+    """Make one attempt at a download: a success goes to `target`, a refusal's body into the
+    response.
+    """
     head_bytes_left.set(MAX_HEAD_BYTES)
     async with follow_redirects(request) as response:
         head_bytes_left.set(math.inf)  # a body has limits of its own
@@ -2511,7 +2625,7 @@ def content_length(response: httpx.Response) -> int | None:
     return int(header) if re.fullmatch(r"\d{1,18}", header) else None
 
 
-# ---- Remote file checks: /debug/head and the picture -----------------------------------------------
+# ---- Remote file checks: /debug/head and the picture ---------------------------------------------
 
 
 async def head(url: str, timeout_s: float, slots: asyncio.Semaphore) -> HeadResult:
@@ -2541,7 +2655,10 @@ async def head(url: str, timeout_s: float, slots: asyncio.Semaphore) -> HeadResu
 
 
 async def head_once(method: Literal["HEAD", "GET"], url: str) -> HeadResult:
-    """Ask for a remote file's headers, by GET for its first byte. Raises BlockedUrl, httpx.RequestError."""
+    """Ask for a remote file's headers, by GET for its first byte.
+
+    Raises BlockedUrl, httpx.RequestError.
+    """
     headers = {"Range": "bytes=0-0"} if method == "GET" else {}
     request = app_state().http.build_request(
         method, url, headers=headers, extensions={USER_SUPPLIED: True}
@@ -2593,7 +2710,9 @@ async def check_picture(url: str) -> None:
 
 
 def is_unknown_host(exc: BaseException | None) -> bool:
-    """Return whether a look-up ended with "no such name": not one that only failed for now (EAI_AGAIN)."""
+    """Return whether a look-up ended with "no such name": not one that only failed for now
+    (EAI_AGAIN).
+    """
     while exc is not None:
         if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_NONAME:
             return True
@@ -2601,7 +2720,7 @@ def is_unknown_host(exc: BaseException | None) -> bool:
     return False
 
 
-# ---- Model schemas: mapping our fields to a model's input ------------------------------------------
+# ---- Model schemas: mapping our fields to a model's input ----------------------------------------
 
 DEFAULT_MODEL = "minimax/hailuo-02"
 
@@ -2736,7 +2855,9 @@ def is_choice(value: Any) -> bool:
 
 
 def read_property(schema: dict[str, Any]) -> Property:
-    """Return what is read of a property by itself: anybody may publish a model, so only what is small."""
+    """Return what is read of a property by itself: anybody may publish a model, so only what
+    is small.
+    """
     prop: Property = {}
     kind = schema.get("type")
     if isinstance(kind, list):  # OpenAPI 3.1 writes a nullable type as a list
@@ -2761,7 +2882,9 @@ def read_property(schema: dict[str, Any]) -> Property:
 
 
 def resolve_schema(schema: Any, schemas: Any, depth: int = MAX_SCHEMA_DEPTH) -> Property:
-    """Return a property with what its `$ref`, `allOf`, `anyOf` and `oneOf` add: Replicate keeps enums there."""
+    """Return a property with what its `$ref`, `allOf`, `anyOf` and `oneOf` add: Replicate
+    keeps enums there.
+    """
     if not isinstance(schema, dict) or depth == 0:
         return {}
     prop = read_property(schema)
@@ -2780,7 +2903,10 @@ def resolve_schema(schema: Any, schemas: Any, depth: int = MAX_SCHEMA_DEPTH) -> 
 
 
 def parse_model(name: str, version: str | None, schemas: Any) -> VideoModel:
-    """Return a model from its published `components.schemas`. Raises ProviderFailed if it is unreadable."""
+    """Return a model from its published `components.schemas`.
+
+    Raises ProviderFailed if it is unreadable.
+    """
     properties = get_in(schemas, "Input", "properties")
     required = get_in(schemas, "Input", "required")
     if not isinstance(properties, dict) or len(properties) > MAX_SCHEMA_FIELDS:
@@ -2805,9 +2931,9 @@ def build_model_input(
 ) -> dict[str, Any]:
     """Return a prediction's input: our fields under the model's names, as the model writes values.
 
-    A setting the client sent is used or refused, one it left out adapts to the model, one the model lacks
-    is left out. `audio_url` goes to a model that takes speech. Raises InvalidInput naming what is wrong,
-    with the allowed values.
+    A setting the client sent is used or refused, one it left out adapts to the model, one the
+    model lacks is left out. `audio_url` goes to a model that takes speech. Raises InvalidInput
+    naming what is wrong, with the allowed values.
     """
     if model.picture_field is None:
         message = f"{model.name} takes no picture; choose an image-to-video model"
@@ -2840,7 +2966,10 @@ def build_model_input(
 
 
 def length_input(model: VideoModel, body: JobPromptOnly) -> dict[str, Any]:
-    """Return the field for the video's length, in seconds or frames; empty if the model has none."""
+    """Return the field for the video's length, in seconds or frames.
+
+    Empty if the model has none.
+    """
     for name in LENGTH_NAMES:
         prop = model.fields.get(name, {})
         choices = number_choices(prop)
@@ -2869,7 +2998,9 @@ def length_input(model: VideoModel, body: JobPromptOnly) -> dict[str, Any]:
 
 
 def number_choices(prop: Property) -> dict[float, Any]:
-    """Return the numbers that a field lists, each with the value the model writes for it, such as "5s"."""
+    """Return the numbers that a field lists, each with the value the model writes for it,
+    such as "5s".
+    """
     choices = {}
     for value in prop.get("enum", []):
         number = as_number(value)
@@ -2879,7 +3010,9 @@ def number_choices(prop: Property) -> dict[float, Any]:
 
 
 def counts_frames(name: str, prop: Property, choices: Collection[float]) -> bool:
-    """Return whether a length is in frames: by its name, numbers too large for seconds, or description."""
+    """Return whether a length is in frames: by its name, numbers too large for seconds, or
+    description.
+    """
     smallest = min(choices, default=prop.get("minimum") or 0)
     if name in FRAMES_NAMES or smallest > 60:
         return True
@@ -2939,7 +3072,10 @@ def size_input(model: VideoModel, body: JobPromptOnly) -> dict[str, Any]:
 
 
 def choose_size(model: VideoModel, body: JobPromptOnly, choices: list[Any]) -> Any:
-    """Return the size among a model's own that was asked for, or the nearest. Raises InvalidInput."""
+    """Return the size among a model's own that was asked for, or the nearest.
+
+    Raises InvalidInput.
+    """
     for choice in choices:
         if str(choice).casefold() == body.resolution.casefold():
             return choice
@@ -3004,7 +3140,7 @@ def vertical_pixels(size: Any) -> int:
     return int(match[1]) if match else 0
 
 
-# ---- Replicate: create, poll, recover, cancel ------------------------------------------------------
+# ---- Replicate: create, poll, recover, cancel ----------------------------------------------------
 
 VIDEO_EXPIRED = "The video has expired: Replicate keeps it an hour. A new job makes a new one."
 PREDICTION_ID_PATTERN = r"^[A-Za-z0-9_-]{1,100}$"
@@ -3062,10 +3198,11 @@ class Prediction(BaseModel):
 
 
 def poll_delay_s(waited_s: float, active_polls: int, durations: Collection[float] = ()) -> float:
-    """Return the seconds until the next poll; `durations`: of the last videos of this kind, in seconds.
+    """Return the seconds until the next poll; `durations`: of the last videos of this kind,
+    in seconds.
 
-    While none is known: every 2.5 % of the time waited, between POLL_MIN_SECONDS and 2 s. Else: seldom
-    until 0.8 of the shortest one, from then on in small steps.
+    While none is known: every 2.5 % of the time waited, between POLL_MIN_SECONDS and 2 s. Else:
+    seldom until 0.8 of the shortest one, from then on in small steps.
     """
     if not durations:
         delay_s = min(waited_s * POLL_SHARE, POLL_MAX_S)
@@ -3116,11 +3253,12 @@ def parse_prediction(value: Any) -> Prediction | None:
 
 
 async def find_model(name: str | None) -> VideoModel:
-    """Return a model by `owner/name` or `owner/name:version`, kept for ten minutes; None: the default one.
+    """Return a model by `owner/name` or `owner/name:version`, kept for ten minutes; None:
+    the default one.
 
-    Jobs that ask for one model at the same time share one look-up; an unknown model stays unknown for a
-    minute. Raises InvalidInput (not in ALLOWED_MODELS), ProviderRefused (unknown), ProviderFailed,
-    ResourceFailed.
+    Jobs that ask for one model at the same time share one look-up; an unknown model stays
+    unknown for a minute. Raises InvalidInput (not in ALLOWED_MODELS), ProviderRefused
+    (unknown), ProviderFailed, ResourceFailed.
     """
     check_allowed_model(name or DEFAULT_MODEL)
     if name is None or name == DEFAULT_MODEL:
@@ -3191,7 +3329,10 @@ def forget_failed_lookup(name: str, task: "asyncio.Task[VideoModel]") -> None:
 
 
 async def look_up_model(name: str) -> VideoModel:
-    """Return the model, or that version of it, as Replicate describes it now. Raises as find_model."""
+    """Return the model, or that version of it, as Replicate describes it now.
+
+    Raises as find_model.
+    """
     model_name, _, version = name.partition(":")
     path = f"models/{model_name}"
     if version:
@@ -3225,7 +3366,10 @@ async def look_up_model(name: str) -> VideoModel:
 
 
 async def hailuo_video_from_prompt(body: JobPromptOnly, job: Job | None = None) -> str:
-    """Return the URL of a video made by the default model. Raises as replicate_video_from_prompt."""
+    """Return the URL of a video made by the default model.
+
+    Raises as replicate_video_from_prompt.
+    """
     return await replicate_video_from_prompt(body, job=job, model=HAILUO)
 
 
@@ -3237,9 +3381,10 @@ async def replicate_video_from_prompt(
 ) -> str:
     """Return the URL, valid for an hour, of the video that `job` has begun, else of a new one.
 
-    `audio_url`: the speech, for a model that takes it. When it ends early, the prediction is cancelled,
-    unless a request with the same key can resume it. Raises ProviderRefused (also: the prediction ended
-    failed, canceled or aborted, or its video has expired), InvalidInput, ProviderFailed, MissingSetting.
+    `audio_url`: the speech, for a model that takes it. When it ends early, the prediction is
+    cancelled, unless a request with the same key can resume it. Raises ProviderRefused (also:
+    the prediction ended failed, canceled or aborted, or its video has expired), InvalidInput,
+    ProviderFailed, MissingSetting.
     """
     job = job or Job("-")
     model = model or await find_model(body.model)
@@ -3383,7 +3528,8 @@ async def create_exchange(
 ) -> ProviderResponse:
     """Make one attempt to create, and claim what it created. Raises ClaimLost.
 
-    A cancelled job still waits a moment for the response: only that says which prediction to cancel.
+    A cancelled job still waits a moment for the response: only that says which prediction to
+    cancel.
     """
     await confirm_claim(job)
     creates = app_state().creates_in_flight
@@ -3432,7 +3578,8 @@ async def find_unclaimed_prediction(
     since: float,
     search_s: float = 0.0,
 ) -> Prediction | None:
-    """Search for a prediction of this input that no job has claimed: once, and for `search_s` seconds.
+    """Search for a prediction of this input that no job has claimed: once, and for
+    `search_s` seconds.
 
     `since` (monotonic clock): no older prediction is the job's.
     """
@@ -3457,7 +3604,9 @@ def create_key(model: VideoModel, values: Mapping[str, Any]) -> str:
 
 
 async def wait_for_equal_creates(model: VideoModel, values: Mapping[str, Any]) -> None:
-    """Wait while an equal create of another job has no response: its prediction is not ours to take."""
+    """Wait while an equal create of another job has no response: its prediction is not ours
+    to take.
+    """
     creates = app_state().creates_in_flight
     while creates[create_key(model, values)]:  # noqa: ASYNC110  seldom, and for a moment
         await asyncio.sleep(patience_s(SEARCH_SHARE) / 100)
@@ -3479,7 +3628,9 @@ def is_claimed_by_other(prediction_id: str, job: Job) -> bool:
 
 
 async def predictions_since(since: float) -> AsyncIterator[Any]:
-    """Yield the account's predictions, newest first, that are not older than `since` (monotonic clock)."""
+    """Yield the account's predictions, newest first, that are not older than `since`
+    (monotonic clock).
+    """
     if app_state().replicate_clock_s is None:  # learned from the response
         await call_replicate("GET", "predictions", LIST_RETRY, max_bytes=MAX_LIST_BYTES)
     age_s = time.monotonic() - since + CLOCK_TOLERANCE_S
@@ -3505,7 +3656,10 @@ async def predictions_since(since: float) -> AsyncIterator[Any]:
 
 
 async def poll_prediction(prediction: Prediction) -> Prediction:
-    """Return the prediction as it is now; as it was, if the response is none, since it is polled again."""
+    """Return the prediction as it is now.
+
+    As it was, if the response is none, since it is polled again.
+    """
     path = f"predictions/{prediction.id}"
     response = await call_replicate("GET", path, POLL_RETRY, max_bytes=MAX_PREDICTION_BYTES)
     return parse_prediction(response.payload) or prediction
@@ -3541,7 +3695,9 @@ async def wait_for_prediction(
 
 
 def remember_duration(kind: str, seconds: float) -> None:
-    """Add how long a video took; of too many kinds, the one that was seen longest ago is forgotten."""
+    """Add how long a video took; of too many kinds, the one that was seen longest ago is
+    forgotten.
+    """
     recent = app_state().recent_durations
     durations = recent.pop(kind, None) or deque(maxlen=RECENT_DURATIONS)
     durations.append(seconds)
@@ -3551,7 +3707,10 @@ def remember_duration(kind: str, seconds: float) -> None:
 
 
 async def cancel_prediction(prediction_id: str) -> None:
-    """Stop paying for a prediction that nobody waits for, whatever else ends; a failure is logged."""
+    """Stop paying for a prediction that nobody waits for, whatever else ends.
+
+    A failure is logged.
+    """
     path = f"predictions/{prediction_id}/cancel"
     try:
         with anyio.CancelScope(shield=True), anyio.fail_after(patience_s(CANCEL_SHARE)):
@@ -3562,12 +3721,15 @@ async def cancel_prediction(prediction_id: str) -> None:
         logger.warning("prediction_id=%s not cancelled: %s", prediction_id, reason)
 
 
-# ---- ffmpeg: muxing and conversion -----------------------------------------------------------------
+# ---- ffmpeg: muxing and conversion ---------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
 def ffmpeg_path() -> str:
-    """Return imageio-ffmpeg's ffmpeg, or IMAGEIO_FFMPEG_EXE. Raises RuntimeError where there is none."""
+    """Return imageio-ffmpeg's ffmpeg, or IMAGEIO_FFMPEG_EXE.
+
+    Raises RuntimeError where there is none.
+    """
     path = str(imageio_ffmpeg.get_ffmpeg_exe())  # tries its own binary, but not the variable's
     found = shutil.which(path)
     if found is None:
@@ -3637,7 +3799,10 @@ def plays_everywhere(video_format: VideoFormat, as_it_is: bool) -> bool:
 
 
 def find_video_format(head: bytes) -> VideoFormat:
-    """Return the format of a file by its first bytes alone. Raises ResourceFailed if it is no video."""
+    """Return the format of a file by its first bytes alone.
+
+    Raises ResourceFailed if it is no video.
+    """
     for pattern, name, demuxer in VIDEO_FORMATS:
         if not re.match(pattern, head, re.DOTALL):
             continue
@@ -3667,7 +3832,9 @@ def is_cut_off(file: BinaryIO, head: bytes, demuxer: str) -> bool:
 
 
 def matroska_end(head: bytes) -> int:
-    """Return where a Matroska file's segment ends, 0 if it does not say (RFC 8794, element sizes)."""
+    """Return where a Matroska file's segment ends, 0 if it does not say (RFC 8794, element
+    sizes).
+    """
     offset = head.find(b"\x18\x53\x80\x67") + 4  # the element Segment
     if offset < 4 or offset + 8 > len(head) or head[offset] == 0:
         return 0
@@ -3700,8 +3867,8 @@ def check_mp4(video: Path) -> None:
 def top_level_boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield an MP4's boxes: name, start of the content, end.
 
-    ISO/IEC 14496-12: 4 bytes length, 4 bytes name; a length of 0 means to the end of the file, of 1 that
-    the length follows in 8 bytes.
+    ISO/IEC 14496-12: 4 bytes length, 4 bytes name; a length of 0 means to the end of the file,
+    of 1 that the length follows in 8 bytes.
     """
     offset = 0
     for _ in range(MAX_MP4_BOXES):
@@ -3750,7 +3917,9 @@ def read_mp4_format(file: BinaryIO, file_format: VideoFormat) -> VideoFormat:
 
 
 def mp4_tracks(index: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Yield each track of `moov`: its handler, its codec and that codec's description (a sample entry)."""
+    """Yield each track of `moov`: its handler, its codec and that codec's description (a
+    sample entry).
+    """
     for media in find_boxes(index, b"trak", b"mdia"):
         handler = next(find_boxes(media, b"hdlr"), b"")[8:12]
         table = next(find_boxes(media, b"minf", b"stbl", b"stsd"), b"")
@@ -3796,8 +3965,9 @@ def is_plain_h264(entry: bytes) -> bool:
         return True
     if profile != 100:
         return False
-    # Of the set, after a byte of its type and 3 of profile and level: id, chroma format (1 is 4:2:0),
-    # bits of luma and of chroma beyond 8 (ITU-T H.264, 7.3.2.1.1). `avcC` may not repeat them.
+    # Of the set, after a byte of its type and 3 of profile and level: id, chroma format (1 is
+    # 4:2:0), bits of luma and of chroma beyond 8 (ITU-T H.264, 7.3.2.1.1). `avcC` may not
+    # repeat them.
     bits = "".join(f"{byte:08b}" for byte in record[12:16])
     return re.match(EXP_GOLOMB + "01011", bits) is not None  # 1 is written 010, and 0 is 1
 
@@ -3811,7 +3981,9 @@ OUTPUT_OPTIONS = ["-fs", str(MAX_DOWNLOAD_BYTES + 1), "-movflags", "+faststart",
 
 
 def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path) -> list[str]:
-    """Return ffmpeg's arguments: the video copied, our speech half a second in, ended as `fit` says."""
+    """Return ffmpeg's arguments: the video copied, our speech half a second in, ended as
+    `fit` says.
+    """
     audio_filter = f"adelay={SPEECH_OFFSET_MS}:all=1"
     if fit == "video":
         audio_filter += ",apad"
@@ -3872,8 +4044,8 @@ def convert_arguments(
 async def convert_video(video: Path, source: VideoFormat, target: Path, with_sound: bool) -> Path:
     """Convert a video that would not play everywhere; return what is to be delivered.
 
-    That is an MP4 as it came if it cannot be converted within the limits: it plays somewhere. Raises
-    ResourceFailed, which names the format, for anything else; OSError.
+    That is an MP4 as it came if it cannot be converted within the limits: it plays somewhere.
+    Raises ResourceFailed, which names the format, for anything else; OSError.
     """
     arguments = convert_arguments(video, source, target, with_sound)
     try:
@@ -3897,7 +4069,10 @@ async def convert_video(video: Path, source: VideoFormat, target: Path, with_sou
 async def run_ffmpeg(
     arguments: list[str], timeout_s: float, max_bytes: int = MUX_MAX_BYTES, niceness: int = 0
 ) -> None:
-    """Run ffmpeg to its end; it is killed and reaped however this call ends. Raises ResourceFailed, OSError."""
+    """Run ffmpeg to its end; it is killed and reaped however this call ends.
+
+    Raises ResourceFailed, OSError.
+    """
     command = [await asyncio.to_thread(ffmpeg_path), *arguments]
     stderr_tail = b""
     # It needs no key from the environment, and Ctrl-C in a terminal is for the service alone.
@@ -3926,8 +4101,8 @@ async def run_ffmpeg(
 def limit_process(pid: int, max_bytes: int, niceness: int) -> None:
     """Limit the memory of a process that leads its own group, and lower its priority: on Linux.
 
-    RLIMIT_DATA counts what it can write to. RLIMIT_AS would also count ffmpeg's own 170 MB, and 64 MB
-    that malloc reserves for each thread: it cannot tell a bomb from a video.
+    RLIMIT_DATA counts what it can write to. RLIMIT_AS would also count ffmpeg's own 170 MB, and
+    64 MB that malloc reserves for each thread: it cannot tell a bomb from a video.
     """
     if sys.platform == "linux":
         import resource
@@ -3953,7 +4128,10 @@ def raise_ffmpeg_error(returncode: int | None, stderr_tail: bytes) -> None:
 
 
 def mp4_seconds(video: Path) -> float | None:
-    """Return how long an MP4 plays, as its movie header says; None if it does not (ISO/IEC 14496-12)."""
+    """Return how long an MP4 plays, as its movie header says.
+
+    None if it does not (ISO/IEC 14496-12).
+    """
     with video.open("rb") as file:
         for name, start, end in top_level_boxes(file, video.stat().st_size):
             if name != b"moov":
@@ -3966,7 +4144,10 @@ def mp4_seconds(video: Path) -> float | None:
 
 
 def movie_header_seconds(header: bytes) -> float | None:
-    """Return the duration in the content of an `mvhd` box; None if it is unknown, as in fragmented files."""
+    """Return the duration in the content of an `mvhd` box.
+
+    None if it is unknown, as in fragmented files.
+    """
     if header[0] == 1:  # version 1 has the long form
         timescale, duration = struct.unpack_from(">IQ", header, 20)
         unknown = 2**64 - 1
@@ -3978,7 +4159,7 @@ def movie_header_seconds(header: bytes) -> float | None:
     return float(round(duration / timescale, 2))
 
 
-# ---- Application: lifespan, middleware, error handlers ---------------------------------------------
+# ---- Application: lifespan, middleware, error handlers -------------------------------------------
 
 
 @asynccontextmanager
@@ -4011,7 +4192,9 @@ last_accept_error_at = -math.inf
 
 
 def log_accept_errors_seldom(record: logging.LogRecord) -> bool:
-    """Let one line in ACCEPT_LOG_S say that no connection can be accepted: asyncio writes thousands."""
+    """Let one line in ACCEPT_LOG_S say that no connection can be accepted: asyncio writes
+    thousands.
+    """
     global last_accept_error_at
     if not str(record.msg).startswith("socket.accept() out of system resource"):
         return True
@@ -4023,7 +4206,10 @@ def log_accept_errors_seldom(record: logging.LogRecord) -> bool:
 
 
 def raise_descriptor_limit() -> None:
-    """Let the process open as many files and connections as the system allows; each job takes a few."""
+    """Let the process open as many files and connections as the system allows.
+
+    Each job takes a few.
+    """
     if resource is None:  # Windows
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4040,7 +4226,9 @@ def raise_descriptor_limit() -> None:
 
 @contextmanager
 def hangup_as_termination() -> Iterator[None]:
-    """Let the end of its terminal end the process as SIGTERM does, unless that is ignored (nohup)."""
+    """Let the end of its terminal end the process as SIGTERM does, unless that is ignored
+    (nohup).
+    """
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     is_main = threading.current_thread() is threading.main_thread()
     if hangup is None or not is_main or signal.getsignal(hangup) != signal.SIG_DFL:
@@ -4067,8 +4255,8 @@ def warn_about_missing_settings() -> None:
 async def drain_jobs(state: AppState) -> None:
     """Graceful shutdown: cancel the jobs that still run, those with a key after a while.
 
-    uvicorn has just cancelled the open requests, and with them their jobs; jobs with a key that nobody
-    waits for have not heard of it. What they leave is resumed by the next request.
+    uvicorn has just cancelled the open requests, and with them their jobs; jobs with a key that
+    nobody waits for have not heard of it. What they leave is resumed by the next request.
     """
     started_at = time.monotonic()
     drain_s = min(patience_s(DRAIN_SHARE), MAX_DRAIN_S)
@@ -4085,7 +4273,9 @@ async def drain_jobs(state: AppState) -> None:
 
 @dataclass(frozen=True)
 class RequestMiddleware:
-    """The outermost layer: each request gets an id, each response X-Request-ID and Server-Timing."""
+    """The outermost layer: each request gets an id, each response X-Request-ID and Server-
+    Timing.
+    """
 
     app: ASGIApp
 
@@ -4130,7 +4320,9 @@ def server_timing(timings: Mapping[Stage, float], queued_s: float = 0.0) -> str:
 
 @dataclass(frozen=True)
 class ErrorMiddleware:
-    """The last catch, inside CORS: Starlette's own is outside, and browsers would not see its answer."""
+    """The last catch, inside CORS: Starlette's own is outside, and browsers would not see
+    its answer.
+    """
 
     app: ASGIApp
 
@@ -4165,7 +4357,9 @@ class BodyTooLarge(HTTPException):
         self.start = start
 
     def as_service_error(self) -> ServiceError:
-        """Return the error for the client, who has most often put the picture itself into the body."""
+        """Return the error for the client, who has most often put the picture itself
+        into the body.
+        """
         embedded = EMBEDDED_PICTURE.search(self.start)
         if embedded:
             name = embedded[1].decode()
@@ -4214,7 +4408,9 @@ class BodyLimitMiddleware:
 
 @dataclass(frozen=True)
 class TokenMiddleware:
-    """Refuses, before the body is read, what may cost money and carries no token of SERVICE_TOKEN."""
+    """Refuses, before the body is read, what may cost money and carries no token of
+    SERVICE_TOKEN.
+    """
 
     app: ASGIApp
 
@@ -4231,7 +4427,9 @@ class TokenMiddleware:
 
 
 def has_token(headers: Headers, tokens: Collection[str]) -> bool:
-    """Return whether a request carries one of these tokens, compared in constant time (RFC 6750)."""
+    """Return whether a request carries one of these tokens, compared in constant time (RFC
+    6750).
+    """
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     given = credentials.strip().encode("utf-8")
     matches = [hmac.compare_digest(given, token.encode()) for token in tokens]
@@ -4322,7 +4520,9 @@ async def handle_validation_error(request: Request, exc: RequestValidationError)
 
 
 async def handle_http_error(request: Request, exc: HTTPException) -> Response:
-    """Answer what the framework refuses: no such route (404) or method (405), an unreadable body (400)."""
+    """Answer what the framework refuses: no such route (404) or method (405), an unreadable
+    body (400).
+    """
     if isinstance(exc, BodyTooLarge):
         error = exc.as_service_error()
     elif exc.status_code == 404:
@@ -4360,12 +4560,13 @@ app.add_middleware(
 app.add_middleware(RequestMiddleware)
 
 
-# ---- Idempotency: the job log ----------------------------------------------------------------------
+# ---- Idempotency: the job log --------------------------------------------------------------------
 #
-# A job with an Idempotency-Key keeps a log in the bucket: jobs/<HMAC of the key>/0001.json, 0002.json ...
-# An entry holds enough to resume and no user input. It is written once, never overwritten: uploaded under
-# a name of its own and moved to its number, which succeeds for exactly one caller (see write_once). Within
-# a process, requests with one key join one Job (AppState.jobs). Otherwise the last entry decides:
+# A job with an Idempotency-Key keeps a log in the bucket: jobs/<HMAC of the key>/0001.json,
+# 0002.json ... An entry holds enough to resume and no user input. It is written once, never
+# overwritten: uploaded under a name of its own and moved to its number, which succeeds for
+# exactly one caller (see write_once). Within a process, requests with one key join one Job
+# (AppState.jobs). Otherwise the last entry decides:
 #
 #   last entry                        a request with this key
 #   --------------------------------  -----------------------------------------------------------------
@@ -4377,9 +4578,9 @@ app.add_middleware(RequestMiddleware)
 #   result                            is answered with it
 #   refusal                           is refused with it
 #
-# Speech and video are each preceded by a claim. Whoever finds the next number taken by another owner has
-# lost the job (ClaimLost) and follows the log: so one speech and one video are paid for, and of two
-# instances that finish, the first result is the answer of both.
+# Speech and video are each preceded by a claim. Whoever finds the next number taken by another
+# owner has lost the job (ClaimLost) and follows the log: so one speech and one video are paid
+# for, and of two instances that finish, the first result is the answer of both.
 
 KEY_REUSED = "belongs to a request with another body; a new job needs a new key"
 Payment = Literal["speech", "video"]
@@ -4560,8 +4761,9 @@ def age_of(created_at: Any, now: float | None) -> float:
 async def write_once(path: str, entry: JobEntry, retry: RetryPolicy) -> JobEntry:
     """Write an entry unless the path exists; return the entry that is there. Raises ResourceFailed.
 
-    Of all who move a file to one path, exactly one succeeds. After any other answer the path itself says
-    who has: a move that was repeated because its answer was lost is refused as well.
+    Of all who move a file to one path, exactly one succeeds. After any other answer the path
+    itself says who has: a move that was repeated because its answer was lost is refused as
+    well.
     """
     settings = get_settings()
     source = f"jobs/new/{entry.entry_id}.json"
@@ -4629,7 +4831,10 @@ async def claim(job: Job, payment: Payment) -> None:
 
 
 async def confirm_claim(job: Job) -> None:
-    """Just before paying, make sure that a claim which has become old is still ours. Raises ClaimLost."""
+    """Just before paying, make sure that a claim which has become old is still ours.
+
+    Raises ClaimLost.
+    """
     log = job.log
     if log is None:
         return
@@ -4641,7 +4846,10 @@ async def confirm_claim(job: Job) -> None:
 
 
 async def renew_claim(job: Job, log: JobLog) -> None:
-    """Write the job's claim once more, if it holds one by the time that it can. Raises as write_entry."""
+    """Write the job's claim once more, if it holds one by the time that it can.
+
+    Raises as write_entry.
+    """
     async with log.lock:
         if log.entry and log.owns_claim():
             await write_next_entry(job, log, UPLOAD_RETRY, claim=log.entry.claim)
@@ -4662,7 +4870,10 @@ async def renew_claims(job: Job) -> None:
 
 
 async def record_prediction(job: Job) -> None:
-    """Record the prediction that was just created, also if the job is being cancelled. Raises ClaimLost."""
+    """Record the prediction that was just created, also if the job is being cancelled.
+
+    Raises ClaimLost.
+    """
     if job.log is None:
         return
     with anyio.move_on_after(patience_s(MAX_WAIT_SHARE), shield=True):
@@ -4713,7 +4924,10 @@ def key_reused() -> InvalidInput:
 
 
 def check_same_body(log: JobLog, entry: JobEntry) -> None:
-    """Raise InvalidInput if the key was used for another body; one that paid for nothing is free."""
+    """Raise InvalidInput if the key was used for another body.
+
+    One that paid for nothing is free.
+    """
     if entry.request_digest != log.request_digest and not entry.is_unused():
         raise key_reused()
 
@@ -4733,7 +4947,10 @@ def expire_video_result(entry: JobEntry, age_s: float) -> JobEntry:
 
 
 async def run_idempotent(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
-    """Answer a job with a key from its log if it is done; else begin, resume or take over. Follow if lost."""
+    """Answer a job with a key from its log if it is done; else begin, resume or take over.
+
+    Follow if lost.
+    """
     while True:
         entry = await follow_log(job)
         if entry and entry.refusal:
@@ -4747,7 +4964,10 @@ async def run_idempotent(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
 
 
 async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
-    """Run a job's work, renewing its claims, and write how it ended. Raises ClaimLost, or as `work`."""
+    """Run a job's work, renewing its claims, and write how it ended.
+
+    Raises ClaimLost, or as `work`.
+    """
     renewal = asyncio.create_task(renew_claims(job))
     try:
         result = await work()
@@ -4772,9 +4992,12 @@ async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
 
 
 async def record_end(job: Job, error: ServiceError) -> None:
-    """Write that a job was refused for good, or that it has given its claim up: others need not wait."""
+    """Write that a job was refused for good, or that it has given its claim up: others need
+    not wait.
+    """
     log = job.log
-    # Not a rejected key or plan, which the owner can change: the video is paid for, and may be there.
+    # Not a rejected key or plan, which the owner can change: the video is paid for, and may
+    # be there.
     may_be_final = error.http_status == 400 or job.past_deadline()
     is_refused = may_be_final and not error.retryable and error.category == "provider"
     is_final = job.partial.prediction_id and is_refused
@@ -4799,7 +5022,10 @@ def open_claim(job: Job, error: ServiceError) -> Payment | None:
 
 
 class LegacyRecord(BaseModel):
-    """What earlier versions kept in one file, jobs/<HMAC of the key>.json; a deploy overlaps them."""
+    """What earlier versions kept in one file, jobs/<HMAC of the key>.json.
+
+    A deploy overlaps them.
+    """
 
     body: str
     written: float
@@ -4831,7 +5057,7 @@ async def read_legacy_record(log: JobLog) -> LogPosition:
     return LogPosition(0, age_s, age_s + get_settings().job_timeout_seconds)
 
 
-# ---- Job runner: deadline, disconnects, JSON and SSE -----------------------------------------------
+# ---- Job runner: deadline, disconnects, JSON and SSE ---------------------------------------------
 
 Body = TypeVar("Body", bound=JobPromptOnly)
 Work = Callable[[Body, Job], Awaitable[BaseModel]]
@@ -4876,7 +5102,10 @@ async def wait_for_job(job: Job, events: Events) -> Response:
 
 
 async def stream_job(job: Job, events: Events) -> Response:
-    """Return the job's event stream. Raises its ServiceError if it failed before the first event."""
+    """Return the job's event stream.
+
+    Raises its ServiceError if it failed before the first event.
+    """
     first_chunk = await next_sse_chunk(job, events)
     if first_chunk is None:
         job.unsubscribe(events)
@@ -4921,7 +5150,10 @@ def prefers_event_stream(accept: str) -> bool:
 
 
 def start_job(request: Request, body: Body, key: str | None, work: Work[Body]) -> Job:
-    """Return a new job, or the one that runs with the same key. Raises InvalidInput, MissingSetting."""
+    """Return a new job, or the one that runs with the same key.
+
+    Raises InvalidInput, MissingSetting.
+    """
     job = Job(request.state.request_id)
     request.state.job = job
     state = app_state()
@@ -4981,7 +5213,9 @@ class EventStreamResponse(EventSourceResponse):
 
 
 async def sse_stream(job: Job, first_chunk: bytes | None, events: Events) -> AsyncIterator[bytes]:
-    """Yield every stage event, comments while there is none, then exactly one `result` or `error`."""
+    """Yield every stage event, comments while there is none, then exactly one `result` or
+    `error`.
+    """
     chunk = first_chunk
     while chunk is not None:
         yield chunk
@@ -4998,7 +5232,10 @@ async def sse_stream(job: Job, first_chunk: bytes | None, events: Events) -> Asy
 
 
 async def next_sse_chunk(job: Job, events: Events) -> bytes | None:
-    """Return the next stage event, or a comment after KEEPALIVE_SECONDS; None after the last event."""
+    """Return the next stage event, or a comment after KEEPALIVE_SECONDS.
+
+    None after the last event.
+    """
     try:
         with anyio.move_on_after(get_settings().keepalive_seconds):
             event = await events.get()
@@ -5012,7 +5249,7 @@ async def next_sse_chunk(job: Job, events: Events) -> bytes | None:
     return KEEPALIVE_COMMENT
 
 
-# ---- Job pipelines ---------------------------------------------------------------------------------
+# ---- Job pipelines -------------------------------------------------------------------------------
 #
 # Each step asks job.partial whether an earlier request has done it already.
 
@@ -5026,7 +5263,10 @@ async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
 
 
 async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
-    """Make a final video. The cheap step comes first, so that a bad text, voice or bucket costs no video."""
+    """Make a final video.
+
+    The cheap step comes first, so that a bad text, voice or bucket costs no video.
+    """
     require_settings(SPEECH_JOB_SETTINGS)
     check_text(body.text)
     model = await check_job(body, job, has_speech=True)
@@ -5062,7 +5302,10 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
 
 
 def cut_seconds(audio_seconds: float | None, final_seconds: float | None) -> float | None:
-    """Return how much of the speech is not heard, because the final video ends before; None: unknown."""
+    """Return how much of the speech is not heard, because the final video ends before.
+
+    None: unknown.
+    """
     if audio_seconds is None or final_seconds is None:
         return None
     seconds = SPEECH_OFFSET_MS / 1000 + audio_seconds - final_seconds
@@ -5133,7 +5376,8 @@ async def make_speech(body: JobPromptTTS, job: Job, target: Path) -> str:
 
 
 async def download_speech(audio_url: str, target: Path) -> None:
-    """Fetch the speech as everybody would: a bucket that is not public shows before a video is paid for.
+    """Fetch the speech as everybody would: a bucket that is not public shows before a video
+    is paid for.
 
     Raises ResourceFailed.
     """
@@ -5167,7 +5411,8 @@ async def make_video(
 async def make_final_video(
     video: Path, video_format: VideoFormat, speech: Path | None, fit: Fit, job: Job
 ) -> Path:
-    """Make a video that plays everywhere and says the speech; None: the model's video speaks by itself.
+    """Make a video that plays everywhere and says the speech; None: the model's video speaks
+    by itself.
 
     Raises ResourceFailed, OSError.
     """
@@ -5185,7 +5430,7 @@ async def make_final_video(
     return final
 
 
-# ---- Routes ----------------------------------------------------------------------------------------
+# ---- Routes --------------------------------------------------------------------------------------
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request cannot succeed as it is", "model": ErrorBody},
@@ -5238,8 +5483,8 @@ def job_responses(example: BaseModel) -> dict[int | str, dict[str, Any]]:
     }
     content = {
         "application/json": {"example": example.model_dump()},
-        # OpenAPI 3.2 has itemSchema; generators of clients still read 3.1, and a schema of the whole body
-        # would give every call of theirs two types.
+        # OpenAPI 3.2 has itemSchema; generators of clients still read 3.1, and a schema
+        # of the whole body would give every call of theirs two types.
         "text/event-stream": {"x-itemSchema": event_schema, "example": text},
     }
     return {200: {"content": content}, **ERROR_RESPONSES}
