@@ -1,4 +1,4 @@
-"""Talking Pet: a photo of a pet and a line of text go in, a video in which it says that comes out.
+"""Talking Pet: a photo of a pet and a line of text go in, a video of the pet saying it comes out.
 
 One FastAPI service without a queue. A front end POSTs a job, waits, and gets the URLs in the
 response:
@@ -4273,8 +4273,8 @@ async def drain_jobs(state: AppState) -> None:
 
 @dataclass(frozen=True)
 class RequestMiddleware:
-    """The outermost layer: each request gets an id, each response X-Request-ID and Server-
-    Timing.
+    """The outermost layer: each request gets an id, each response X-Request-ID and
+    Server-Timing.
     """
 
     app: ASGIApp
