@@ -178,7 +178,7 @@ MAX_DURATION_KINDS = 500
 
 MIN_CANCEL_AFTER_S = 5  # the least that Replicate's Cancel-After takes (changelog 2025-10-16)
 CLOCK_TOLERANCE_S = 5.0  # a Date header has whole seconds, and arrives late
-MAX_LOG_ENTRIES = 1_000  # of one job: it writes four, and one every ten seconds while throttled
+MAX_LOG_ENTRIES = 1_000  # of one job: it writes four, and one every ten seconds of a claim
 VIDEO_URL_LIFETIME_S = 3_600.0  # of Replicate's URLs
 MAX_LIST_PAGES = 10  # of a hundred predictions each
 MAX_CLAIMED_PREDICTIONS = 10_000  # prediction ids that a process remembers as taken
@@ -1025,11 +1025,15 @@ class Job:
     def finish(self) -> None:
         """Log the outcome, and release all who wait."""
         outcome: str = "ok"
+        reason = ""
         if isinstance(self.result, ServiceError):
             outcome = self.cancel_reason or self.result.category
+            reason = f" code={self.result.code} detail={self.result.detail}"
         elapsed_ms = (time.monotonic() - self.started_at) * 1000
         prediction_id = self.partial.prediction_id
-        logger.info("job outcome=%s ms=%.0f prediction_id=%s", outcome, elapsed_ms, prediction_id)
+        logger.info(
+            "job outcome=%s ms=%.0f prediction_id=%s%s", outcome, elapsed_ms, prediction_id, reason
+        )
         for queue in self.subscribers:
             queue.put_nowait(None)
 
@@ -4105,8 +4109,6 @@ def limit_process(pid: int, max_bytes: int, niceness: int) -> None:
     64 MB that malloc reserves for each thread: it cannot tell a bomb from a video.
     """
     if sys.platform == "linux":
-        import resource
-
         with suppress(OSError, ValueError):  # it has ended already, or has a lower limit
             resource.prlimit(pid, resource.RLIMIT_DATA, (max_bytes, max_bytes))
         if niceness:
@@ -4436,9 +4438,6 @@ def has_token(headers: Headers, tokens: Collection[str]) -> bool:
     return scheme.lower() == "bearer" and any(matches)
 
 
-BODY_TOO_LARGE = f"The request's body is larger than {MAX_REQUEST_BYTES // 1024} KiB"
-
-
 def error_response(
     request: Request, error: ServiceError, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
@@ -4449,7 +4448,10 @@ def error_response(
 
 
 async def handle_service_error(request: Request, exc: ServiceError) -> Response:
-    """Answer an error of the service's own."""
+    """Answer an error of the service's own; a missing setting is logged also if no job has begun."""
+    job = getattr(request.state, "job", None)
+    if isinstance(exc, MissingSetting) and (job is None or job.task is None):
+        logger.warning("code=%s detail=%s", exc.code, exc.detail)
     return error_response(request, exc)
 
 
@@ -5438,7 +5440,10 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "The service or a provider failed; `partial` holds what was made",
         "model": ErrorBody,
     },
-    "default": {"description": "No such route or method", "model": ErrorBody},
+    "default": {
+        "description": "No such route or method, no valid token, or the spending limit",
+        "model": ErrorBody,
+    },
 }
 EVENT_STREAM_DESCRIPTION = """With `Accept: text/event-stream`: `stage` events as the job proceeds, \
 comments while nothing happens, then one `result` (the JSON body) or one `error` (the error body and \

@@ -473,7 +473,8 @@ async def test_a_shutdown_is_answered_and_logged(client, replicate, caplog):
         {"prediction_id": "p1"},
     )
     assert answer["detail"] == "The service is restarting and could not finish the job; try again."
-    assert re.fullmatch(r"job outcome=shutdown ms=\d+ prediction_id=p1", log_lines(caplog)[-1])
+    ended = r"job outcome=shutdown ms=\d+ prediction_id=p1 code=restarting detail=The service is .*"
+    assert re.fullmatch(ended, log_lines(caplog)[-1])
 
 
 CANCELS: list[tuple[Any, ...]] = [

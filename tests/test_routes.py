@@ -358,7 +358,7 @@ def test_every_error_has_its_category_partial_and_field(
     assert tuple(done) == STAGES[: len(done)], "the failed stage is the last"
     assert not partial or len(done) == (4 if partial == ANIMATED else 3)
     ends = re.findall(
-        rf"request_id={error['request_id']} job outcome=(\w+) ms=\d+ prediction_id=(\w+)\n",
+        rf"request_id={error['request_id']} job outcome=(\w+) ms=\d+ prediction_id=(\w+) code=\w+ detail=",
         service.log,
     )
     made = str(error.get("partial", {}).get("prediction_id"))
@@ -423,7 +423,10 @@ async def test_an_unexpected_exception_reveals_nothing(
     ends = [line for line in log_lines(caplog) if line.startswith("job ")]
     assert len(ends) == (path != "/debug/head")
     assert all(
-        re.fullmatch(r"job outcome=internal ms=\d+ prediction_id=None", line) for line in ends
+        re.fullmatch(
+            r"job outcome=internal ms=\d+ prediction_id=None code=internal detail=.*", line
+        )
+        for line in ends
     )
 
 

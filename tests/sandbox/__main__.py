@@ -138,7 +138,7 @@ def stay_up(sandbox: Sandbox, service: Service) -> None:
     page, docs = f"{sandbox.url}/", f"{service.url}/docs"
     with suppress(KeyboardInterrupt):
         print(f"\nopen {page} to try more, {docs} to read on; Ctrl-C ends")
-        print("(/docs loads its script from cdn.jsdelivr.net; nothing else needs the internet)")
+        print("(/docs loads its script from a CDN; nothing else needs the internet)")
         sys.stdout.flush()
         threading.Event().wait()
 
