@@ -121,7 +121,9 @@ def test_whatever_a_model_hands_over_is_seen(page: Page, video_format: str) -> N
     usual = page.evaluate(FRAME)
 
     make_video(page, model=f"sandbox/{video_format}", resolution="240p", seconds="2")
-    page.wait_for_selector("#stages li[data-state=done] >> text=Convert the video", timeout=JOB_MS)
+    page.wait_for_selector(
+        "#stages li[data-state=done] >> text=Converting the video", timeout=JOB_MS
+    )
     wait_for(page, "done")
     assert_plays(page)
     assert page.locator("#stages li[data-state=done]").count() == 7

@@ -806,10 +806,12 @@ def test_a_mistake_in_the_job_names_its_field(
             id="no credit",
         ),
         pytest.param(
-            lambda sandbox: sandbox.fault("create", "status", None, status=429),
+            lambda sandbox: sandbox.fault(
+                "create", "status", None, status=429, headers={"retry-after": "86400"}
+            ),
             "retry",
             0,
-            id="throttled",
+            id="throttled for longer than a job has",
         ),
         pytest.param(
             lambda sandbox: sandbox.video("html"),
