@@ -96,6 +96,7 @@ logger = logging.getLogger("talking_pet")
 
 MAX_REQUEST_BYTES = 64 * 1024
 BODY_START_S = 1.0  # the start of a body that is too large is waited for: it may say what is wrong
+BODY_TIMEOUT_S = 30.0  # for a whole body: who sends slower holds up to 150 kB of memory
 MAX_SPEECH_BYTES = 9_500_000
 MAX_DOWNLOAD_BYTES = 100_000_000  # a final video has no more either
 MAX_RESPONSE_BYTES = 2_000_000  # of a provider's JSON; the largest model schemas have some 100 kB
@@ -121,6 +122,7 @@ MAX_FIELD_ERRORS = 20  # that Replicate reports about one input
 MAX_NAMED_FIELDS = 10  # of a model, in the `params` of one error
 MAX_OUTPUT_VALUES = 1_000  # the video's URL is among the first few
 MAX_MP3_GAPS = 1_000  # places in a speech where a frame is looked for
+MAX_MP4_TRACKS = 100
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
 MAX_MP4_INDEX_BYTES = 1_000_000  # of `moov`; the video's description is near its start
 MAX_FORMAT_BYTES = 64 * 1024  # at the start of a file, from which its format is known
@@ -184,6 +186,7 @@ MAX_LIST_PAGES = 10  # of a hundred predictions each
 MAX_CLAIMED_PREDICTIONS = 10_000  # prediction ids that a process remembers as taken
 MODEL_TTL_S = 600.0
 MAX_MODELS = 100
+MAX_FPS = 1_000.0  # of a model; one beyond has a schema that nobody means
 DEFAULT_FPS = 24.0  # where a model counts frames and names no rate
 
 SPEECH_OFFSET_MS = 500  # the speech starts half a second in
@@ -1213,7 +1216,11 @@ class DnsResolver:
             with suppress(RuntimeError):  # the event loop is closed
                 loop.call_soon_threadsafe(finish, addresses, error)
 
-        threading.Thread(target=look_up, name="dns-lookup", daemon=True).start()
+        try:
+            threading.Thread(target=look_up, name="dns-lookup", daemon=True).start()
+        except RuntimeError as exc:
+            self._free_threads.release()
+            raise OSError("no thread for a name look-up") from exc
         return await resolved
 
 
@@ -1432,6 +1439,9 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             await pool.aclose()
 
 
+# ---- Shared state and the spending limit ---------------------------------------------------------
+
+
 class ModelLookup(NamedTuple):
     """A model that is being looked up or was, and when it is to be looked up again."""
 
@@ -1443,7 +1453,9 @@ class ModelLookup(NamedTuple):
 class VideoBudget:
     """The videos of the last hour, by Job.name, of which there may be MAX_VIDEOS_PER_HOUR.
 
-    A job reserves its video before it pays for anything, so that none pays for a speech in vain.
+    A job reserves its video before it pays for anything, so that none pays for a speech in vain;
+    a speech that was paid for counts as its video, else clients that leave would buy speech
+    without end.
     """
 
     reserved: set[str] = field(default_factory=set)
@@ -1452,11 +1464,11 @@ class VideoBudget:
     def reserve(self, job_name: str) -> None:
         """Keep a video for a job, unless it has one. Raises SpendingLimitReached."""
         limit = get_settings().max_videos_per_hour
-        if limit is None or job_name in self.reserved or job_name in self.paid_at:
-            return
         now = time.monotonic()
         while self.paid_at and next(iter(self.paid_at.values())) <= now - SPENDING_WINDOW_S:
             del self.paid_at[next(iter(self.paid_at))]
+        if limit is None or job_name in self.reserved or job_name in self.paid_at:
+            return
         if len(self.paid_at) + len(self.reserved) < limit:
             self.reserved.add(job_name)
             return
@@ -1468,11 +1480,16 @@ class VideoBudget:
         raise SpendingLimitReached(detail, retry_after_s)
 
     def pay(self, job_name: str) -> None:
-        """Count a job's video, whose create is about to be sent. Raises SpendingLimitReached."""
+        """Count a job's video, whose create is sent now. Raises SpendingLimitReached."""
         self.reserve(job_name)
         if job_name in self.reserved:
             self.reserved.remove(job_name)
             self.paid_at[job_name] = time.monotonic()
+
+    def keep_reserved(self, job_name: str) -> None:
+        """Reserve a video again whose create was refused for now."""
+        if self.paid_at.pop(job_name, None) is not None:
+            self.reserved.add(job_name)
 
     def release(self, job_name: str) -> None:
         """Give back what a job has reserved and not used."""
@@ -1606,9 +1623,8 @@ class ProviderResponse:
         asked = str(asked).strip()
         if re.fullmatch(r"\d+(\.\d+)?", asked):
             return float(asked)
-        with suppress(ValueError, TypeError, OverflowError):
-            return max(0.0, parsedate_to_datetime(asked).timestamp() - now)
-        return None
+        moment = parse_http_date(asked)
+        return None if moment is None else max(0.0, moment - now)
 
 
 def parse_http_date(header: str | None) -> float | None:
@@ -1766,7 +1782,7 @@ async def open_response(request: httpx.Request) -> AsyncIterator[httpx.Response]
     """Yield the unread response to one request. Raises httpx.RequestError, BlockedUrl."""
     try:
         response = await app_state().http.send(request, stream=True)
-    except (httpx.InvalidURL, UnicodeError) as exc:
+    except (httpx.InvalidURL, ValueError) as exc:  # also what is no text
         raise httpx.RemoteProtocolError("a redirect to an invalid URL") from exc
     async with aclosing(response):
         yield response
@@ -1867,12 +1883,13 @@ async def wait_out_descriptors(work: Callable[[], Awaitable[Result]]) -> Result:
 
     Raises OSError, and whatever the work raises.
     """
-    started_at = time.monotonic()
+    failed_at: float | None = None
     while True:
         try:
             return await work()
         except OSError as exc:
-            waited_s = time.monotonic() - started_at
+            failed_at = failed_at or time.monotonic()
+            waited_s = time.monotonic() - failed_at
             if not is_out_of_descriptors(exc) or waited_s >= patience_s(PAID_SHARE):
                 raise
         delay_s = min(max(waited_s, get_settings().retry_first_seconds), MAX_BACKOFF_S)
@@ -2302,7 +2319,12 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str, job: Job | None = None)
 async def speech_exchange(job: Job, request: httpx.Request, max_bytes: int) -> ProviderResponse:
     """Make one attempt, which may come long after the claim. Raises ClaimLost."""
     await confirm_claim(job)
-    return await send_once(request, max_bytes)
+    budget = app_state().video_budget
+    budget.pay(job.name)
+    response = await send_once(request, max_bytes)
+    if response.status >= 400:  # nothing was paid for
+        budget.keep_reserved(job.name)
+    return response
 
 
 def name_speech_field(error: ServiceError) -> None:
@@ -2483,6 +2505,16 @@ def speech_format() -> SpeechFormat:
     """Return how speech is stored under the present TTS_OUTPUT_FORMAT."""
     codec = get_settings().tts_output_format.split("_")[0]
     return SPEECH_FORMATS[codec]
+
+
+def speech_demuxer(speech: Path) -> str:
+    """Return ffmpeg's name of a speech's format; a resumed job's may be an earlier setting's."""
+    with speech.open("rb") as file:
+        start = file.read(4)
+    for known in (MP3, WAV, OGG):
+        if start.startswith(known.signatures):
+            return known.extension
+    return speech_format().extension
 
 
 # ---- Supabase Storage and downloads --------------------------------------------------------------
@@ -2840,7 +2872,7 @@ def is_first_picture(name: str, prop: Property) -> bool:
 def is_small(value: Any) -> bool:
     """Return whether a value of a schema is one that a person could have written."""
     if isinstance(value, str):
-        return len(value) <= MAX_VALUE_CHARS
+        return len(value) <= MAX_VALUE_CHARS and is_encodable(value)
     if isinstance(value, (int, float)):
         return abs(value) <= MAX_NUMBER  # NaN is not either
     if isinstance(value, (list, dict)):
@@ -2854,8 +2886,17 @@ def is_small(value: Any) -> bool:
 def is_choice(value: Any) -> bool:
     """Return whether an enum's value is one that a person could choose."""
     if isinstance(value, str):
-        return len(value) <= MAX_NAME_CHARS
+        return len(value) <= MAX_NAME_CHARS and is_encodable(value)
     return isinstance(value, (int, float)) and is_small(value)
+
+
+def is_encodable(text: str) -> bool:
+    """Return whether a text can be sent: JSON may hold half a character, a lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_property(schema: dict[str, Any]) -> Property:
@@ -2920,7 +2961,8 @@ def parse_model(name: str, version: str | None, schemas: Any) -> VideoModel:
     if not isinstance(required, list):
         required = []
     required = [key for key in required[:MAX_SCHEMA_FIELDS] if isinstance(key, str)]
-    if any(len(key) > MAX_NAME_CHARS for key in (*properties, *required)):
+    names = (*properties, *required)
+    if not all(len(key) <= MAX_NAME_CHARS and is_encodable(key) for key in names):
         raise invalid_response("replicate", f"names of {name}'s input that a person could read")
 
     fields = {key: resolve_schema(prop, schemas) for key, prop in properties.items()}
@@ -3050,7 +3092,7 @@ def frames_per_second(model: VideoModel) -> float:
         prop = model.fields.get(name, {})
         default = prop.get("default") or next(iter(prop.get("enum", [])), None)
         rate = as_number(default)
-        if rate:
+        if rate and 1 <= rate <= MAX_FPS:
             return rate
     return DEFAULT_FPS
 
@@ -3261,10 +3303,8 @@ async def find_model(name: str | None) -> VideoModel:
     the default one.
 
     Jobs that ask for one model at the same time share one look-up; an unknown model stays
-    unknown for a minute. Raises InvalidInput (not in ALLOWED_MODELS), ProviderRefused
-    (unknown), ProviderFailed, ResourceFailed.
+    unknown for a minute. Raises ProviderRefused (unknown), ProviderFailed, ResourceFailed.
     """
-    check_allowed_model(name or DEFAULT_MODEL)
     if name is None or name == DEFAULT_MODEL:
         return HAILUO
     state = app_state()
@@ -3392,7 +3432,6 @@ async def replicate_video_from_prompt(
     """
     job = job or Job("-")
     model = model or await find_model(body.model)
-    values = build_model_input(model, body, audio_url)
     try:
         prediction_id = job.partial.prediction_id
         if prediction_id:
@@ -3400,12 +3439,13 @@ async def replicate_video_from_prompt(
             prediction = await poll_prediction(Prediction(id=prediction_id, status="starting"))
             prediction = await wait_for_prediction(prediction, job)
         else:
+            values = build_model_input(model, body, audio_url)
             prediction = await create_prediction(model, values, job)
             await record_prediction(job)
             await asyncio.sleep(0)  # a job that was cancelled meanwhile ends here
             kind = video_kind(model, values)
             prediction = await wait_for_prediction(prediction, job, kind)
-    except (asyncio.CancelledError, ServiceError):
+    except BaseException:
         if job.partial.prediction_id and (job.log is None or job.past_deadline()):
             await cancel_prediction(job.partial.prediction_id)
         raise
@@ -3442,7 +3482,6 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
         if found:
             return found
 
-    app_state().video_budget.pay(job.name)
     started_at = time.monotonic()
     try:
         response = await send_create(model, values, job)
@@ -3451,22 +3490,40 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
             return prediction
         raise invalid_response("replicate", "a prediction; one may have been created")
     except ProviderRefused as exc:
-        app_state().video_budget.refund(job.name)
+        refund_video(job)
         map_replicate_field_errors(model, exc)
         raise
     except ProviderFailed as exc:
         if was_not_created(exc):
-            app_state().video_budget.refund(job.name)
+            refund_video(job)
             raise
         logger.warning("searching for a prediction whose create failed: %s", exc.detail)
         # Without a key nobody comes back for it: what is found is cancelled even if nobody waits.
+        found = None
         limit_s = patience_s(MAX_SEARCH_SHARE)
         with anyio.move_on_after(limit_s, shield=job.log is None):
-            search_s = patience_s(SEARCH_SHARE)
-            found = await find_unclaimed_prediction(model, values, job, started_at, search_s)
-            if found:
-                return found
+            found = await search_after_lost_create(model, values, job, started_at)
+        if found:
+            return found
         raise
+
+
+def refund_video(job: Job) -> None:
+    """Give the hour's video back, unless the job has paid for its speech."""
+    if job.partial.audio_url is None:
+        app_state().video_budget.refund(job.name)
+
+
+async def search_after_lost_create(
+    model: VideoModel, values: dict[str, Any], job: Job, started_at: float
+) -> Prediction | None:
+    """Search for what a create has made whose response was lost; a failure is logged."""
+    try:
+        search_s = patience_s(SEARCH_SHARE)
+        return await find_unclaimed_prediction(model, values, job, started_at, search_s)
+    except ServiceError as exc:
+        logger.warning("the search failed: %s", exc.detail)
+        return None
 
 
 def was_not_created(error: ProviderFailed) -> bool:
@@ -3505,7 +3562,7 @@ def map_replicate_field_errors(model: VideoModel, error: ServiceError) -> None:
 
 
 async def send_create(model: VideoModel, values: dict[str, Any], job: Job) -> ProviderResponse:
-    """Send the create; Replicate itself ends the prediction at the job's deadline."""
+    """Send the create; Replicate itself ends the prediction JOB_TIMEOUT_SECONDS after it."""
     path = f"models/{model.name}/predictions"
     body: dict[str, Any] = {"input": values}
     if model.version:
@@ -3536,10 +3593,14 @@ async def create_exchange(
     cancel.
     """
     await confirm_claim(job)
+    budget = app_state().video_budget
+    budget.pay(job.name)
     creates = app_state().creates_in_flight
     creates[key] += 1
     try:
         response = await send_despite_cancellation(request, max_bytes)
+        if is_throttled(response) and job.partial.audio_url is None:
+            budget.keep_reserved(job.name)
         prediction = parse_prediction(response.payload)
         if prediction:
             claim_prediction(job, prediction.id)
@@ -3887,7 +3948,7 @@ def top_level_boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int
         elif length == 1:
             length = long_length
             header_bytes = 16
-        end = offset + max(8, length)
+        end = offset + max(header_bytes, length)
         yield name, offset + header_bytes, end
         offset = end
 
@@ -3924,7 +3985,7 @@ def mp4_tracks(index: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
     """Yield each track of `moov`: its handler, its codec and that codec's description (a
     sample entry).
     """
-    for media in find_boxes(index, b"trak", b"mdia"):
+    for media in islice(find_boxes(index, b"trak", b"mdia"), MAX_MP4_TRACKS):
         handler = next(find_boxes(media, b"hdlr"), b"")[8:12]
         table = next(find_boxes(media, b"minf", b"stbl", b"stsd"), b"")
         entries = list(islice(boxes(table[8:]), 2))
@@ -4009,12 +4070,13 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
 
 
 async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "shortest") -> None:
-    """Put speech (in TTS_OUTPUT_FORMAT) and video together.
+    """Put speech (in one of ElevenLabs' formats) and video together.
 
     Raises ResourceFailed, also after a minute or over 100 MB; OSError.
     """
     await asyncio.to_thread(check_mp4, video)
-    arguments = mux_arguments(video, speech, speech_format().extension, fit, final)
+    demuxer = await asyncio.to_thread(speech_demuxer, speech)
+    arguments = mux_arguments(video, speech, demuxer, fit, final)
     async with app_state().ffmpeg_slots:
         await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S, MUX_MAX_BYTES)
     if final.stat().st_size > MAX_DOWNLOAD_BYTES:  # noqa: ASYNC240  ffmpeg has stopped there
@@ -4048,7 +4110,7 @@ def convert_arguments(
 async def convert_video(video: Path, source: VideoFormat, target: Path, with_sound: bool) -> Path:
     """Convert a video that would not play everywhere; return what is to be delivered.
 
-    That is an MP4 as it came if it cannot be converted within the limits: it plays somewhere.
+    That is an MP4 or MOV as it came if it cannot be converted within the limits: it plays somewhere.
     Raises ResourceFailed, which names the format, for anything else; OSError.
     """
     arguments = convert_arguments(video, source, target, with_sound)
@@ -4387,25 +4449,39 @@ class BodyLimitMiddleware:
 
         stated = Headers(scope=scope).get("content-length", "")
         received = bytearray()
+        is_complete = False
+        give_up_at = time.monotonic() + BODY_TIMEOUT_S
 
         async def receive_with_limit() -> Message:
-            """Receive a message, and refuse what passes the limit."""
+            """Receive a message, and refuse what passes the limit of bytes or of time."""
+            nonlocal is_complete
+            if is_complete:  # what follows is the client's disconnect
+                return await receive()
             if stated.isdecimal() and int(stated) > MAX_REQUEST_BYTES:
-                with anyio.move_on_after(BODY_START_S):
-                    while len(received) <= MAX_REQUEST_BYTES:
-                        message = await receive()
-                        received.extend(message.get("body", b""))
-                        if not message.get("more_body") or EMBEDDED_PICTURE.search(received):
-                            break
+                await receive_start(receive, received)
                 raise BodyTooLarge(bytes(received))
-            message = await receive()
-            if len(received) <= MAX_REQUEST_BYTES:
-                received.extend(message.get("body", b""))
+            with anyio.move_on_after(give_up_at - time.monotonic()) as scope:
+                message = await receive()
+            if scope.cancelled_caught:
+                raise HTTPException(400, f"The body did not come in within {BODY_TIMEOUT_S:g} s")
+            is_complete = not message.get("more_body")
+            received.extend(message.get("body", b""))
             if len(received) > MAX_REQUEST_BYTES:
                 raise BodyTooLarge(bytes(received))
             return message
 
         await self.app(scope, receive_with_limit, send)
+
+
+async def receive_start(receive: Receive, received: bytearray) -> None:
+    """Receive the start of a body that is too large, until it shows an embedded picture."""
+    with anyio.move_on_after(BODY_START_S):
+        while len(received) <= MAX_REQUEST_BYTES:
+            unsearched = max(0, len(received) - MAX_NAME_CHARS)
+            message = await receive()
+            received.extend(message.get("body", b""))
+            if not message.get("more_body") or EMBEDDED_PICTURE.search(received, unsearched):
+                return
 
 
 @dataclass(frozen=True)
@@ -4598,7 +4674,7 @@ class Refusal(BaseModel):
 
     http_status: Literal[400, 500]
     category: Category
-    code: ErrorCode
+    code: ErrorCode = "internal"
     provider: Provider | None
     detail: Annotated[str, Field(max_length=1_000)]
 
@@ -4953,8 +5029,13 @@ async def run_idempotent(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
 
     Follow if lost.
     """
+    ours: str | None = None  # a prediction that this job created before it lost its claim
     while True:
         entry = await follow_log(job)
+        theirs = job.partial.prediction_id
+        if ours and theirs and ours != theirs:
+            await cancel_prediction(ours)
+            ours = None
         if entry and entry.refusal:
             raise entry.refusal.as_error()
         if entry and entry.result:
@@ -4963,6 +5044,7 @@ async def run_idempotent(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
         with suppress(ClaimLost):
             return await run_and_record(job, work)
         logger.info("another instance has taken the job over")
+        ours = job.partial.prediction_id or ours
 
 
 async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
@@ -4975,9 +5057,10 @@ async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
         result = await work()
     except ClaimLost:
         raise
-    except ServiceError as exc:
-        await record_end(job, exc)
-        raise
+    except Exception as exc:  # noqa: BLE001  whatever happened, the claim is given up
+        error = as_service_error(exc)
+        await record_end(job, error)
+        raise error from None
     except asyncio.CancelledError:
         await record_end(job, job.cancellation_error())
         raise
@@ -5017,8 +5100,13 @@ async def record_end(job: Job, error: ServiceError) -> None:
 
 
 def open_claim(job: Job, error: ServiceError) -> Payment | None:
-    """Return the claim that may have been paid for; None if a provider rejected the request."""
-    if job.log is None or job.log.entry is None or error.http_status == 400:
+    """Return the claim that may have been paid for; None if a provider has certainly done nothing."""
+    if job.log is None or job.log.entry is None:
+        return None
+    did_nothing = error.http_status == 400
+    if isinstance(error, ProviderFailed):
+        did_nothing = was_not_created(error)
+    if did_nothing and job.search_from is None:  # else an earlier owner may have paid
         return None
     return job.log.entry.claim
 
@@ -5270,7 +5358,8 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
     The cheap step comes first, so that a bad text, voice or bucket costs no video.
     """
     require_settings(SPEECH_JOB_SETTINGS)
-    check_text(body.text)
+    if job.partial.audio_url is None:
+        check_text(body.text)
     model = await check_job(body, job, has_speech=True)
     async with job_folder() as folder:
         speech = folder / "speech"
@@ -5287,7 +5376,8 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
         speech_to_mux = speech if model.speech_field is None else None
         final = await make_final_video(video, video_format, speech_to_mux, body.fit, job)
 
-        final_seconds = await asyncio.to_thread(mp4_seconds, final)
+        read_seconds = partial(asyncio.to_thread, mp4_seconds, final)
+        final_seconds = await wait_out_descriptors(read_seconds)
         with job.stage("final_upload"):
             path = f"videos/{uuid.uuid4()}.mp4"
             final_url = await supabase_upload(path, final, "video/mp4", PAID_UPLOAD_RETRY)
@@ -5321,9 +5411,11 @@ async def job_folder() -> AsyncIterator[Path]:
     try:
         yield Path(folder.name)
     finally:
-        with anyio.CancelScope(shield=True):
-            # Reading the folder takes a descriptor.
-            await wait_out_descriptors(partial(asyncio.to_thread, folder.cleanup))
+        with anyio.move_on_after(MAX_RESULT_WRITE_S, shield=True):
+            try:  # reading the folder takes a descriptor
+                await wait_out_descriptors(partial(asyncio.to_thread, folder.cleanup))
+            except OSError as exc:  # the job is done all the same
+                logger.warning("a job's folder was not removed: %s", exc.strerror)
 
 
 def check_text(text: str) -> None:
@@ -5337,15 +5429,17 @@ def check_text(text: str) -> None:
 
 async def check_job(body: JobPromptOnly, job: Job, has_speech: bool = False) -> VideoModel:
     """Refuse, before anything is paid for, what cannot succeed; return the requested model."""
+    if job.partial.prediction_id:  # paid for under the settings and the schema of then
+        return await find_model(body.model)
+    check_allowed_model(body.model or DEFAULT_MODEL)
     model = await find_model(body.model)
     audio_url = EXAMPLE_AUDIO_URL if has_speech else None  # the speech's own URL is not known yet
     build_model_input(model, body, audio_url)
-    if job.partial.prediction_id is None:
-        app_state().create_line.check_turn(job)
-        if has_speech and job.partial.audio_url is None:
-            app_state().speech_line.check_turn(job)
-        await check_picture(body.image_url)
-    if job.search_from is None and job.partial.prediction_id is None:  # else it may be paid for
+    app_state().create_line.check_turn(job)
+    if has_speech and job.partial.audio_url is None:
+        app_state().speech_line.check_turn(job)
+    await check_picture(body.image_url)
+    if job.search_from is None:  # else it may be paid for
         app_state().video_budget.reserve(job.name)
     return model
 

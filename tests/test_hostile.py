@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import json
 import logging
@@ -252,7 +253,6 @@ async def test_jobs_at_the_same_time_do_not_pay_for_speech_in_vain(
 @pytest.mark.parametrize(
     ("call", "status"),
     [
-        pytest.param("create", 422, id="create refused"),
         pytest.param("speech", 401, id="speech refused"),
     ],
 )
@@ -981,3 +981,64 @@ async def test_hangup_ends_the_process_as_sigterm_does(
     assert exit_code in (0, -signal.SIGTERM)
     assert response.status_code == 500
     assert len(sandbox.calls("cancel")) == 1
+
+
+# What a review found
+
+
+def test_a_key_counts_again_when_its_hour_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that creates a second video after an hour takes another one of this hour."""
+    use_settings(monkeypatch, MAX_VIDEOS_PER_HOUR="1")
+    budget = main.VideoBudget()
+    budget.pay("a-job")
+    budget.paid_at["a-job"] -= main.SPENDING_WINDOW_S
+    budget.pay("a-job")
+    with pytest.raises(main.SpendingLimitReached):
+        budget.reserve("another-job")
+
+
+def test_a_video_that_was_refused_for_now_stays_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that leaves the line has paid for nothing."""
+    use_settings(monkeypatch, MAX_VIDEOS_PER_HOUR="1")
+    budget = main.VideoBudget()
+    budget.pay("a-job")
+    budget.keep_reserved("a-job")
+    with pytest.raises(main.SpendingLimitReached):
+        budget.reserve("another-job")
+    budget.release("a-job")
+    budget.reserve("another-job")
+
+
+async def test_look_ups_without_a_thread_leave_room_for_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine that is out of threads for a moment resolves names again afterwards."""
+    resolver = main.DnsResolver()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", raise_out_of_threads)
+        for _ in range(main.MAX_DNS_LOOKUPS + 1):
+            with pytest.raises(OSError, match="no thread"):
+                await asyncio.wait_for(resolver.resolve("127.0.0.1", 80), 5)
+    assert await asyncio.wait_for(resolver.resolve("127.0.0.1", 80), 5) == ["127.0.0.1"]
+
+
+def raise_out_of_threads(thread: threading.Thread) -> None:
+    """What a system without threads to give answers."""
+    raise RuntimeError("can't start new thread")
+
+
+async def test_the_wait_for_descriptors_begins_with_the_first_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Work that takes long before it meets the limit is still done again."""
+    use_settings(monkeypatch, PATIENCE_SECONDS="0.2", RETRY_FIRST_SECONDS="0.001")
+    calls: list[int] = []
+
+    async def work() -> str:
+        calls.append(len(calls))
+        if len(calls) == 1:
+            await asyncio.sleep(0.3)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return "done"
+
+    assert await main.wait_out_descriptors(work) == "done"

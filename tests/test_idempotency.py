@@ -994,3 +994,43 @@ async def test_a_prediction_missing_from_the_record_is_found(
     front.sandbox.wire.faults["upload"].clear()
     outcome = await front.send(SILENT)
     assert (outcome.status, outcome.is_replayed, front.paid_for) == (200, False, (0, 1))
+
+
+# What a review found
+
+
+async def test_a_job_that_meets_a_full_disk_gives_its_claim_up(calm: FrontEnd) -> None:
+    """An error of the machine is no silence: the next request goes on at once."""
+    calm.fault("speech", kind="status", status=200, body=b"no speech")
+    assert (await calm.send()).status == 500
+    assert calm.record["owner"] == ""
+
+
+async def test_a_create_that_was_certainly_not_made_is_not_searched_for(calm: FrontEnd) -> None:
+    """After a 402 the next request creates at once, without a look at Replicate's list."""
+    calm.fault("create", status=402)
+    assert (await calm.send(SILENT)).status == 500
+    outcome = await calm.send(SILENT)
+    assert (outcome.status, calm.sandbox.calls("list")) == (200, [])
+
+
+async def test_an_error_of_the_search_does_not_hide_the_creates(front: FrontEnd) -> None:
+    """The client learns of the create, and that it may send the same again."""
+    front.fault("create", status=500)
+    front.sandbox.fault("list", "status", times=None, status=401)
+    failed = await front.send(SILENT)
+    assert (failed.status, failed.data["retryable"]) == (500, True)
+    assert "answered 500" in failed.data["detail"]
+
+
+async def test_a_resumed_job_is_not_judged_by_todays_settings(
+    front: FrontEnd, start_once: StartService
+) -> None:
+    """What is paid for is delivered, also under a smaller limit and another format of the speech."""
+    front.fault("output", status=403)
+    assert (await front.send()).status == 500
+    stricter = start_once(
+        TTS_MAX_CHARS="2", TTS_OUTPUT_FORMAT="pcm_16000", ALLOWED_MODELS="google/veo-3"
+    )
+    outcome = await replace(front, service=stricter).send()
+    assert (outcome.status, front.paid_for) == (200, (1, 1)), outcome.text
