@@ -296,8 +296,8 @@ async def test_each_frame_of_a_variable_rate_is_shown_at_its_time(zoo, tmp_path)
 
 async def test_a_slow_video_is_not_lost_beside_a_short_speech(zoo, tmp_path):
     """A frame of two seconds is seen from the first to the end of half a second of speech."""
-    source = tmp_path / "slow.gif"
-    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=160x120:r=0.5:d=4", source)
+    source = tmp_path / "slow.mp4"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=160x120:r=0.5:d=4", "-c:v", "mpeg4", source)
     final = await finish(source, zoo.speech, tmp_path, "shortest")
     look = Look(final.path)
     assert look.streams == ["h264", "aac"]
