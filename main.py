@@ -1,26 +1,29 @@
-"""Talking Pet: a photo of a pet and a line of text go in, a video in which the pet says it comes out.
+"""Talking Pet: a photo of a pet and a line of text go in, a video of the pet saying it comes out.
 
-One FastAPI service without a queue. A front end POSTs a job, waits, and gets the URLs in the response:
+One FastAPI service without a queue. A front end POSTs a job, waits, and gets the URLs in the
+response:
 
     POST /jobs_prompt_only   picture + prompt         -> video_url
     POST /jobs_prompt_tts    picture + prompt + text  -> audio_url, video_url, final_url
     POST /debug/head         url                      -> status, content type and size of a remote file
     GET  /health                                      -> {"ok": true}
 
-A speech job, in sequence: ElevenLabs speaks the text, Supabase Storage keeps the speech, Replicate animates
-the picture, ffmpeg puts speech and video together, Supabase Storage keeps the final video. With
-`Accept: text/event-stream` the response is a stream of progress events. With an `Idempotency-Key` a request
-is safe to retry: one video is paid for, and its URLs are returned.
+A speech job, in sequence: ElevenLabs speaks the text, Supabase Storage keeps the speech, Replicate
+animates the picture, ffmpeg puts speech and video together, Supabase Storage keeps the final video.
+With `Accept: text/event-stream` the response is a stream of progress events. With an
+`Idempotency-Key` a request is safe to retry: one video is paid for, and its URLs are returned.
 
 Run it:       uvicorn main:app             (the API keys: see .env.example)
 Without keys: python -m tests.sandbox      (local stand-ins of the three providers)
 """
 
 import asyncio
+import bisect
 import errno
 import hmac
 import html
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -28,6 +31,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import ssl
 import struct
@@ -47,14 +51,14 @@ from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
-from http.cookiejar import DefaultCookiePolicy
 from itertools import islice
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar, get_args
 from urllib.parse import unquote
 
 import anyio
+import anyio.lowlevel
 import httpcore
 import httpx
 import imageio_ffmpeg  # type: ignore[import-untyped]
@@ -67,59 +71,95 @@ from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Field,
     SecretStr,
     StringConstraints,
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from typing_extensions import TypeAliasType
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 current_request_id: ContextVar[str] = ContextVar("request_id", default="-")
 logger = logging.getLogger("talking_pet")
 
-# ---- Limits and timings ----------------------------------------------------------------------------
+# ---- Limits and timings --------------------------------------------------------------------------
 
 MAX_REQUEST_BYTES = 64 * 1024
+BODY_START_S = 1.0  # the start of a body that is too large is waited for: it may say what is wrong
 MAX_SPEECH_BYTES = 9_500_000
 MAX_DOWNLOAD_BYTES = 100_000_000  # a final video has no more either
 MAX_RESPONSE_BYTES = 2_000_000  # of a provider's JSON; the largest model schemas have some 100 kB
-MAX_PREDICTION_BYTES = 8_000_000  # of one prediction with its whole log, or of a hundred in a list
+MAX_PREDICTION_BYTES = 1_000_000  # of one prediction with its whole log
+MAX_LIST_BYTES = 8_000_000  # of a list of a hundred predictions
+MAX_JSON_VALUES = 100_000  # of one body: they take some 20 ms, in which nothing else runs, and 7 MB
+MAX_URL_CHARS = 4_096
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
+MAX_ERROR_CHARS = 1_000  # of an error's text as a client gets it, whoever wrote it
+MAX_LOG_CHARS = 20_000  # of one line of the log, its traceback included
 CHUNK_BYTES = 128 * 1024  # to and from disk at a time: each chunk takes a turn of a thread
 
 # What is read of a model's schema and output, which anybody may publish, and of its video.
 MAX_SCHEMA_PARTS = 4  # of one property: an enum stands behind one, a nullable value behind two
 MAX_SCHEMA_DEPTH = 4
 MAX_SCHEMA_FIELDS = 300  # well-known models have up to fifteen
-MAX_OUTPUT_URLS = 1_000  # the video's URL is among the first few
+MAX_NAME_CHARS = 100  # of one of its fields
+MAX_ENUM_VALUES = 100  # of one of its fields, and of a default that is a list or an object
+MAX_VALUE_CHARS = 2_000  # of a default; an enum's values are shorter
+MAX_DESCRIPTION_CHARS = 300
+MAX_NUMBER = 1e15  # larger ones bound nothing
+MAX_FIELD_ERRORS = 20  # that Replicate reports about one input
+MAX_NAMED_FIELDS = 10  # of a model, in the `params` of one error
+MAX_OUTPUT_VALUES = 1_000  # the video's URL is among the first few
+MAX_MP3_GAPS = 1_000  # places in a speech where a frame is looked for
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
 MAX_MP4_INDEX_BYTES = 1_000_000  # of `moov`; the video's description is near its start
-MAX_HEAD_BYTES = 64 * 1024  # of a file, from which its format is known
+MAX_FORMAT_BYTES = 64 * 1024  # at the start of a file, from which its format is known
 
 # Seconds of silence on a connection, not of a whole call.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 SPEECH_TIMEOUT = httpx.Timeout(120.0, connect=10.0)  # ElevenLabs responds when all is spoken
 CREATE_TIMEOUT = httpx.Timeout(20.0, connect=10.0)  # Replicate responds at once
+ENTRY_TIMEOUT = httpx.Timeout(8.0)  # a small file; a claim is retried before its lease ends
+
+# Seconds of a whole call, however slowly its response comes in.
+MAX_CREATE_S = 30.0
+CREATE_GRACE_S = 5.0  # of it, for a job that was cancelled meanwhile
+MAX_LOOKUP_S = 60.0  # of a model, with its retries
 
 # Retry and wait limits as fractions of PATIENCE_SECONDS; beside each its default in seconds.
 PAID_SHARE = 1.0  # 120: retries of an upload or download after the video is paid for
-THROTTLE_SHARE = 1 / 2  # 60: retries of a 429, which costs nothing
 MAX_WAIT_SHARE = 1 / 4  # 30: the longest single wait between two attempts
 CANCEL_SHARE = 1 / 4  # 30: cancelling a prediction
 REJECTED_POLL_SHARE = 1 / 4  # 30: polls that are answered 401, 403 or 404
 LEASE_SHARE = 1 / 4  # 30: how long another instance counts as working after its last write
 DRAIN_SHARE = 1 / 6  # 20: jobs with a key at the end of the process
 SEARCH_SHARE = 1 / 12  # 10: the search for a prediction whose create had no response
+MAX_SEARCH_SHARE = 1 / 4  # 30: the same, however slowly the list of predictions comes in
 MAX_BACKOFF_S = 8.0  # 0.5 s, 1 s, 2 s, 4 s, 8 s, 8 s, ... from RETRY_FIRST_SECONDS on
 
 # Graceful shutdown, whatever PATIENCE_SECONDS is. Render kills the process 40 s after uvicorn's own
 # grace period (render.yaml), so the two waits together stay below that.
 SHUTDOWN_WAIT_S = 25.0  # for all jobs to end
 MAX_DRAIN_S = 20.0  # of it, for jobs with a key to end by themselves
-MAX_RECORD_SAVE_S = 4.0  # for a job that was stopped to write its record
+MAX_RECORD_SAVE_S = 4.0  # for a job that was stopped to write its last entry
+MAX_RESULT_WRITE_S = 20.0  # for a result to be written, also after the deadline
+
+# Lines at the providers (see ProviderLine).
+MAX_CREATES = 64  # at once: each takes a moment, and the handshakes of more would hold up /health
+PROBE_ROUNDS = 8  # successes for each call under way, after a refusal, before one more goes at once
+LINE_SPEED_S = 120.0  # of turns, by which a wait is estimated: providers' limits are by minute
+LINE_STEP_S = 2.0  # between two looks at a job in line: its event, its deadline
+MAX_BUSY_S = 3_600.0  # the longest Retry-After of our own
 
 # Polling (see poll_delay_s).
 POLL_SHARE = 0.025  # a wait as a share of the time waited so far
@@ -129,12 +169,17 @@ DUE_SHARE = 0.8  # of the shortest recent duration: from there on the video is e
 EARLY_SHARE = 0.1  # of the shortest recent duration: a wait before the video is expected
 DUE_STEP_SHARE = 0.012  # of the shortest recent duration: a wait once the video is expected
 DUE_STEP_MAX_S = 0.65
-MAX_POLLS_PER_MINUTE = (
-    2_400  # of one process; Replicate allows 3,000 (docs rate-limits, 2026-11-22)
-)
+# Of one process; Replicate allows 3,000 calls (docs rate-limits, 2026-11-22), and each of the
+# look-ups below may take four.
+MAX_POLLS_PER_MINUTE = 2_400
+MAX_LOOKUPS_PER_MINUTE = 30  # of models that this process does not know
+UNKNOWN_MODEL_TTL_S = 60.0
+MAX_DURATION_KINDS = 500
 
 MIN_CANCEL_AFTER_S = 5  # the least that Replicate's Cancel-After takes (changelog 2025-10-16)
-CLOCK_SKEW_S = 5.0  # between this machine and Replicate
+CLOCK_TOLERANCE_S = 5.0  # a Date header has whole seconds, and arrives late
+MAX_LOG_ENTRIES = 1_000  # of one job: it writes four, and one every ten seconds of a claim
+VIDEO_URL_LIFETIME_S = 3_600.0  # of Replicate's URLs
 MAX_LIST_PAGES = 10  # of a hundred predictions each
 MAX_CLAIMED_PREDICTIONS = 10_000  # prediction ids that a process remembers as taken
 MODEL_TTL_S = 600.0
@@ -142,6 +187,7 @@ MAX_MODELS = 100
 DEFAULT_FPS = 24.0  # where a model counts frames and names no rate
 
 SPEECH_OFFSET_MS = 500  # the speech starts half a second in
+CUT_TOLERANCE_S = 0.1  # streams end with a whole frame: less than this is not cut off
 FFMPEG_TIMEOUT_S = 60.0
 MAX_FFMPEG = 4  # at once, and no more than cores: each takes some 50 MB
 FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of an 8K frame has less
@@ -154,11 +200,21 @@ CONVERT_RATE = "min(60,max(12,source_fps))"
 
 HEAD_TIMEOUT_S = 10.0
 PICTURE_TIMEOUT_S = 3.0
+MAX_HEADS = 8  # remote files that are looked at for /debug/head at once
+MAX_PICTURE_CHECKS = 100  # ... and for jobs
+MAX_HEAD_BYTES = 32 * 1024  # that the servers of one remote file may send before its body
+READ_BYTES = 4 * 1024  # of them at a time, so that little is read beyond the headers
 MAX_REDIRECTS = 5
 MAX_DNS_LOOKUPS = 16  # at once, of names that strangers gave
 MAX_ADDRESSES = 4  # of one name that are tried
 
-# ---- Settings --------------------------------------------------------------------------------------
+MAX_MISSPELLED = 50  # names in a body that are compared with ours
+SPENDING_WINDOW_S = 3_600.0  # of MAX_VIDEOS_PER_HOUR
+RETRY_RESERVED_S = 60  # Retry-After while jobs under way hold the last videos of the hour
+MACOS_DESCRIPTORS = 10_240  # the most that macOS takes, where it names no hard limit
+ACCEPT_LOG_S = 60.0  # between two lines of the log that say that there are no descriptors
+
+# ---- Settings ------------------------------------------------------------------------------------
 
 MIN_SECRET_CHARS = 8  # shorter ones would be found, and redacted, inside ordinary words
 # ElevenLabs' OpenAPI document, parameter output_format (copy of 2026-08-22).
@@ -167,7 +223,10 @@ RAW_FORMATS = r"(pcm|wav)_(8000|16000|22050|24000|32000|44100|48000)|[au]law_800
 
 
 def check_http_url(value: str) -> str:
-    """Return the URL with non-ASCII percent-encoded. Raises ValueError if it is no absolute http(s) URL."""
+    """Return the URL with non-ASCII percent-encoded.
+
+    Raises ValueError if it is no absolute http(s) URL.
+    """
     if re.search(r"\s", value):
         raise ValueError("must not contain a blank; in a URL it is written %20")
     with suppress(httpx.InvalidURL, ValueError):
@@ -187,7 +246,10 @@ def check_base_url(value: str) -> str:
 
 
 def check_origins(value: str) -> str:
-    """Return origins without a slash at their end. Raises ValueError unless each is `*` or an origin."""
+    """Return origins without a slash at their end.
+
+    Raises ValueError unless each is `*` or an origin.
+    """
     origins = []
     for origin in value.split(","):
         origin = origin.strip().rstrip("/")
@@ -209,6 +271,26 @@ def check_secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def check_tokens(secret: SecretStr) -> SecretStr:
+    """Return tokens separated by commas, without blanks.
+
+    Raises ValueError unless each could be a key.
+    """
+    tokens = [token.strip() for token in secret.get_secret_value().split(",")]
+    for token in tokens:
+        check_secret(SecretStr(token))
+    return SecretStr(",".join(tokens))
+
+
+def check_models(value: str) -> str:
+    """Return names of models separated by commas, without blanks. Raises ValueError."""
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if not re.fullmatch(MODEL_PATTERN, name):
+            raise ValueError("must be owner/name, or several separated by commas")
+    return ",".join(names)
+
+
 BaseUrl = Annotated[str, AfterValidator(check_base_url)]
 ApiKey = Annotated[SecretStr, AfterValidator(check_secret)]
 
@@ -227,6 +309,9 @@ class Settings(BaseModel, frozen=True):
     )
     tts_max_chars: Annotated[int, Field(ge=1)] = 600
     job_timeout_seconds: Annotated[float, Field(ge=1, le=86_400)] = 600
+    service_token: Annotated[SecretStr, AfterValidator(check_tokens)] | None = None
+    max_videos_per_hour: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    allowed_models: Annotated[str, AfterValidator(check_models)] | None = None
     eleven_base_url: BaseUrl = "https://api.elevenlabs.io"
     replicate_base_url: BaseUrl = "https://api.replicate.com"
     allow_private_urls: bool = False
@@ -236,7 +321,10 @@ class Settings(BaseModel, frozen=True):
     keepalive_seconds: Annotated[float, Field(gt=0, le=15)] = 10
 
     def required(self, name: str) -> str:
-        """Return a setting that a call cannot do without. Raises MissingSetting naming the variable."""
+        """Return a setting that a call cannot do without.
+
+        Raises MissingSetting naming the variable.
+        """
         value = getattr(self, name)
         if value is None:
             raise MissingSetting(f"The service is not set up for this: set {name.upper()}.")
@@ -244,13 +332,26 @@ class Settings(BaseModel, frozen=True):
             return value.get_secret_value()
         return str(value)
 
+    def tokens(self) -> list[str]:
+        """Return the tokens that SERVICE_TOKEN lists; empty: none is needed."""
+        return self.service_token.get_secret_value().split(",") if self.service_token else []
+
     def secrets(self) -> list[str]:
-        """Return every secret that is set."""
-        values = [value for _, value in self]
-        return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+        """Return every secret that is set, each token singly.
+
+        The longest first, which may hold another.
+        """
+        keys = (self.eleven_api_key, self.replicate_api_token, self.supabase_service_role)
+        secrets = [key.get_secret_value() for key in keys if key]
+        return sorted(secrets + self.tokens(), key=len, reverse=True)
 
 
-SECRET_SETTINGS = ("eleven_api_key", "replicate_api_token", "supabase_service_role")
+SECRET_SETTINGS = (
+    "eleven_api_key",
+    "replicate_api_token",
+    "supabase_service_role",
+    "service_token",
+)
 STORAGE_SETTINGS = ("supabase_url", "supabase_service_role")
 VIDEO_JOB_SETTINGS = ("replicate_api_token",)
 SPEECH_JOB_SETTINGS = (
@@ -262,7 +363,10 @@ SPEECH_JOB_SETTINGS = (
 
 
 def read_settings(environment: Mapping[str, str | None]) -> Settings:
-    """Read settings from variables; an empty one counts as unset. Raises ValueError naming the variable."""
+    """Read settings from variables; an empty one counts as unset.
+
+    Raises ValueError naming the variable.
+    """
     values = {}
     for name in Settings.model_fields:
         value = (environment.get(name.upper()) or "").strip()
@@ -280,7 +384,10 @@ def read_settings(environment: Mapping[str, str | None]) -> Settings:
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """Return the settings: the environment, then `.env` beside this file. Ends the process if malformed."""
+    """Return the settings: the environment, then `.env` beside this file.
+
+    Ends the process if malformed.
+    """
     env_file = Path(__file__).with_name(".env")
     try:
         return read_settings({**dotenv_values(env_file), **os.environ})
@@ -299,10 +406,75 @@ def patience_s(share: float) -> float:
     return get_settings().patience_seconds * share
 
 
-# ---- Request and response models -------------------------------------------------------------------
+# ---- Request and response models -----------------------------------------------------------------
 
 Provider = Literal["elevenlabs", "replicate", "supabase"]
 Category = Literal["configuration", "validation", "provider", "resource", "internal"]
+# What went wrong with the request as a whole and with one of its fields; the codes in both lists
+# first.
+SharedCode = Literal[
+    "key_reused",
+    "unknown_model",
+    "model_not_allowed",
+    "picture_not_found",
+    "not_a_picture",
+    "private_url",
+]
+# Stable: front ends translate by them. Each has a name of its own in the contract.
+ErrorCode = TypeAliasType(
+    "ErrorCode",
+    Literal[
+        SharedCode,
+        "missing_setting",
+        "unauthorized",
+        "spending_limit",
+        "busy",
+        "invalid_body",
+        "body_too_large",
+        "route_not_found",
+        "method_not_allowed",
+        "invalid_field",
+        "blocked_url",
+        "content_rejected",
+        "prediction_failed",
+        "video_expired",
+        "deadline",
+        "provider_rejected_key",
+        "provider_throttled",
+        "provider_failed",
+        "speech_too_large",
+        "storage_failed",
+        "bucket_not_public",
+        "download_failed",
+        "media_unusable",
+        "machine_failed",
+        "restarting",
+        "internal",
+    ],
+)
+FieldErrorCode = TypeAliasType(
+    "FieldErrorCode",
+    Literal[
+        SharedCode,
+        "invalid_body",
+        "required",
+        "not_a_string",
+        "blank",
+        "too_long",
+        "not_a_whole_number",
+        "too_small",
+        "too_large",
+        "not_allowed",
+        "wrong_format",
+        "misnamed",
+        "upload_first",
+        "not_a_url",
+        "unsupported",
+        "rejected",
+    ],
+)
+# What a message says, to be filled into a translation of it: {"max": 600, "got": 659}.
+ErrorParams = dict[str, str | int | float | list[Any]]
 Stage = Literal["speech", "audio_upload", "video", "download", "convert", "mux", "final_upload"]
 StageState = Literal["started", "progress", "done"]
 Fit = Literal["shortest", "video", "speech"]
@@ -324,10 +496,26 @@ PATTERN_MESSAGES = {
     SIZE_PATTERN: "must be a size such as 768p",
     KEY_PATTERN: "must be 1 to 255 visible ASCII characters, such as a UUID",
 }
+UPLOAD_FIRST = (
+    "must be the public http(s) URL of a file: upload it first, for example to your storage"
+)
 
-UrlText = Annotated[str, StringConstraints(strict=True, max_length=4096)]
+
+def refuse_embedded_file(value: Any) -> Any:
+    """Raise PydanticCustomError if a URL is the file itself, or leads into the client's own
+    browser.
+    """
+    if isinstance(value, str) and re.match(r"\s*(data|blob):", value, re.IGNORECASE):
+        raise PydanticCustomError("embedded_file", UPLOAD_FIRST)
+    return value
+
+
+UrlText = Annotated[str, StringConstraints(strict=True, max_length=MAX_URL_CHARS)]
 HttpUrl = Annotated[
-    UrlText, AfterValidator(check_http_url), Field(json_schema_extra={"format": "uri"})
+    UrlText,
+    BeforeValidator(refuse_embedded_file),  # however long it is
+    AfterValidator(check_http_url),
+    Field(json_schema_extra={"format": "uri"}),
 ]
 NonBlank = Annotated[str, StringConstraints(strict=True, strip_whitespace=True, min_length=1)]
 Size = Annotated[str, StringConstraints(strict=True, pattern=SIZE_PATTERN)]
@@ -340,12 +528,17 @@ ModelName = Annotated[
 ]
 
 # What other services call our fields. Ignored, they would buy a video of the wrong length.
-FIELD_ALIASES = {
-    "duration": "seconds",
-    "length": "seconds",
-    "image": "image_url",
-    "voice": "voice_id",
+OTHER_NAMES = {
+    "image_url": (
+        "image img photo picture pic portrait url image_uri image_link img_url photo_url picture_url"
+        " start_image first_frame_image"
+    ),
+    "prompt": "prompt_text text_prompt video_prompt motion_prompt description",
+    "text": "script speech message speech_text tts_text dialogue words content",
+    "voice_id": "voice voice_name speaker speaker_id",
+    "seconds": "duration length duration_seconds video_length video_duration",
 }
+FIELD_ALIASES = {alias: name for name, aliases in OTHER_NAMES.items() for alias in aliases.split()}
 
 
 class JobPromptOnly(BaseModel):
@@ -373,19 +566,27 @@ class JobPromptOnly(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def reject_misspelled_fields(cls, body: Any) -> Any:
-        """Reject fields that are nearly one of ours; all others are ignored. Raises InvalidInput."""
+        """Reject fields that are nearly one of ours; all others are ignored.
+
+        Raises InvalidInput.
+        """
         if not isinstance(body, dict):
             return body
         known = {*JobPromptTTS.model_fields, *FIELD_ALIASES}
         errors: list[InputError] = []
-        for name in body:
+        for name in islice(body, MAX_MISSPELLED):
             if name in JobPromptTTS.model_fields:
                 continue
             for match in get_close_matches(name.lower(), known, n=1, cutoff=0.8):
                 meant = FIELD_ALIASES.get(match, match)
                 if meant in cls.model_fields and meant not in body:
-                    message = f"must be called {meant}"
-                    errors.append(InputError(loc=["body", redact(name)], msg=message))
+                    error = InputError(
+                        loc=["body", redact(name)],
+                        msg=f"must be called {meant}",
+                        code="misnamed",
+                        params={"name": meant},
+                    )
+                    errors.append(error)
         if errors:
             raise InvalidInput(f"{errors[0].loc[1]}: {errors[0].msg}.", errors=errors)
         return body
@@ -425,6 +626,13 @@ class SpeechResult(BaseModel):
         description="The silent video: Replicate's own URL, which expires after an hour"
     )
     final_url: str = Field(description="The final video, in your storage")
+    audio_seconds: float | None = Field(default=None, description="Length of the speech")
+    final_seconds: float | None = Field(default=None, description="Length of the final video")
+    cut_seconds: float | None = Field(
+        default=None,
+        description="Seconds of speech that are not heard, because the video ends before; 0: none."
+        " All three are null where they are unknown",
+    )
 
 
 class HeadResult(BaseModel):
@@ -446,10 +654,14 @@ class PartialResult(BaseModel):
 
 
 class InputError(BaseModel):
-    """One invalid field: where it is, such as `["body", "voice_id"]`, and what is expected there."""
+    """One invalid field: where it is, such as `["body", "voice_id"]`, and what is expected
+    there.
+    """
 
     loc: list[str | int]
     msg: str
+    code: FieldErrorCode
+    params: ErrorParams = Field(description="What the message says; too_long: `max` and `got`")
 
 
 class ErrorBody(BaseModel):
@@ -457,6 +669,7 @@ class ErrorBody(BaseModel):
 
     detail: str
     category: Category
+    code: ErrorCode
     provider: Provider | None = None
     request_id: str
     retryable: bool = Field(
@@ -478,60 +691,92 @@ class StageEvent(BaseModel):
     stage: Stage
     state: StageState
     seconds: float = Field(description="since the stage started")
-    status: str | None = Field(default=None, description="of the prediction, in the stage video")
+    status: str | None = Field(
+        default=None, description="of the prediction, in the stage video; queued: waits in line"
+    )
+    ahead: int | None = Field(
+        default=None, description="how many calls are before it in line, while it is queued"
+    )
     percent: int | None = Field(default=None, description="of the video, where the model logs it")
+    audio_seconds: float | None = Field(
+        default=None, description="Length of the speech, once it is known"
+    )
 
 
-# ---- Errors ----------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 #
 # ServiceError              500 internal       anything unforeseen
 #   MissingSetting          500 configuration  a variable is unset that this request needs
 #   InvalidInput            400 validation     the request can never succeed as it is
+#     Unauthorized          401 validation     it carries none of the tokens of SERVICE_TOKEN
 #     BlockedUrl            400 validation     the URL leads to where the service must not go
 #       PrivateAddress      400 validation     ... to an address inside a network
 #   ProviderRefused         400 provider       ElevenLabs or Replicate reject the request's content
 #   ProviderFailed          500 provider       ElevenLabs or Replicate fail, or reject our key or plan
+#     ProviderBusy          500 provider       the line at a provider is too long for the job's deadline
 #   SpeechTooLarge          400 resource       the speech is larger than the service carries
 #   ResourceFailed          500 resource       storage, a download, this machine, or unusable media
+#     SpendingLimitReached  429 resource       MAX_VIDEOS_PER_HOUR videos were paid for
 
 
 class ServiceError(Exception):
     """An error returned to the client; the base class is an internal 500.
 
     `detail` is safe to show. `response` is the provider's, if there was one. `errors` name the
-    invalid fields of the request.
+    invalid fields of the request. `code` says more exactly than the class what happened. `headers`
+    are the response's.
     """
 
     http_status: int = 500
     category: Category = "internal"
+    code: ErrorCode = "internal"
     retryable: bool = True
+    headers: Mapping[str, str] = {}
 
     def __init__(
         self,
         detail: str,
         provider: Provider | None = None,
         *,
+        code: ErrorCode | None = None,
         retryable: bool | None = None,
         response: "ProviderResponse | None" = None,
         errors: "list[InputError] | None" = None,
     ) -> None:
+        detail = redact(detail)[:MAX_ERROR_CHARS]
         super().__init__(detail)
-        self.detail = redact(detail)
+        self.detail = detail
         self.provider = provider
         self.response = response
         self.errors = errors or []
+        if code is not None:
+            self.code = code
         if retryable is not None:
             self.retryable = retryable
 
-    def add_field_error(self, name: str, message: str, place: str = "body") -> None:
-        """Add what is wrong with one field of the request."""
-        self.errors.append(InputError(loc=[place, redact(name)], msg=redact(message)))
+    def add_field_error(
+        self,
+        name: str,
+        message: str,
+        place: str = "body",
+        *,
+        code: FieldErrorCode = "rejected",
+        params: ErrorParams | None = None,
+    ) -> None:
+        """Add what is wrong with one field of the request; by default a provider rejects it."""
+        loc: list[str | int] = [place, redact(name)]
+        self.errors.append(
+            InputError(
+                loc=loc, msg=redact(message)[:MAX_ERROR_CHARS], code=code, params=params or {}
+            )
+        )
 
 
 class MissingSetting(ServiceError):
     """A variable is unset that this request needs."""
 
     category = "configuration"
+    code: ErrorCode = "missing_setting"
     retryable = False
 
 
@@ -540,15 +785,28 @@ class InvalidInput(ServiceError):
 
     http_status = 400
     category = "validation"
+    code: ErrorCode = "invalid_field"
     retryable = False
+
+
+class Unauthorized(InvalidInput):
+    """The request carries none of the tokens of SERVICE_TOKEN."""
+
+    http_status = 401
+    code = "unauthorized"
+    headers = {"WWW-Authenticate": "Bearer"}
 
 
 class BlockedUrl(InvalidInput):
     """The URL leads to where the service must not go."""
 
+    code: ErrorCode = "blocked_url"
+
 
 class PrivateAddress(BlockedUrl):
     """The URL leads to an address of this machine or of a network inside."""
+
+    code: ErrorCode = "private_url"
 
 
 class ProviderRefused(ServiceError):
@@ -556,6 +814,7 @@ class ProviderRefused(ServiceError):
 
     http_status = 400
     category = "provider"
+    code: ErrorCode = "content_rejected"
     retryable = False
 
 
@@ -563,6 +822,17 @@ class ProviderFailed(ServiceError):
     """ElevenLabs or Replicate reject the service's key or plan, fail, or do not respond."""
 
     category = "provider"
+    code: ErrorCode = "provider_failed"
+
+
+class ProviderBusy(ProviderFailed):
+    """The line at a provider is too long for the job's deadline; nothing was asked for."""
+
+    code = "busy"
+
+    def __init__(self, detail: str, provider: Provider, retry_after_s: float) -> None:
+        super().__init__(detail, provider)
+        self.headers = {"Retry-After": str(math.ceil(retry_after_s))}
 
 
 class SpeechTooLarge(ServiceError):
@@ -570,6 +840,7 @@ class SpeechTooLarge(ServiceError):
 
     http_status = 400
     category = "resource"
+    code: ErrorCode = "speech_too_large"
     retryable = False
 
 
@@ -577,29 +848,56 @@ class ResourceFailed(ServiceError):
     """Storage, a download, the service's own machine, or media that ffmpeg cannot use."""
 
     category = "resource"
+    code: ErrorCode = "storage_failed"
 
 
-def invalid_field(name: str, message: str, place: str = "body") -> InvalidInput:
+class SpendingLimitReached(ResourceFailed):
+    """This process has paid for MAX_VIDEOS_PER_HOUR videos within the last hour."""
+
+    http_status = 429
+    code = "spending_limit"
+
+    def __init__(self, detail: str, retry_after_s: float) -> None:
+        super().__init__(detail)
+        self.headers = {"Retry-After": str(math.ceil(retry_after_s))}
+
+
+def invalid_field(
+    name: str,
+    message: str,
+    place: str = "body",
+    *,
+    code: FieldErrorCode = "unsupported",
+    params: ErrorParams | None = None,
+) -> InvalidInput:
     """Return the error for one invalid field of the request, or for an invalid header."""
     error = InvalidInput(f"{name}: {message}.")
-    error.add_field_error(name, message, place)
+    error.add_field_error(name, message, place, code=code, params=params)
+    for shared_code in get_args(SharedCode):
+        if code == shared_code:
+            error.code = shared_code
     return error
 
 
 def redact(text: str) -> str:
-    """Return the text without this service's secrets, and without lone surrogates, which no JSON allows."""
+    """Return the text without this service's secrets, and without lone surrogates, which no
+    JSON allows.
+    """
     for secret in get_settings().secrets():
         text = text.replace(secret, "***")
     return text.encode("utf-8", "replace").decode()
 
 
 def add_request_id_and_redact(record: logging.LogRecord) -> bool:
-    """Start a log line with its request id, and keep secrets out of it."""
+    """Start a log line with its request id, keep secrets out of it, and bound its length."""
     prefix = f"request_id={current_request_id.get()} "
-    message = record.getMessage()
-    if not message.startswith(prefix):  # it does where this file was imported twice
-        record.msg = redact(prefix + message)
-        record.args = ()
+    line = record.getMessage()
+    if not line.startswith(prefix):  # it does where this file was imported twice
+        line = redact(prefix + line)
+    if len(line) > MAX_LOG_CHARS:  # a traceback says most at its end
+        line = f"{line[: MAX_LOG_CHARS // 2]} ... {line[-MAX_LOG_CHARS // 2 :]}"
+    record.msg = line
+    record.args = ()
     return True
 
 
@@ -612,16 +910,18 @@ def as_service_error(exc: BaseException) -> ServiceError:
         return exc
     logger.error("unforeseen error\n%s", "".join(traceback.format_exception(exc)))
     if isinstance(exc, OSError) and exc.strerror:  # a full disk, a read-only folder ...
-        return ResourceFailed(f"The service's own machine failed the job: {exc.strerror}.")
+        detail = f"The service's own machine failed the job: {exc.strerror}."
+        return ResourceFailed(detail, code="machine_failed")
     return ServiceError("An unforeseen error inside the service; its log has the request id.")
 
 
-# ---- Job state and progress events -----------------------------------------------------------------
+# ---- Job state and progress events ---------------------------------------------------------------
 
 Events = asyncio.Queue[StageEvent | None]  # None: there are no more
 CancelReason = Literal["client_disconnected", "shutdown"]
 
-# Whose failure it is when a stage does not end in time; None: the checks, where a model is looked up.
+# Whose failure it is when a stage does not end in time; None: the checks, where a model is looked
+# up.
 STAGE_PROVIDERS: dict[Stage | None, Provider] = {
     None: "replicate",
     "speech": "elevenlabs",
@@ -639,8 +939,10 @@ class Job:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)  # equal for equal idempotency keys
     started_at: float = field(default_factory=time.monotonic)
     timings: dict[Stage, float] = field(default_factory=dict)  # seconds, in the order of the stages
+    audio_seconds: float | None = None  # how long the speech is, once it is known
     stage_started_at: float = 0.0
     current_stage: Stage | None = None
+    queued_s: float = 0.0  # in lines at the providers
     partial: PartialResult = field(default_factory=PartialResult)
     event_history: list[StageEvent] = field(default_factory=list)
     subscribers: list[Events] = field(default_factory=list)
@@ -650,8 +952,9 @@ class Job:
     result: BaseModel | ServiceError | None = None
     replayed: bool = False  # the result is an earlier request's
     # Only with an Idempotency-Key:
-    record: "JobRecord | None" = None
-    search_window: "SearchWindow | None" = None
+    log: "JobLog | None" = None
+    search_from: float | None = None  # since when it may have an unrecorded prediction (monotonic)
+    search_s: float = 0.0  # how long that one may still be on its way
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -673,16 +976,26 @@ class Job:
         self.current_stage = None  # after a failure it stays: cancellation_error() names it
 
     def emit(
-        self, state: StageState, status: str | None = None, percent: int | None = None
+        self,
+        state: StageState,
+        status: str | None = None,
+        percent: int | None = None,
+        ahead: int | None = None,
     ) -> None:
-        """Send an event to all subscribers, and keep it for those who join; of progress, only the last."""
+        """Send an event to all subscribers, and keep it for those who join.
+
+        Of progress, only the last.
+        """
         event = StageEvent(
             stage=self.current_stage or "video",
             state=state,
             seconds=round(time.monotonic() - self.stage_started_at, 3),
             status=status,
             percent=percent,
+            ahead=ahead,
         )
+        if state == "done" and event.stage in ("speech", "audio_upload"):
+            event.audio_seconds = self.audio_seconds
         if state == "progress" and self.event_history and self.event_history[-1].state == state:
             self.event_history.pop()
         self.event_history.append(event)
@@ -711,43 +1024,56 @@ class Job:
     def finish(self) -> None:
         """Log the outcome, and release all who wait."""
         outcome: str = "ok"
+        reason = ""
         if isinstance(self.result, ServiceError):
             outcome = self.cancel_reason or self.result.category
+            reason = f" code={self.result.code} detail={self.result.detail}"
         elapsed_ms = (time.monotonic() - self.started_at) * 1000
         prediction_id = self.partial.prediction_id
-        logger.info("job outcome=%s ms=%.0f prediction_id=%s", outcome, elapsed_ms, prediction_id)
+        logger.info(
+            "job outcome=%s ms=%.0f prediction_id=%s%s", outcome, elapsed_ms, prediction_id, reason
+        )
         for queue in self.subscribers:
             queue.put_nowait(None)
 
+    @property
+    def deadline(self) -> float:
+        """When JOB_TIMEOUT_SECONDS have passed, on the monotonic clock."""
+        return self.started_at + get_settings().job_timeout_seconds
+
     def past_deadline(self) -> bool:
         """Return whether JOB_TIMEOUT_SECONDS have passed."""
-        return time.monotonic() - self.started_at >= get_settings().job_timeout_seconds
+        return time.monotonic() >= self.deadline
 
     def cancellation_error(self) -> ServiceError:
         """Return the error of a job that was cancelled, or has passed its deadline."""
         if self.cancel_reason or not self.past_deadline():
-            advice = "send the same request again" if self.record else "try again"
-            return ServiceError(
-                f"The service is restarting and could not finish the job; {advice}."
-            )
+            advice = "send the same request again" if self.log else "try again"
+            detail = f"The service is restarting and could not finish the job; {advice}."
+            return ServiceError(detail, code="restarting")
 
         stage = self.current_stage
         provider = STAGE_PROVIDERS.get(stage)
         limit_s = get_settings().job_timeout_seconds
         limit = f"The job was not done after {limit_s:g} s"
         detail = f"{limit} and was ended in the stage {stage or 'check'}."
-        # The prediction of a job with a key was cancelled: sent again, the request would find it so.
-        is_final = bool(self.record and self.partial.prediction_id and stage == "video")
+        # The prediction of a job with a key was cancelled: sent again, the request would
+        # find it so.
+        is_final = bool(self.log and self.partial.prediction_id and stage == "video")
         if provider in ("elevenlabs", "replicate"):
-            return ProviderFailed(detail, provider, retryable=not is_final)
-        return ResourceFailed(detail, provider)
+            return ProviderFailed(detail, provider, code="deadline", retryable=not is_final)
+        return ResourceFailed(detail, provider, code="deadline")
 
 
 def error_body(error: ServiceError, request_id: str, job: Job | None) -> dict[str, Any]:
-    """Return the body of an error (see ErrorBody); `partial` and `errors` only if they hold something."""
+    """Return the body of an error (see ErrorBody).
+
+    `partial` and `errors` only if they hold something.
+    """
     body: dict[str, Any] = {
         "detail": error.detail,
         "category": error.category,
+        "code": error.code,
         "provider": error.provider,
         "retryable": error.retryable,
         "request_id": request_id,
@@ -760,16 +1086,18 @@ def error_body(error: ServiceError, request_id: str, job: Job | None) -> dict[st
     return body
 
 
-# ---- HTTP transport and SSRF protection ------------------------------------------------------------
+# ---- HTTP transport and SSRF protection ----------------------------------------------------------
 #
-# Every outgoing request passes GuardedTransport. The owner's own addresses (both APIs, the storage) are
-# trusted. Every other URL, a redirect's as well, is checked by its form (check_public_url) and then
-# connected to by PublicOnlyBackend, which resolves the name once, checks each address, and connects to
-# the checked address itself.
+# Every outgoing request passes GuardedTransport. The owner's own addresses (both APIs, the
+# storage) are trusted. Every other URL, a redirect's as well, is checked by its form
+# (check_public_url) and then connected to by PublicOnlyBackend, which resolves the name once,
+# checks each address, and connects to the checked address itself.
 
-# Addresses that ipaddress.is_global lets pass in one Python version or another, or that lead inside.
+# Addresses that ipaddress.is_global lets pass in one Python version or another, or that lead
+# inside.
 BLOCKED_NETWORKS = [
     ipaddress.ip_network("100.64.0.0/10"),  # carrier-grade NAT
+    ipaddress.ip_network("168.63.129.16/32"),  # the host of a virtual machine in Azure
     ipaddress.ip_network("192.0.0.0/24"),  # IETF protocol assignments
     ipaddress.ip_network("192.88.99.0/24"),  # 6to4 relays
     ipaddress.ip_network("198.18.0.0/15"),  # benchmarks
@@ -806,14 +1134,18 @@ def is_public(address: str) -> bool:
 
 
 def check_public_url(url: httpx.URL) -> None:
-    """Refuse a URL by its form alone; names are resolved later. Raises BlockedUrl saying what is wrong."""
+    """Refuse a URL by its form alone; names are resolved later.
+
+    Raises BlockedUrl saying what is wrong.
+    """
     host = url.raw_host.decode("ascii").rstrip(".")
     if url.scheme not in ("http", "https"):
         raise BlockedUrl("Only http and https URLs are fetched.")
     if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", host):
         raise BlockedUrl("The URL's host is not a plain name or address.")
 
-    # As browsers do: a host that ends in a number is an IPv4 address, and only its plain form is taken.
+    # As browsers do: a host that ends in a number is an IPv4 address, and only its plain form
+    # is taken.
     is_v4 = re.fullmatch(r"(.*\.)?(\d+|0[xX][0-9A-Fa-f]*)", host)
     if is_v4 and not re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){3}", host):
         raise PrivateAddress("The URL's address is not written in its plain form.")
@@ -829,7 +1161,10 @@ def check_public_url(url: httpx.URL) -> None:
 
 
 def is_trusted(url: httpx.URL) -> bool:
-    """Return whether a URL is the owner's own (an API, the storage); any is with ALLOW_PRIVATE_URLS."""
+    """Return whether a URL is the owner's own (an API, the storage).
+
+    Any is with ALLOW_PRIVATE_URLS.
+    """
     settings = get_settings()
     if settings.allow_private_urls:
         return True
@@ -843,8 +1178,9 @@ def is_trusted(url: httpx.URL) -> bool:
 class DnsResolver:
     """Name look-ups in daemon threads of their own, at most MAX_DNS_LOOKUPS at once.
 
-    getaddrinfo blocks and cannot be cancelled. A stranger's slow name holds up neither the threads that
-    files need nor the end of the process, which waits for every thread that is not a daemon.
+    getaddrinfo blocks and cannot be cancelled. A stranger's slow name holds up neither the
+    threads that files need nor the end of the process, which waits for every thread that is not
+    a daemon.
     """
 
     def __init__(self) -> None:
@@ -880,6 +1216,54 @@ class DnsResolver:
         return await resolved
 
 
+# What the servers of a remote file may still send before its body, redirects included; in bytes.
+head_bytes_left: ContextVar[float] = ContextVar("head_bytes_left", default=MAX_HEAD_BYTES)
+
+
+class MeteredStream(httpcore.AsyncNetworkStream):
+    """A connection to a server that a stranger, or a model, has named: it may send
+    `head_bytes_left`.
+    """
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Return the next few bytes.
+
+        Raises httpcore.RemoteProtocolError once there were too many.
+        """
+        bytes_left = head_bytes_left.get()
+        if bytes_left <= 0:
+            raise httpcore.RemoteProtocolError("it sends too much")
+        if bytes_left < math.inf:
+            max_bytes = min(max_bytes, READ_BYTES)
+        received = await self._stream.read(max_bytes, timeout)
+        head_bytes_left.set(bytes_left - len(received))
+        return received
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Send all these bytes."""
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        """Close the connection."""
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Return the encrypted connection, metered as well."""
+        return MeteredStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        """Return what the connection says about itself."""
+        return self._stream.get_extra_info(info)
+
+
 class PublicOnlyBackend(httpcore.AnyIOBackend):
     """Connects to public addresses only: the name is resolved once, checked, and then used."""
 
@@ -904,8 +1288,10 @@ class PublicOnlyBackend(httpcore.AnyIOBackend):
         addresses = addresses[:MAX_ADDRESSES]
         for address in addresses[:-1]:
             with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
-                return await connect(address, port, timeout, local_address, socket_options)
-        return await connect(addresses[-1], port, timeout, local_address, socket_options)
+                stream = await connect(address, port, timeout, local_address, socket_options)
+                return MeteredStream(stream)
+        stream = await connect(addresses[-1], port, timeout, local_address, socket_options)
+        return MeteredStream(stream)
 
     async def _resolve(self, host: str, port: int, timeout_s: float | None) -> list[str]:
         with suppress(ValueError):
@@ -921,7 +1307,10 @@ class PublicOnlyBackend(httpcore.AnyIOBackend):
 
 @lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
-    """Return the trusted certificates, SSL_CERT_FILE and SSL_CERT_DIR honoured; loading takes some 15 ms."""
+    """Return the trusted certificates, SSL_CERT_FILE and SSL_CERT_DIR honoured.
+
+    Loading takes some 15 ms.
+    """
     return httpx.create_ssl_context(trust_env=True)
 
 
@@ -930,8 +1319,8 @@ def connection_pool(
 ) -> httpcore.AsyncConnectionPool:
     """Return a pool, without proxies, whose connections `backend` makes.
 
-    The number of connections is not limited: each waiting job may need one. Ten idle ones are enough for
-    40 polls a second, and httpcore looks at each of them twice a request.
+    The number of connections is not limited: each waiting job may need one. Ten idle ones are
+    enough for 40 polls a second, and httpcore looks at each of them twice a request.
     """
     return httpcore.AsyncConnectionPool(
         ssl_context=tls_context(),
@@ -975,7 +1364,9 @@ class HttpcoreStream(httpx.AsyncByteStream):
 
 
 class GuardedTransport(httpx.AsyncBaseTransport):
-    """Sends each request through a pool: two for the owner's own addresses, two guarded ones for all others."""
+    """Sends each request through a pool: two for the owner's own addresses, two guarded ones
+    for all others.
+    """
 
     def __init__(self) -> None:
         self.trusted = connection_pool(httpcore.AnyIOBackend())
@@ -995,7 +1386,10 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         return self.public
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send one request; each redirect comes here again. Raises BlockedUrl, httpx.TransportError."""
+        """Send one request; each redirect comes here again.
+
+        Raises BlockedUrl, httpx.TransportError.
+        """
         pool = self.pool_for(request)
         raw_request = httpcore.Request(
             method=request.method,
@@ -1011,9 +1405,11 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         )
         with httpcore_errors_as_httpx():
             response = await pool.handle_async_request(raw_request)
+        # No server is told another one's cookies, and reading them would take long.
+        headers = [header for header in response.headers if header[0].lower() != b"set-cookie"]
         return httpx.Response(
             response.status,
-            headers=response.headers,
+            headers=headers,
             stream=HttpcoreStream(response.stream),
             extensions=response.extensions,
         )
@@ -1043,20 +1439,81 @@ class ModelLookup(NamedTuple):
 
 
 @dataclass
+class VideoBudget:
+    """The videos of the last hour, by Job.name, of which there may be MAX_VIDEOS_PER_HOUR.
+
+    A job reserves its video before it pays for anything, so that none pays for a speech in vain.
+    """
+
+    reserved: set[str] = field(default_factory=set)
+    paid_at: dict[str, float] = field(default_factory=dict)  # time.monotonic(), the oldest first
+
+    def reserve(self, job_name: str) -> None:
+        """Keep a video for a job, unless it has one. Raises SpendingLimitReached."""
+        limit = get_settings().max_videos_per_hour
+        if limit is None or job_name in self.reserved or job_name in self.paid_at:
+            return
+        now = time.monotonic()
+        while self.paid_at and next(iter(self.paid_at.values())) <= now - SPENDING_WINDOW_S:
+            del self.paid_at[next(iter(self.paid_at))]
+        if len(self.paid_at) + len(self.reserved) < limit:
+            self.reserved.add(job_name)
+            return
+
+        retry_after_s: float = RETRY_RESERVED_S
+        if self.paid_at:
+            retry_after_s = next(iter(self.paid_at.values())) + SPENDING_WINDOW_S - now
+        detail = f"The service makes at most {limit} videos an hour; try again later."
+        raise SpendingLimitReached(detail, retry_after_s)
+
+    def pay(self, job_name: str) -> None:
+        """Count a job's video, whose create is about to be sent. Raises SpendingLimitReached."""
+        self.reserve(job_name)
+        if job_name in self.reserved:
+            self.reserved.remove(job_name)
+            self.paid_at[job_name] = time.monotonic()
+
+    def release(self, job_name: str) -> None:
+        """Give back what a job has reserved and not used."""
+        self.reserved.discard(job_name)
+
+    def refund(self, job_name: str) -> None:
+        """Forget a video that was certainly not created."""
+        self.paid_at.pop(job_name, None)
+
+
+@dataclass
 class AppState:
     """What all requests of this process share; the lifespan holds it."""
 
     http: httpx.AsyncClient
     ffmpeg_slots: asyncio.Semaphore
-    conversion_slot: asyncio.Semaphore  # of its own: no mux waits for a conversion
+    conversion_slot: asyncio.Semaphore = field(  # of its own: no mux waits for a conversion
+        default_factory=lambda: asyncio.Semaphore(1)
+    )
+    speech_line: "ProviderLine" = field(default_factory=lambda: ProviderLine("elevenlabs"))
+    create_line: "ProviderLine" = field(
+        default_factory=lambda: ProviderLine("replicate", MAX_CREATES)
+    )
+    head_slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_HEADS))
+    picture_slots: asyncio.Semaphore = field(
+        default_factory=lambda: asyncio.Semaphore(MAX_PICTURE_CHECKS)
+    )
     open_requests: int = 0  # that have no response yet
     jobs: dict[str, Job] = field(default_factory=dict)  # running ones, by Job.name
     claimed_predictions: deque[tuple[str, str]] = field(  # prediction id, Job.name
         default_factory=lambda: deque(maxlen=MAX_CLAIMED_PREDICTIONS)
     )
+    creates_in_flight: Counter[str] = field(default_factory=Counter)  # by create_key()
+    replicate_clock_s: float | None = None  # how far Replicate's clock is ahead of ours
     active_polls: int = 0  # predictions that are being waited for
     recent_durations: dict[str, deque[float]] = field(default_factory=dict)  # seconds, by kind
     models: dict[str, ModelLookup] = field(default_factory=dict)  # by the name that was asked for
+    unknown_models: dict[str, ModelLookup] = field(default_factory=dict)
+    lookups_at: deque[float] = field(  # time.monotonic() of those that count
+        default_factory=lambda: deque(maxlen=MAX_LOOKUPS_PER_MINUTE)
+    )
+    video_budget: VideoBudget = field(default_factory=VideoBudget)
 
 
 _state: AppState | None = None  # set by the lifespan
@@ -1071,24 +1528,26 @@ def app_state() -> AppState:
 
 @asynccontextmanager
 async def open_app_state() -> AsyncIterator[AppState]:
-    """Yield the shared state with its HTTP client, which is closed at the end. Raises RuntimeError."""
+    """Yield the shared state with its HTTP client, which is closed at the end.
+
+    Raises RuntimeError.
+    """
     transport = GuardedTransport()
     await transport.check_guard()
     headers = {"Accept-Encoding": "identity"}  # nothing is unpacked: a small body stays small
     async with httpx.AsyncClient(transport=transport, timeout=TIMEOUT, headers=headers) as http:
-        # No server is told another one's cookies.
-        http.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         ffmpeg_slots = asyncio.Semaphore(min(os.cpu_count() or 1, MAX_FFMPEG))
-        yield AppState(http, ffmpeg_slots, conversion_slot=asyncio.Semaphore(1))
+        yield AppState(http, ffmpeg_slots)
 
 
-# ---- HTTP calls: retry policy and backoff ----------------------------------------------------------
+# ---- HTTP calls: retry policy and backoff --------------------------------------------------------
 
 PROVIDER_NAMES = {
     "elevenlabs": "ElevenLabs",
     "replicate": "Replicate",
     "supabase": "Supabase Storage",
 }
+REDIRECTS = frozenset(range(300, 400))
 SERVER_ERRORS = frozenset(range(500, 600))  # Supabase has a 544
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -1113,7 +1572,11 @@ class ProviderResponse:
 
     @cached_property
     def payload(self) -> Any:
-        """The body as JSON values; None if it is not JSON."""
+        """The body as JSON values; None if it is not JSON, or of more values than the
+        service reads.
+        """
+        if sum(map(self.body.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+            return None
         try:
             return json.loads(self.body)
         except (ValueError, RecursionError):
@@ -1129,7 +1592,10 @@ class ProviderResponse:
         return self.status
 
     def retry_after_s(self, now: float) -> float | None:
-        """Return the seconds the provider asks us to wait at clock time `now`; None if it does not say."""
+        """Return the seconds the provider asks us to wait at clock time `now`.
+
+        None if it does not say.
+        """
         # Replicate writes `retry_after` or "resets in ~30s" into the body; others send the header
         # Retry-After, as seconds or as a date.
         asked = get_in(self.payload, "retry_after") or self.headers.get("retry-after")
@@ -1142,6 +1608,13 @@ class ProviderResponse:
         with suppress(ValueError, TypeError, OverflowError):
             return max(0.0, parsedate_to_datetime(asked).timestamp() - now)
         return None
+
+
+def parse_http_date(header: str | None) -> float | None:
+    """Return a Date header as clock time in seconds, or None."""
+    with suppress(ValueError, TypeError, OverflowError):
+        return parsedate_to_datetime(str(header)).timestamp()
+    return None
 
 
 Attempt = ProviderResponse | httpx.RequestError
@@ -1160,7 +1633,6 @@ class RetryBudget(NamedTuple):
 SPEECH_ATTEMPTS = RetryBudget(attempts=3)
 BEFORE_PAYMENT = RetryBudget(attempts=4)  # a job can still be given up
 AFTER_PAYMENT = RetryBudget(patience_share=PAID_SHARE)  # what is paid for is waited for
-WHILE_THROTTLED = RetryBudget(patience_share=THROTTLE_SHARE)
 WHILE_REJECTED = RetryBudget(patience_share=REJECTED_POLL_SHARE)
 UNTIL_DEADLINE = RetryBudget()
 
@@ -1169,18 +1641,19 @@ UNTIL_DEADLINE = RetryBudget()
 class RetryPolicy:
     """Which outcomes of a call are retried, and for how long; every other outcome is final.
 
-    A connection that could not be made is always retried. `on_broken_connection`: also one that broke
-    after sending, so that the work may have been done. `on_invalid_json`: also a success whose body is
-    not a JSON object. `patient`: what the call is about is paid for, so a longer Retry-After than the
-    longest wait is cut to it, and an untrusted certificate is retried; else the call gives up.
+    A connection that could not be made is always retried. `on_broken_connection`: also one that
+    broke after sending, so that the work may have been done. `on_invalid_json`: also a success
+    whose body is not a JSON object. `in_line`: a 429 is no failure, its exchange waits in line.
+    `patient`: what the call is about is paid for, so a longer Retry-After than the longest wait
+    is cut to it, and an untrusted certificate is retried; else the call gives up.
     """
 
     statuses: Collection[int]
     budget: RetryBudget
-    throttle_budget: RetryBudget | None = None  # for 429; None: `budget`
     rejection_budget: RetryBudget | None = None  # for 401, 403 and 404; None: `budget`
     on_broken_connection: bool = True
     on_invalid_json: bool = True
+    in_line: bool = False
     patient: bool = False
 
     def budget_for(self, attempt: Attempt) -> RetryBudget | None:
@@ -1193,8 +1666,6 @@ class RetryPolicy:
         status = attempt.effective_status
         if status not in self.statuses:
             return None
-        if status == 429:
-            return self.throttle_budget or self.budget
         if status in (401, 403, 404):
             return self.rejection_budget or self.budget
         return self.budget
@@ -1207,32 +1678,36 @@ class RetryPolicy:
         return None
 
 
-# A speech after a 5xx may be paid twice, some cents: most are not charged, and a person waits. A video
-# costs more, so after a 5xx or a broken connection its prediction is searched for instead.
+# A speech after a 5xx may be paid twice, some cents: most are not charged, and a person waits. A
+# video costs more, so after a 5xx or a broken connection its prediction is searched for instead.
 SPEECH_RETRY = RetryPolicy(
-    statuses={429, 500, 502, 503, 504},
+    statuses={500, 502, 503, 504},
     budget=SPEECH_ATTEMPTS,
-    throttle_budget=WHILE_THROTTLED,
     on_broken_connection=False,
     on_invalid_json=False,
+    in_line=True,
 )
 CREATE_RETRY = RetryPolicy(
-    statuses={429},
+    statuses=(),
     budget=BEFORE_PAYMENT,
-    throttle_budget=WHILE_THROTTLED,
     on_broken_connection=False,
     on_invalid_json=False,
+    in_line=True,
 )
 MODEL_RETRY = RetryPolicy(statuses={408, 429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT)
 LIST_RETRY = RetryPolicy(statuses={408, 429, *SERVER_ERRORS}, budget=WHILE_REJECTED, patient=True)
 POLL_RETRY = RetryPolicy(
-    statuses={401, 403, 404, 408, 429, *SERVER_ERRORS},
+    statuses={401, 403, 404, 408, 429, *REDIRECTS, *SERVER_ERRORS},
     budget=UNTIL_DEADLINE,
     rejection_budget=WHILE_REJECTED,
     patient=True,
 )
 CANCEL_RETRY = RetryPolicy(
     statuses={429, *SERVER_ERRORS}, budget=UNTIL_DEADLINE, on_invalid_json=False, patient=True
+)
+ENTRY_RETRY = RetryPolicy(statuses={404, 429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT)
+LIST_ENTRIES_RETRY = RetryPolicy(
+    statuses={429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT, on_invalid_json=False
 )
 UPLOAD_RETRY = RetryPolicy(statuses={429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT)
 DOWNLOAD_RETRY = RetryPolicy(
@@ -1253,28 +1728,47 @@ def retry_delay_s(
 ) -> float | None:
     """Return the seconds to wait before the next attempt, or None to give up.
 
-    `attempts` have failed in this way, the first of them `failing_s` ago. `asked_s` is the provider's
-    Retry-After: the wait is at least that long and at least the exponential delay, with jitter, so that
-    jobs that were refused together do not come back together.
+    `attempts` have failed in this way, the first of them `failing_s` ago. `asked_s` is the
+    provider's Retry-After: the wait is at least that long and at least the exponential delay,
+    with jitter, so that jobs that were refused together do not come back together.
     """
     if attempts >= budget.attempts or failing_s >= patience_s(budget.patience_share):
         return None
-    first_s = get_settings().retry_first_seconds
-    backoff_s = min(first_s * 2.0 ** min(attempts - 1, 10), MAX_BACKOFF_S)
-    if asked_s is None:
-        return backoff_s * random.uniform(0.75, 1)
-
     longest_s = patience_s(MAX_WAIT_SHARE)
-    if asked_s > longest_s:
+    if asked_s is not None and asked_s > longest_s:
         return longest_s if retry.patient else None
-    return max(asked_s, backoff_s) * random.uniform(1, 1.1)
+    return backoff_s(attempts, asked_s)
+
+
+def backoff_s(attempts: int, asked_s: float | None) -> float:
+    """Return the exponential delay after so many failed attempts, or `asked_s` if that is
+    longer.
+    """
+    first_s = get_settings().retry_first_seconds
+    delay_s = min(first_s * 2.0 ** min(attempts - 1, 10), MAX_BACKOFF_S)
+    if asked_s is None:
+        return delay_s * random.uniform(0.75, 1)
+    return max(asked_s, delay_s) * random.uniform(1, 1.1)
 
 
 async def send_once(request: httpx.Request, max_bytes: int) -> ProviderResponse:
-    """Send one request, and read its response's body up to `max_bytes`. Raises httpx.RequestError."""
-    response = await app_state().http.send(request, stream=True)
-    async with aclosing(response):
+    """Send one request, and read its response's body up to `max_bytes`.
+
+    Raises httpx.RequestError.
+    """
+    async with open_response(request) as response:
         return await read_response(response, max_bytes)
+
+
+@asynccontextmanager
+async def open_response(request: httpx.Request) -> AsyncIterator[httpx.Response]:
+    """Yield the unread response to one request. Raises httpx.RequestError, BlockedUrl."""
+    try:
+        response = await app_state().http.send(request, stream=True)
+    except (httpx.InvalidURL, UnicodeError) as exc:
+        raise httpx.RemoteProtocolError("a redirect to an invalid URL") from exc
+    async with aclosing(response):
+        yield response
 
 
 async def read_response(response: httpx.Response, max_bytes: int) -> ProviderResponse:
@@ -1301,8 +1795,8 @@ async def send_with_retry(
 ) -> ProviderResponse:
     """Send a request, retrying as `retry` allows; return the last response, whatever its status.
 
-    `request_options` are those of httpx's build_request. Raises httpx.RequestError if the last attempt
-    had no response.
+    `request_options` are those of httpx's build_request. Raises httpx.RequestError if the last
+    attempt had no response.
     """
     # Outcomes with an equal budget count together.
     attempts: Counter[RetryBudget] = Counter()
@@ -1310,6 +1804,8 @@ async def send_with_retry(
     while True:
         request = app_state().http.build_request(method, url, **request_options)
         attempt = await attempt_exchange(exchange, request, max_bytes)
+        if retry.in_line and is_throttled(attempt):
+            continue
         budget = retry.budget_for(attempt)
         if budget is None:
             break
@@ -1339,12 +1835,48 @@ async def send_with_retry(
     return attempt
 
 
+def is_throttled(attempt: Attempt | None) -> bool:
+    """Return whether the provider refused the call as one too many."""
+    return isinstance(attempt, ProviderResponse) and attempt.status == 429
+
+
 async def attempt_exchange(exchange: Exchange, request: httpx.Request, max_bytes: int) -> Attempt:
     """Make one attempt, and return a transport error as its outcome."""
     try:
         return await exchange(request, max_bytes)
     except httpx.RequestError as exc:
         return exc
+    except OSError as exc:
+        if not is_out_of_descriptors(exc):
+            raise
+        return httpx.NetworkError(str(exc))
+
+
+def is_out_of_descriptors(error: OSError) -> bool:
+    """Return whether the process, or the system, has no file descriptor left."""
+    return error.errno in (errno.EMFILE, errno.ENFILE)
+
+
+Result = TypeVar("Result")
+
+
+async def wait_out_descriptors(work: Callable[[], Awaitable[Result]]) -> Result:
+    """Do work on a paid video, again as long as there are no file descriptors, as a download
+    is retried.
+
+    Raises OSError, and whatever the work raises.
+    """
+    started_at = time.monotonic()
+    while True:
+        try:
+            return await work()
+        except OSError as exc:
+            waited_s = time.monotonic() - started_at
+            if not is_out_of_descriptors(exc) or waited_s >= patience_s(PAID_SHARE):
+                raise
+        delay_s = min(max(waited_s, get_settings().retry_first_seconds), MAX_BACKOFF_S)
+        logger.warning("no file descriptors, retry in %.1f s", delay_s)
+        await asyncio.sleep(delay_s)
 
 
 async def call_provider(
@@ -1358,8 +1890,8 @@ async def call_provider(
 ) -> ProviderResponse:
     """Return a provider's success; `options` are those of send_with_retry.
 
-    Raises ResourceFailed for the storage, else ProviderFailed; with `about_content`, a 400, 404 or 422 is
-    about what the client sent: ProviderRefused.
+    Raises ResourceFailed for the storage, else ProviderFailed; with `about_content`, a 400, 404
+    or 422 is about what the client sent: ProviderRefused.
     """
     failed = ResourceFailed if provider == "supabase" else ProviderFailed
     name = PROVIDER_NAMES[provider]
@@ -1389,7 +1921,12 @@ def error_for_response(
         error_class = ProviderRefused
     # A key, a plan, a bucket or content that is rejected stays so until somebody changes it.
     retryable = status in (408, 409, 423, 425, 429) or status not in range(400, 500)
-    return error_class(detail, provider, retryable=retryable, response=response)
+    code: ErrorCode | None = None
+    if error_class is ProviderFailed and status in (401, 402, 403):
+        code = "provider_rejected_key"
+    elif error_class is ProviderFailed and status == 429:
+        code = "provider_throttled"
+    return error_class(detail, provider, code=code, retryable=retryable, response=response)
 
 
 def invalid_response(provider: Provider, missing: str) -> ProviderFailed:
@@ -1400,7 +1937,7 @@ def invalid_response(provider: Provider, missing: str) -> ProviderFailed:
 def describe(attempt: Attempt) -> str:
     """Describe the outcome of an attempt in a few words."""
     if isinstance(attempt, httpx.RequestError):
-        return redact(f"{type(attempt).__name__} {attempt}".strip().rstrip("."))
+        return one_line(f"{type(attempt).__name__} {attempt}").rstrip(".")
     description = f"{attempt.status}: {provider_message(attempt)}"
     asked_s = attempt.retry_after_s(time.time()) or 0
     if asked_s > patience_s(MAX_WAIT_SHARE):
@@ -1433,7 +1970,7 @@ def message_in(value: Any, depth: int = 5) -> str:
     if depth == 0:
         return ""
     if isinstance(value, list):
-        messages = [message_in(item, depth - 1) for item in value]
+        messages = [message_in(item, depth - 1) for item in value[:MAX_FIELD_ERRORS]]
         return "; ".join(filter(None, messages))
     if isinstance(value, dict):
         for key in ("detail", "message", "msg", "error", "title"):
@@ -1444,11 +1981,261 @@ def message_in(value: Any, depth: int = 5) -> str:
 
 
 def one_line(message: str) -> str:
-    """Return a provider's message on one line, without secrets, at most MAX_DETAIL_CHARS characters."""
-    return redact(" ".join(message.split()))[:MAX_DETAIL_CHARS]
+    """Return a text of another server on one line, printable, without secrets.
+
+    It has at most MAX_DETAIL_CHARS characters.
+    """
+    start = redact(message)[: 20 * MAX_DETAIL_CHARS]
+    printable = "".join(char if char.isprintable() else " " for char in start)
+    return " ".join(printable.split())[:MAX_DETAIL_CHARS]
 
 
-# ---- ElevenLabs: text to speech --------------------------------------------------------------------
+# ---- Lines at the providers ----------------------------------------------------------------------
+#
+# A 429 of a speech or of a create costs nothing and concerns every job, so the jobs of this
+# process wait in a line at each of the two, first come first served. Without a 429 there is no
+# line, and nobody waits but for a moment, where more than MAX_CREATES come at once.
+#
+# ElevenLabs limits how many calls are under way, Replicate how many come in a minute. One rule
+# fits both (see Pace): after a refusal, as many go at once as are under way by then. At
+# ElevenLabs that is what the plan allows, and the next goes when one ends. At Replicate it is
+# soon none: the first in line asks again when Replicate said, and every round of successes lets
+# one more go at once.
+
+
+class Pace(NamedTuple):
+    """How many calls may be under way at once, and how many must succeed until it is one more."""
+
+    at_once: int
+    needed: int
+    succeeded: int = 0
+
+    @classmethod
+    def after_refusal(cls, under_way: int) -> "Pace":
+        """Return the pace once a call was refused while `under_way` others had no answer yet."""
+        return cls(max(1, under_way), max(1, PROBE_ROUNDS * under_way))
+
+    def after_success(self) -> "Pace":
+        """Return the pace once a call succeeded.
+
+        Each step up needs half as many as the one before.
+        """
+        succeeded = self.succeeded + 1
+        if succeeded < self.needed:
+            return self._replace(succeeded=succeeded)
+        at_once = self.at_once + 1
+        return Pace(at_once, max(at_once, self.needed // 2))
+
+
+@dataclass(eq=False)
+class LinePlace:
+    """The place of one call, kept from its first attempt to its last."""
+
+    line: "ProviderLine"
+    job: Job
+    number: int = field(default_factory=itertools.count().__next__)  # in the order of calls
+    turn_began_at: float = 0.0
+    ahead: int | None = None  # as the client was told; None: it is not queued
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class ProviderLine:
+    """Who may call a provider now. After a 429 jobs wait here for their turn, up to their deadline.
+
+    Only a job itself takes its turn, awake and without an await between the look and the
+    taking, so one that is cancelled while it waits holds nothing.
+    """
+
+    def __init__(self, provider: Provider, at_most: float = math.inf) -> None:
+        self.provider = provider
+        self.at_most = at_most  # calls under way, line or not
+        self.pace: Pace | None = None  # of a line; None: there is none
+        self.waiting: list[LinePlace] = []  # by number
+        self.under_way = 0
+        self.formed_at = 0.0
+        self.refusals = 0
+        self.refusals_in_a_row = 0  # not counting calls that were under way at the one before
+        self.refused_at = 0.0
+        self.last_refusal = ""
+        self.paused_until = 0.0
+        self.busy_since = 0.0
+        self.turn_ends: deque[float] = deque()  # since then, of the last LINE_SPEED_S
+
+    async def wait_for_turn(self, place: LinePlace) -> None:
+        """Return when the call may be made; `end_turn` must follow. Raises ProviderBusy."""
+        joined_at = time.monotonic()
+        bisect.insort(self.waiting, place, key=line_number)
+        try:
+            await anyio.lowlevel.checkpoint()  # a job that was cancelled goes no further
+            while not self._may_go(place):
+                self.check_turn(place.job, self._ahead_of(place))
+                self._tell_ahead(place)
+                await self._sleep(place)
+            self._begin_turn(place)
+        finally:
+            self.waiting.remove(place)
+            if place.ahead is not None:
+                place.job.queued_s += time.monotonic() - joined_at
+                place.ahead = None
+            self._wake_first()
+            self._end_if_empty()
+
+    def end_turn(self, place: LinePlace, response: ProviderResponse | None) -> None:
+        """Make room for the next, and adapt to what the provider answered; None: it did not."""
+        self.under_way -= 1
+        if response is None:
+            self._end_if_empty()
+        elif is_throttled(response):
+            self._note_refusal(place, response)
+        else:
+            self.turn_ends.append(time.monotonic())
+            self._forget_old_turns()
+            if response.status < 300 and self.pace:
+                self.refusals_in_a_row = 0
+                self.pace = self.pace.after_success()
+            self._end_if_empty()
+        self._wake_first()
+
+    def check_turn(self, job: Job, ahead: int | None = None) -> None:
+        """Raise ProviderBusy if a job would not get its turn before its deadline.
+
+        None: it comes last.
+        """
+        if self.pace is None:
+            return
+        if ahead is None:
+            ahead = len(self.waiting)
+        too_long_s = self._expected_wait_s(ahead) - (job.deadline - time.monotonic())
+        if too_long_s <= 0:
+            return
+        retry_after_s = min(max(1.0, too_long_s), MAX_BUSY_S)
+        name = PROVIDER_NAMES[self.provider]
+        detail = (
+            f"{name} answered {self.last_refusal} The wait in line there, with {ahead} jobs ahead, is"
+            f" longer than this job has; try again in {retry_after_s:.0f} s."
+        )
+        raise ProviderBusy(detail, self.provider, retry_after_s)
+
+    def _expected_wait_s(self, ahead: int) -> float:
+        """Return how long a job waits at the line's present speed.
+
+        While none is known, for the pause.
+        """
+        self._forget_old_turns()
+        now = time.monotonic()
+        pause_s = max(0.0, self.paused_until - now)
+        turns = len(self.turn_ends) + self.under_way
+        if turns == 0:
+            return pause_s
+        seconds = min(now - self.busy_since, LINE_SPEED_S)
+        return max(pause_s, ahead * seconds / turns)
+
+    def _forget_old_turns(self) -> None:
+        """Keep the turns of the last LINE_SPEED_S."""
+        since = time.monotonic() - LINE_SPEED_S
+        while self.turn_ends and self.turn_ends[0] < since:
+            self.turn_ends.popleft()
+
+    def _may_go(self, place: LinePlace) -> bool:
+        """Return whether it is this place's turn."""
+        at_once = self.at_most
+        if self.pace:
+            at_once = min(at_once, self.pace.at_once)
+        is_paused = time.monotonic() < self.paused_until
+        return self.waiting[0] is place and self.under_way < at_once and not is_paused
+
+    def _ahead_of(self, place: LinePlace) -> int:
+        """Return how many wait before a place."""
+        return bisect.bisect_left(self.waiting, place.number, key=line_number)
+
+    def _tell_ahead(self, place: LinePlace) -> None:
+        """Tell the client how many are before it in a line, if that has changed."""
+        ahead = self._ahead_of(place)
+        if self.pace and ahead != place.ahead:
+            place.ahead = ahead
+            place.job.emit("progress", "queued", ahead=ahead)
+
+    async def _sleep(self, place: LinePlace) -> None:
+        """Wait to be woken, or until it is time to look."""
+        seconds = min(LINE_STEP_S, patience_s(LEASE_SHARE) / 6)
+        seconds *= random.uniform(0.75, 1.25)  # so that not all look in one moment
+        pause_s = self.paused_until - time.monotonic()
+        if pause_s > 0 and self.waiting[0] is place:
+            seconds = min(seconds, pause_s)
+        place.woken.clear()
+        with anyio.move_on_after(seconds):
+            await place.woken.wait()
+
+    def _wake_first(self) -> None:
+        """Let the first in line look whether it may go."""
+        if self.waiting:
+            self.waiting[0].woken.set()
+
+    def _begin_turn(self, place: LinePlace) -> None:
+        """Count a call as under way."""
+        place.turn_began_at = time.monotonic()
+        if self.under_way == 0 and self.pace is None:
+            self.busy_since = place.turn_began_at
+            self.turn_ends.clear()
+        self.under_way += 1
+        if place.ahead is not None:
+            place.job.emit("progress")
+
+    def _note_refusal(self, place: LinePlace, response: ProviderResponse) -> None:
+        """Form a line if there is none, let fewer go at once, and pause as long as the
+        provider asks.
+        """
+        now = time.monotonic()
+        asked_s = response.retry_after_s(time.time())
+        self.last_refusal = f"{response.status}: {provider_message(response).rstrip('.')}."
+        if asked_s:
+            self.last_refusal += f" It asks to wait {asked_s:.0f} s."
+        if self.pace is None:
+            self.formed_at = now
+            self.refusals = 0
+            logger.warning("a line forms at %s: %s", self.provider, self.last_refusal)
+        self.refusals += 1
+        if place.turn_began_at >= self.refused_at:
+            self.refusals_in_a_row += 1
+        self.refused_at = now
+        self.pace = Pace.after_refusal(self.under_way)
+        # While calls are under way, the end of one is the sign to ask again.
+        if asked_s is not None or self.under_way == 0:
+            pause_s = backoff_s(max(1, self.refusals_in_a_row), asked_s)
+            self.paused_until = max(self.paused_until, now + pause_s)
+
+    def _end_if_empty(self) -> None:
+        """Forget the line once nobody waits and no call is under way."""
+        if self.pace is None or self.waiting or self.under_way:
+            return
+        seconds = time.monotonic() - self.formed_at
+        logger.info(
+            "the line at %s is gone: s=%.1f refusals=%d", self.provider, seconds, self.refusals
+        )
+        self.pace = None
+        self.refusals_in_a_row = 0
+        self.paused_until = 0.0
+
+
+def line_number(place: LinePlace) -> int:
+    """Return by what a line is sorted."""
+    return place.number
+
+
+async def exchange_in_line(
+    place: LinePlace, exchange: Exchange, request: httpx.Request, max_bytes: int
+) -> ProviderResponse:
+    """Make one attempt when it is the call's turn. Raises ProviderBusy, httpx.RequestError."""
+    await place.line.wait_for_turn(place)
+    response = None
+    try:
+        response = await exchange(request, max_bytes)
+    finally:
+        place.line.end_turn(place, response)
+    return response
+
+
+# ---- ElevenLabs: text to speech ------------------------------------------------------------------
 
 
 class SpeechFormat(NamedTuple):
@@ -1478,12 +2265,14 @@ class RawCodec(NamedTuple):
 RAW_CODECS = {"pcm": RawCodec(1, 2), "alaw": RawCodec(6, 1), "ulaw": RawCodec(7, 1)}
 
 
-async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
+async def elevenlabs_tts_bytes(text: str, voice_id: str, job: Job | None = None) -> bytes:
     """Return the text as speech, a playable file in TTS_OUTPUT_FORMAT.
 
     Raises ProviderRefused, ProviderFailed, SpeechTooLarge, MissingSetting.
     """
     settings = get_settings()
+    job = job or Job("-")
+    place = LinePlace(app_state().speech_line, job)
     try:
         response = await call_provider(
             "elevenlabs",
@@ -1497,6 +2286,7 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
             max_bytes=MAX_SPEECH_BYTES,
             timeout=SPEECH_TIMEOUT,
             extensions={NEW_CONNECTION: True},
+            exchange=partial(exchange_in_line, place, partial(speech_exchange, job)),
         )
     except (ProviderRefused, ProviderFailed) as exc:
         if exc.response and not exc.response.complete and exc.response.status == 200:
@@ -1506,6 +2296,12 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str) -> bytes:
         name_speech_field(exc)
         raise
     return validate_speech(response.body, settings.tts_output_format)
+
+
+async def speech_exchange(job: Job, request: httpx.Request, max_bytes: int) -> ProviderResponse:
+    """Make one attempt, which may come long after the claim. Raises ClaimLost."""
+    await confirm_claim(job)
+    return await send_once(request, max_bytes)
 
 
 def name_speech_field(error: ServiceError) -> None:
@@ -1549,13 +2345,146 @@ def with_wav_header(samples: bytes, codec: str, rate: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+MP3_SAMPLE_RATES = {
+    3: (44_100, 48_000, 32_000),
+    2: (22_050, 24_000, 16_000),
+    0: (11_025, 12_000, 8_000),
+}
+MP3_KILOBITS_V1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+MP3_KILOBITS_V2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+OPUS_RATE = 48_000  # of its granule positions, whatever the speech was sampled at (RFC 7845)
+
+
+def speech_seconds(speech: bytes) -> float | None:
+    """Return how long speech is, by the file's own numbers.
+
+    None if it has none that can be read.
+    """
+    if speech.startswith(b"RIFF"):
+        seconds = wav_seconds(speech)
+    elif speech.startswith(b"OggS"):
+        seconds = opus_seconds(speech)
+    else:
+        seconds = mp3_seconds(speech)
+    return round(seconds, 2) or None
+
+
+def wav_seconds(speech: bytes) -> float:
+    """Return the length of a WAV file; 0 if it has no format or no samples."""
+    bytes_per_second = 0
+    offset = 12
+    while offset + 8 <= len(speech):
+        name, size = struct.unpack_from("<4sI", speech, offset)
+        offset += 8
+        if name == b"fmt " and offset + 12 <= len(speech):
+            (bytes_per_second,) = struct.unpack_from("<I", speech, offset + 8)
+        if name == b"data" and bytes_per_second:
+            # A file that was written as a stream states the largest size, or none.
+            available = len(speech) - offset
+            return min(size or available, available) / bytes_per_second
+        offset += size + size % 2
+    return 0.0
+
+
+def opus_seconds(speech: bytes) -> float:
+    """Return the length of an Ogg Opus file: the last page's position, without the pre-skip.
+
+    0 if unknown.
+    """
+    head = speech.find(b"OpusHead", 0, 1_000)
+    last_page = speech.rfind(b"OggS\0")
+    if head < 0 or len(speech) < max(head, last_page) + 14:
+        return 0.0
+    (pre_skip,) = struct.unpack_from("<H", speech, head + 10)
+    (position,) = struct.unpack_from("<q", speech, last_page + 6)
+    samples: int = max(0, position - pre_skip)
+    return samples / OPUS_RATE
+
+
+class Mp3Frame(NamedTuple):
+    """One frame of an MP3, as its header describes it."""
+
+    size: int  # bytes, the header included
+    samples: int
+    sample_rate: int
+
+
+def mp3_frame(speech: bytes, offset: int) -> Mp3Frame | None:
+    """Return the frame that begins at an offset, or None if there is none (ISO/IEC 11172-3,
+    2.4.1.3).
+    """
+    header = int.from_bytes(speech[offset : offset + 4], "big")
+    version = header >> 19 & 3  # 3: MPEG-1, 2: MPEG-2, 0: MPEG-2.5
+    layer = header >> 17 & 3  # 1: layer III
+    kilobits_index = header >> 12 & 15
+    rate_index = header >> 10 & 3
+    has_padding = header >> 9 & 1
+    is_frame = header >> 21 == 0x7FF and version != 1 and layer == 1
+    if not is_frame or kilobits_index in (0, 15) or rate_index == 3:
+        return None
+    samples = 1152 if version == 3 else 576
+    kilobits = (MP3_KILOBITS_V1 if version == 3 else MP3_KILOBITS_V2)[kilobits_index]
+    sample_rate = MP3_SAMPLE_RATES[version][rate_index]
+    size = samples // 8 * kilobits * 1000 // sample_rate + has_padding
+    return Mp3Frame(size, samples, sample_rate)
+
+
+def mp3_seconds(speech: bytes) -> float:
+    """Return the length of an MP3: the sum of its frames, without what the encoder added at
+    both ends.
+    """
+    seconds = 0.0
+    offset = 0
+    gaps = 0
+    while offset + 4 <= len(speech) and gaps < MAX_MP3_GAPS:
+        frame = mp3_frame(speech, offset)
+        if frame is None:
+            gaps += 1
+            offset = next_mp3_frame(speech, offset)
+            continue
+        samples = frame.samples
+        content = speech[offset : offset + frame.size]
+        tag = re.search(b"Xing|Info|VBRI", content[:44])
+        if tag:  # no sound
+            samples = -encoder_padding(content, tag.start())
+        seconds += samples / frame.sample_rate
+        offset += frame.size
+    return max(0.0, seconds)
+
+
+def encoder_padding(frame: bytes, tag_start: int) -> int:
+    """Return how many samples an MP3's encoder added, as the tag in its first frame says.
+
+    0 if it does not.
+    """
+    tag = frame[tag_start:]
+    has_all_fields = tag[:8] in (b"Xing\0\0\0\x0f", b"Info\0\0\0\x0f")
+    if not has_all_fields or tag[120:124] not in (b"LAME", b"Lavf", b"Lavc"):
+        return 0
+    before_and_after = int.from_bytes(tag[141:144], "big")  # 12 bits each
+    return (before_and_after >> 12) + (before_and_after & 0xFFF)
+
+
+def next_mp3_frame(speech: bytes, offset: int) -> int:
+    """Return where to look next for a frame: behind an ID3 tag, else at the next byte that
+    may begin one.
+    """
+    if speech[offset : offset + 3] == b"ID3" and offset + 10 <= len(speech):
+        size = 0
+        for byte in speech[offset + 6 : offset + 10]:
+            size = size << 7 | byte & 0x7F
+        return offset + 10 + size
+    found = speech.find(b"\xff", offset + 1)
+    return found if found >= 0 else len(speech)
+
+
 def speech_format() -> SpeechFormat:
     """Return how speech is stored under the present TTS_OUTPUT_FORMAT."""
     codec = get_settings().tts_output_format.split("_")[0]
     return SPEECH_FORMATS[codec]
 
 
-# ---- Supabase Storage and downloads ----------------------------------------------------------------
+# ---- Supabase Storage and downloads --------------------------------------------------------------
 
 IMMUTABLE_CACHE = "max-age=31536000"  # stored and served as written
 
@@ -1566,6 +2495,7 @@ async def supabase_upload(
     content_type: str,
     retry: RetryPolicy = UPLOAD_RETRY,
     cache_control: str = IMMUTABLE_CACHE,
+    timeout: httpx.Timeout = TIMEOUT,
 ) -> str:
     """Store bytes or a file and return its public URL. Raises ResourceFailed, MissingSetting."""
     body: bytes | FileStream
@@ -1584,7 +2514,9 @@ async def supabase_upload(
         "x-upsert": "true",  # makes a repeated upload safe
     }
     url = storage_url(path)
-    response = await call_provider("supabase", "POST", url, retry, headers=headers, content=body)
+    response = await call_provider(
+        "supabase", "POST", url, retry, headers=headers, content=body, timeout=timeout
+    )
     if not get_in(response.payload, "Key"):  # some other server's 200
         raise ResourceFailed(
             "Supabase Storage answered without having stored the file.", "supabase"
@@ -1593,21 +2525,29 @@ async def supabase_upload(
 
 
 def storage_url(path: str, access: Literal["", "public/", "authenticated/"] = "") -> str:
-    """Return where a file of the bucket is written, or with `access` read. Raises MissingSetting."""
+    """Return where a file of the bucket is written, or with `access` read.
+
+    Raises MissingSetting.
+    """
     settings = get_settings()
     base_url = settings.required("supabase_url")
     return f"{base_url}/storage/v1/object/{access}{settings.supabase_bucket}/{path}"
 
 
 def storage_headers() -> dict[str, str]:
-    """Return the service key in both headers, identical, for sb_ and eyJ keys. Raises MissingSetting."""
+    """Return the service key in both headers, identical, for sb_ and eyJ keys.
+
+    Raises MissingSetting.
+    """
     key = get_settings().required("supabase_service_role")
     return {"Authorization": f"Bearer {key}", "apikey": key}
 
 
 @dataclass(frozen=True)
 class FileStream:
-    """A file as a request's body: read in chunks beside the event loop, from the start at each attempt."""
+    """A file as a request's body: read in chunks beside the event loop, from the start at
+    each attempt.
+    """
 
     path: Path
 
@@ -1626,24 +2566,30 @@ async def download(url: str, target: Path, retry: RetryPolicy = PAID_DOWNLOAD_RE
     try:
         host = httpx.URL(check_http_url(url)).host
     except ValueError as exc:
-        raise ResourceFailed("The URL of a file to download is invalid.", retryable=False) from exc
+        message = "The URL of a file to download is invalid."
+        raise ResourceFailed(message, code="download_failed", retryable=False) from exc
 
     exchange = partial(download_once, target)
     try:
         response = await send_with_retry("GET", url, retry, exchange=exchange)
     except httpx.RequestError as exc:
-        raise ResourceFailed(f"The download from {host} failed: {describe(exc)}.") from exc
+        message = f"The download from {host} failed: {describe(exc)}."
+        raise ResourceFailed(message, code="download_failed") from exc
     except BlockedUrl as exc:
         message = f"The file at {host} may not be fetched. {exc.detail}"
-        raise ResourceFailed(message, retryable=False) from exc
+        raise ResourceFailed(message, code="download_failed", retryable=False) from exc
     if response.status != 200:
         message = f"The download from {host} was answered {describe(response)}."
-        raise ResourceFailed(message, response=response)
+        raise ResourceFailed(message, code="download_failed", response=response)
 
 
 async def download_once(target: Path, request: httpx.Request, max_bytes: int) -> ProviderResponse:
-    """Make one attempt at a download: a success goes to `target`, a refusal's body into the response."""
+    """Make one attempt at a download: a success goes to `target`, a refusal's body into the
+    response.
+    """
+    head_bytes_left.set(MAX_HEAD_BYTES)
     async with follow_redirects(request) as response:
+        head_bytes_left.set(math.inf)  # a body has limits of its own
         if response.status_code != 200:
             return await read_response(response, max_bytes)
         check_download_size(content_length(response) or 0)
@@ -1661,11 +2607,7 @@ async def follow_redirects(request: httpx.Request) -> AsyncIterator[httpx.Respon
     httpx's own redirects would read each body on the way whole.
     """
     for _ in range(MAX_REDIRECTS + 1):
-        try:
-            response = await app_state().http.send(request, stream=True)
-        except (httpx.InvalidURL, UnicodeError) as exc:
-            raise httpx.RemoteProtocolError("a redirect to an invalid URL") from exc
-        async with aclosing(response):
+        async with open_response(request) as response:
             if response.next_request is None:
                 yield response
                 return
@@ -1676,7 +2618,8 @@ async def follow_redirects(request: httpx.Request) -> AsyncIterator[httpx.Respon
 def check_download_size(size: int) -> None:
     """Raise ResourceFailed if a file has more than MAX_DOWNLOAD_BYTES."""
     if size > MAX_DOWNLOAD_BYTES:
-        raise ResourceFailed("A file to download is larger than 100 MB.", retryable=False)
+        message = "A file to download is larger than 100 MB."
+        raise ResourceFailed(message, code="download_failed", retryable=False)
 
 
 def content_length(response: httpx.Response) -> int | None:
@@ -1685,28 +2628,40 @@ def content_length(response: httpx.Response) -> int | None:
     return int(header) if re.fullmatch(r"\d{1,18}", header) else None
 
 
-# ---- Remote file checks: /debug/head and the picture -----------------------------------------------
+# ---- Remote file checks: /debug/head and the picture ---------------------------------------------
 
 
-async def head(url: str, timeout_s: float) -> HeadResult:
-    """Return status, type and whole size of a remote file.
+async def head(url: str, timeout_s: float, slots: asyncio.Semaphore) -> HeadResult:
+    """Return status, type and whole size of a remote file, once one of `slots` is free.
 
     Raises BlockedUrl; ResourceFailed, also after `timeout_s` seconds.
     """
+    head_bytes_left.set(MAX_HEAD_BYTES)
+    is_waiting = True
     try:
         with anyio.fail_after(timeout_s):
-            result = await head_once("HEAD", url)
-            if result.status >= 400:  # a server that refuses HEAD is asked for the first byte
-                result = await head_once("GET", url)
-            return result
+            async with slots:
+                is_waiting = False
+                result = await head_once("HEAD", url)
+                if result.status >= 400:  # a server that refuses HEAD is asked for the first byte
+                    result = await head_once("GET", url)
+                return result
     except httpx.RequestError as exc:
-        raise ResourceFailed(f"The URL did not answer: {describe(exc)}.") from exc
+        message = f"The URL did not answer: {describe(exc)}."
+        raise ResourceFailed(message, code="download_failed") from exc
     except TimeoutError as exc:
-        raise ResourceFailed(f"The URL did not answer within {timeout_s:g} s.") from exc
+        if is_waiting:
+            message = "The service looks at too many files; try again."
+            raise ResourceFailed(message, code="busy") from exc
+        message = f"The URL did not answer within {timeout_s:g} s."
+        raise ResourceFailed(message, code="download_failed") from exc
 
 
 async def head_once(method: Literal["HEAD", "GET"], url: str) -> HeadResult:
-    """Ask for a remote file's headers, by GET for its first byte. Raises BlockedUrl, httpx.RequestError."""
+    """Ask for a remote file's headers, by GET for its first byte.
+
+    Raises BlockedUrl, httpx.RequestError.
+    """
     headers = {"Range": "bytes=0-0"} if method == "GET" else {}
     request = app_state().http.build_request(
         method, url, headers=headers, extensions={USER_SUPPLIED: True}
@@ -1717,31 +2672,58 @@ async def head_once(method: Literal["HEAD", "GET"], url: str) -> HeadResult:
             content_range = response.headers.get("content-range", "")
             match = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", content_range)
             size = int(match[1]) if match else None
-        content_type = response.headers.get("content-type", "")[:200]
+        content_type = one_line(response.headers.get("content-type", ""))[:200]
         return HeadResult(
             status=response.status_code, content_type=content_type or None, bytes=size
         )
 
 
+# Types of files that no picture has; one without a type, or with a general one, may be a picture.
+NO_PICTURE = re.compile(
+    r"(text|audio|video|font)/|application/(json|xml|xhtml\+xml|pdf|zip|(x-)?javascript)\b",
+    re.IGNORECASE,
+)
+
+
 async def check_picture(url: str) -> None:
     """Refuse, before anything is paid for, what certainly is no picture. Raises InvalidInput."""
     try:
-        result = await head(url, PICTURE_TIMEOUT_S)
+        result = await head(url, PICTURE_TIMEOUT_S, app_state().picture_slots)
     except PrivateAddress as exc:
         reason = exc.detail.rstrip(".")
         message = f"{reason}; the picture must be on the public internet"
-        raise invalid_field("image_url", message) from exc
-    except Exception as exc:  # noqa: BLE001  Replicate, which fetches it itself, may reach more
+        raise invalid_field("image_url", message, code="private_url") from exc
+    except Exception as exc:
+        if is_unknown_host(exc):
+            message = "there is no picture at this URL, its host does not exist"
+            raise invalid_field("image_url", message, code="picture_not_found") from exc
         logger.info("the picture could not be checked: %r", exc)
-        return
+        return  # Replicate, which fetches it itself, may reach more
     if result.status in (404, 410):
         message = f"there is no picture at this URL, it answers {result.status}"
-        raise invalid_field("image_url", message)
-    if result.status < 300 and (result.content_type or "").lower().startswith("text/html"):
-        raise invalid_field("image_url", "is the URL of a web page, not of a picture")
+        params: ErrorParams = {"status": result.status}
+        raise invalid_field("image_url", message, code="picture_not_found", params=params)
+    content_type = result.content_type or ""
+    if result.status < 300 and NO_PICTURE.match(content_type):
+        message = f"is not the URL of a picture, but of {content_type}"
+        if content_type.lower().startswith("text/html"):
+            message = "is the URL of a web page, not of a picture"
+        params = {"content_type": content_type}
+        raise invalid_field("image_url", message, code="not_a_picture", params=params)
 
 
-# ---- Model schemas: mapping our fields to a model's input ------------------------------------------
+def is_unknown_host(exc: BaseException | None) -> bool:
+    """Return whether a look-up ended with "no such name": not one that only failed for now
+    (EAI_AGAIN).
+    """
+    while exc is not None:
+        if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_NONAME:
+            return True
+        exc = exc.__cause__ or exc.__context__  # httpcore raises its own without a cause
+    return False
+
+
+# ---- Model schemas: mapping our fields to a model's input ----------------------------------------
 
 DEFAULT_MODEL = "minimax/hailuo-02"
 
@@ -1768,21 +2750,7 @@ FPS_NAMES = ("frames_per_second", "fps", "frame_rate", "framerate", "video_fps")
 SIZE_NAMES = tuple(
     "resolution video_resolution output_resolution quality video_quality size video_size".split()
 )
-# Anybody may publish a model: of a property only these keywords are read, if they have this type.
-SCHEMA_KEYWORDS: dict[str, Any] = {
-    "type": object,
-    "format": object,
-    "description": object,
-    "default": object,
-    "deprecated": object,
-    "$ref": object,
-    "enum": list,
-    "allOf": list,
-    "anyOf": list,
-    "oneOf": list,
-    "minimum": (int, float),
-    "maximum": (int, float),
-}
+ENUM_NAMES = frozenset(LENGTH_NAMES + FPS_NAMES + SIZE_NAMES)  # whose allowed values are read
 
 
 @dataclass(frozen=True)
@@ -1868,22 +2836,68 @@ def is_first_picture(name: str, prop: Property) -> bool:
     return bool(description & PICTURE_TOKENS) and not description & excluded
 
 
+def is_small(value: Any) -> bool:
+    """Return whether a value of a schema is one that a person could have written."""
+    if isinstance(value, str):
+        return len(value) <= MAX_VALUE_CHARS
+    if isinstance(value, (int, float)):
+        return abs(value) <= MAX_NUMBER  # NaN is not either
+    if isinstance(value, (list, dict)):
+        parts = value if isinstance(value, list) else [*value, *value.values()]
+        return len(parts) <= MAX_ENUM_VALUES and all(
+            is_small(part) and not isinstance(part, (list, dict)) for part in parts
+        )
+    return False
+
+
+def is_choice(value: Any) -> bool:
+    """Return whether an enum's value is one that a person could choose."""
+    if isinstance(value, str):
+        return len(value) <= MAX_NAME_CHARS
+    return isinstance(value, (int, float)) and is_small(value)
+
+
+def read_property(schema: dict[str, Any]) -> Property:
+    """Return what is read of a property by itself: anybody may publish a model, so only what
+    is small.
+    """
+    prop: Property = {}
+    kind = schema.get("type")
+    if isinstance(kind, list):  # OpenAPI 3.1 writes a nullable type as a list
+        kind = next((name for name in kind[:MAX_SCHEMA_PARTS] if name != "null"), None)
+    for keyword, text in (("type", kind), ("format", schema.get("format"))):
+        if isinstance(text, str) and len(text) <= MAX_NAME_CHARS:
+            prop[keyword] = text
+    if isinstance(schema.get("description"), str):
+        prop["description"] = schema["description"][:MAX_DESCRIPTION_CHARS]
+    if schema.get("deprecated"):
+        prop["deprecated"] = True
+    if "default" in schema and is_small(schema["default"]):
+        prop["default"] = schema["default"]
+    for keyword in ("minimum", "maximum"):
+        number = schema.get(keyword)
+        if isinstance(number, (int, float)) and is_small(number):
+            prop[keyword] = number
+    if isinstance(schema.get("enum"), list):
+        values = schema["enum"][:MAX_ENUM_VALUES]
+        prop["enum"] = [value for value in values if is_choice(value)]
+    return prop
+
+
 def resolve_schema(schema: Any, schemas: Any, depth: int = MAX_SCHEMA_DEPTH) -> Property:
-    """Return a property with what its `$ref`, `allOf`, `anyOf` and `oneOf` add: Replicate keeps enums there."""
+    """Return a property with what its `$ref`, `allOf`, `anyOf` and `oneOf` add: Replicate
+    keeps enums there.
+    """
     if not isinstance(schema, dict) or depth == 0:
         return {}
-    prop: Property = {}
-    for keyword, kind in SCHEMA_KEYWORDS.items():
-        if keyword in schema and isinstance(schema[keyword], kind):
-            prop[keyword] = schema[keyword]
-    if isinstance(prop.get("type"), list):  # OpenAPI 3.1 writes a nullable type as a list
-        prop["type"] = next((name for name in prop["type"] if name != "null"), None)
-
+    prop = read_property(schema)
     parts: list[Any] = []
     for keyword in ("allOf", "anyOf", "oneOf"):
-        parts.extend(prop.get(keyword, []))
-    if "$ref" in prop:
-        parts.append(schemas.get(str(prop["$ref"]).rpartition("/")[2]))
+        if isinstance(schema.get(keyword), list):
+            parts.extend(schema[keyword][:MAX_SCHEMA_PARTS])
+    reference = schema.get("$ref")
+    if isinstance(reference, str):
+        parts.append(schemas.get(reference[-MAX_NAME_CHARS:].rpartition("/")[2]))
     for part in parts[:MAX_SCHEMA_PARTS]:
         resolved = resolve_schema(part, schemas, depth - 1)
         if resolved.get("type") != "null":
@@ -1892,17 +2906,27 @@ def resolve_schema(schema: Any, schemas: Any, depth: int = MAX_SCHEMA_DEPTH) -> 
 
 
 def parse_model(name: str, version: str | None, schemas: Any) -> VideoModel:
-    """Return a model from its published `components.schemas`. Raises ProviderFailed if it is unreadable."""
+    """Return a model from its published `components.schemas`.
+
+    Raises ProviderFailed if it is unreadable.
+    """
     properties = get_in(schemas, "Input", "properties")
     required = get_in(schemas, "Input", "required")
     if not isinstance(properties, dict) or len(properties) > MAX_SCHEMA_FIELDS:
         raise invalid_response(
             "replicate", f"an input schema of {name} that a person could fill in"
         )
-    fields = {key: resolve_schema(prop, schemas) for key, prop in properties.items()}
     if not isinstance(required, list):
         required = []
-    return VideoModel(name, version, fields, tuple(key for key in required if isinstance(key, str)))
+    required = [key for key in required[:MAX_SCHEMA_FIELDS] if isinstance(key, str)]
+    if any(len(key) > MAX_NAME_CHARS for key in (*properties, *required)):
+        raise invalid_response("replicate", f"names of {name}'s input that a person could read")
+
+    fields = {key: resolve_schema(prop, schemas) for key, prop in properties.items()}
+    for key, prop in fields.items():
+        if key not in ENUM_NAMES:
+            prop.pop("enum", None)
+    return VideoModel(name, version, fields, tuple(required))
 
 
 def build_model_input(
@@ -1910,9 +2934,9 @@ def build_model_input(
 ) -> dict[str, Any]:
     """Return a prediction's input: our fields under the model's names, as the model writes values.
 
-    A setting the client sent is used or refused, one it left out adapts to the model, one the model lacks
-    is left out. `audio_url` goes to a model that takes speech. Raises InvalidInput naming what is wrong,
-    with the allowed values.
+    A setting the client sent is used or refused, one it left out adapts to the model, one the
+    model lacks is left out. `audio_url` goes to a model that takes speech. Raises InvalidInput
+    naming what is wrong, with the allowed values.
     """
     if model.picture_field is None:
         message = f"{model.name} takes no picture; choose an image-to-video model"
@@ -1935,15 +2959,20 @@ def build_model_input(
         reason = "this service has nothing for"
         if missing == [model.speech_field]:
             reason = "only /jobs_prompt_tts has"
-        message = f"{model.name} needs {', '.join(missing)}, which {reason}"
-        raise invalid_field("model", message)
+        names = one_line(", ".join(missing))
+        message = f"{model.name} needs {names}, which {reason}"
+        raise invalid_field("model", message, params={"missing": missing[:MAX_NAMED_FIELDS]})
     if model is HAILUO and values["duration"] == 10 and values["resolution"] == "1080p":
-        raise invalid_field("resolution", "must be 512p or 768p with 10 seconds")
+        message = "must be 512p or 768p with 10 seconds"
+        raise invalid_field("resolution", message, params={"allowed": ["512p", "768p"]})
     return values
 
 
 def length_input(model: VideoModel, body: JobPromptOnly) -> dict[str, Any]:
-    """Return the field for the video's length, in seconds or frames; empty if the model has none."""
+    """Return the field for the video's length, in seconds or frames.
+
+    Empty if the model has none.
+    """
     for name in LENGTH_NAMES:
         prop = model.fields.get(name, {})
         choices = number_choices(prop)
@@ -1959,8 +2988,11 @@ def length_input(model: VideoModel, body: JobPromptOnly) -> dict[str, Any]:
         # A number of frames is seldom a whole number of seconds: the nearest will do.
         tolerance = frame_rate / 2 if frame_rate else 0
         if "seconds" in body.model_fields_set and abs(number - wanted) > tolerance:
-            allowed = describe_lengths(prop, choices, frame_rate)
-            raise invalid_field("seconds", f"{model.name} takes {allowed}")
+            message = f"{model.name} takes {describe_lengths(prop, choices, frame_rate)}"
+            params = bounds_params(prop, frame_rate or 1.0)
+            if choices:
+                params = {"allowed": lengths_in_seconds(choices, frame_rate)}
+            raise invalid_field("seconds", message, params=params)
 
         if number in choices:
             return {name: choices[number]}
@@ -1969,7 +3001,9 @@ def length_input(model: VideoModel, body: JobPromptOnly) -> dict[str, Any]:
 
 
 def number_choices(prop: Property) -> dict[float, Any]:
-    """Return the numbers that a field lists, each with the value the model writes for it, such as "5s"."""
+    """Return the numbers that a field lists, each with the value the model writes for it,
+    such as "5s".
+    """
     choices = {}
     for value in prop.get("enum", []):
         number = as_number(value)
@@ -1979,7 +3013,9 @@ def number_choices(prop: Property) -> dict[float, Any]:
 
 
 def counts_frames(name: str, prop: Property, choices: Collection[float]) -> bool:
-    """Return whether a length is in frames: by its name, numbers too large for seconds, or description."""
+    """Return whether a length is in frames: by its name, numbers too large for seconds, or
+    description.
+    """
     smallest = min(choices, default=prop.get("minimum") or 0)
     if name in FRAMES_NAMES or smallest > 60:
         return True
@@ -1991,11 +3027,14 @@ def describe_lengths(prop: Property, choices: Collection[float], frame_rate: flo
     """Return the lengths a model takes, in seconds, for people."""
     if not choices:
         return describe_bounds(prop, frame_rate or 1.0)
+    return " or ".join(f"{seconds:g}" for seconds in lengths_in_seconds(choices, frame_rate))
+
+
+def lengths_in_seconds(choices: Collection[float], frame_rate: float | None) -> list[float]:
+    """Return the lengths that a model lists, in seconds and in order."""
     if frame_rate:
-        seconds = {round(choice / frame_rate, 0) for choice in choices}
-    else:
-        seconds = {round(choice, 3) for choice in choices}
-    return " or ".join(f"{choice:g}" for choice in sorted(seconds))
+        return sorted({round(choice / frame_rate, 0) for choice in choices})
+    return sorted({round(choice, 3) for choice in choices})
 
 
 def as_number(value: Any) -> float | None:
@@ -2036,7 +3075,10 @@ def size_input(model: VideoModel, body: JobPromptOnly) -> dict[str, Any]:
 
 
 def choose_size(model: VideoModel, body: JobPromptOnly, choices: list[Any]) -> Any:
-    """Return the size among a model's own that was asked for, or the nearest. Raises InvalidInput."""
+    """Return the size among a model's own that was asked for, or the nearest.
+
+    Raises InvalidInput.
+    """
     for choice in choices:
         if str(choice).casefold() == body.resolution.casefold():
             return choice
@@ -2048,8 +3090,9 @@ def choose_size(model: VideoModel, body: JobPromptOnly, choices: list[Any]) -> A
 
     nearest = min(choices, key=distance)
     if "resolution" in body.model_fields_set and vertical_pixels(nearest) != wanted:
-        allowed = " or ".join(map(str, choices))
-        raise invalid_field("resolution", f"{model.name} takes {allowed}")
+        allowed = one_line(" or ".join(map(str, choices)))
+        params: ErrorParams = {"allowed": [str(choice) for choice in choices]}
+        raise invalid_field("resolution", f"{model.name} takes {allowed}", params=params)
     return nearest
 
 
@@ -2062,7 +3105,8 @@ def free_size_input(model: VideoModel, body: JobPromptOnly, name: str) -> dict[s
         return {name: body.resolution}
     wanted = vertical_pixels(body.resolution)
     if wanted == 0 or clamp(wanted, prop) != wanted:
-        raise invalid_field("resolution", f"{model.name} takes {describe_bounds(prop)}")
+        message = f"{model.name} takes {describe_bounds(prop)}"
+        raise invalid_field("resolution", message, params=bounds_params(prop))
     return {name: wanted}
 
 
@@ -2074,6 +3118,16 @@ def describe_bounds(prop: Property, rate: float = 1.0) -> str:
     if "maximum" in prop:
         parts.append(f"at most {prop['maximum'] / rate:.0f}")
     return " and ".join(parts)
+
+
+def bounds_params(prop: Property, rate: float = 1.0) -> ErrorParams:
+    """Return a field's bounds as `min` and `max`, in the units of describe_bounds."""
+    params: ErrorParams = {}
+    if "minimum" in prop:
+        params["min"] = round(prop["minimum"] / rate)
+    if "maximum" in prop:
+        params["max"] = round(prop["maximum"] / rate)
+    return params
 
 
 def vertical_pixels(size: Any) -> int:
@@ -2089,55 +3143,69 @@ def vertical_pixels(size: Any) -> int:
     return int(match[1]) if match else 0
 
 
-# ---- Replicate: create, poll, recover, cancel ------------------------------------------------------
+# ---- Replicate: create, poll, recover, cancel ----------------------------------------------------
 
+VIDEO_EXPIRED = "The video has expired: Replicate keeps it an hour. A new job makes a new one."
+PREDICTION_ID_PATTERN = r"^[A-Za-z0-9_-]{1,100}$"
 TERMINAL_STATUSES = ("succeeded", "failed", "canceled", "aborted")
 
 
-class Prediction(BaseModel):
-    """What Replicate answers about one prediction; every other field is optional there."""
+def last_percent(logs: Any) -> int | None:
+    """Return how far a prediction is, where its log contains a progress bar."""
+    end_of_log = logs[-2000:] if isinstance(logs, str) else ""
+    percents = re.findall(r"(?<![\d.])(\d{1,2}|100)(?:\.\d+)?%", end_of_log)
+    return int(percents[-1]) if percents else None
 
-    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")]
-    status: str
-    output: Any = None
-    error: Any = None
-    logs: Any = None
-    data_removed: Any = None
 
-    @property
-    def percent(self) -> int | None:
-        """How far it is, where its log contains a progress bar."""
-        end_of_log = str(self.logs)[-2000:]
-        percents = re.findall(r"(?<![\d.])(\d{1,2}|100)(?:\.\d+)?%", end_of_log)
-        return int(percents[-1]) if percents else None
+def is_http_url(value: Any) -> bool:
+    """Return whether a value looks like an http(s) URL of a bearable length."""
+    if not isinstance(value, str) or len(value) > MAX_URL_CHARS:
+        return False
+    return re.match("https?://", value, re.IGNORECASE) is not None
 
-    @property
-    def video_url(self) -> str | None:
-        """The video: the first URL in the output, which is a string, a list or an object."""
-        try:
-            output = json.dumps(self.output, ensure_ascii=False)
-        except RecursionError:  # nested deeper than any video's output
-            return None
-        # A quoted URL that is not an object's key.
-        urls = re.finditer(r'(?i)"(https?://[^"\s\\]+)"(?!: )', output)
-        for match in islice(urls, MAX_OUTPUT_URLS):
+
+def first_url(output: Any) -> str | None:
+    """Return the first URL in a prediction's output, which is a string, a list or an object."""
+    pending = [output]
+    for _ in range(MAX_OUTPUT_VALUES):
+        if not pending:
+            break
+        value = pending.pop()
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            pending.extend(reversed(value[:MAX_OUTPUT_VALUES]))
+        elif is_http_url(value):
             with suppress(ValueError):
-                return check_http_url(match[1])
-        return None
+                return check_http_url(value)
+    return None
 
 
-class SearchWindow(NamedTuple):
-    """Clock times between which a prediction may have been created that no record names."""
+def error_message(error: Any) -> str:
+    """Return a prediction's error on one line; empty if it gives none."""
+    return one_line(message_in(error))
 
-    since: float
-    until: float
+
+class Prediction(BaseModel):
+    """What Replicate answers about one prediction, of which only this is kept while the job waits.
+
+    Every field but the first two is optional there.
+    """
+
+    id: Annotated[str, Field(pattern=PREDICTION_ID_PATTERN)]
+    status: Annotated[str, Field(pattern=r"^[a-z_-]{1,40}$")]
+    video_url: Annotated[str | None, BeforeValidator(first_url), Field(alias="output")] = None
+    percent: Annotated[int | None, BeforeValidator(last_percent), Field(alias="logs")] = None
+    error: Annotated[str, BeforeValidator(error_message)] = ""
+    data_removed: Annotated[bool, BeforeValidator(bool)] = False
 
 
 def poll_delay_s(waited_s: float, active_polls: int, durations: Collection[float] = ()) -> float:
-    """Return the seconds until the next poll; `durations`: of the last videos of this kind, in seconds.
+    """Return the seconds until the next poll; `durations`: of the last videos of this kind,
+    in seconds.
 
-    While none is known: every 2.5 % of the time waited, between POLL_MIN_SECONDS and 2 s. Else: seldom
-    until 0.8 of the shortest one, from then on in small steps.
+    While none is known: every 2.5 % of the time waited, between POLL_MIN_SECONDS and 2 s. Else:
+    seldom until 0.8 of the shortest one, from then on in small steps.
     """
     if not durations:
         delay_s = min(waited_s * POLL_SHARE, POLL_MAX_S)
@@ -2165,7 +3233,7 @@ async def call_replicate(
     """Call Replicate's API. Raises ProviderRefused, ProviderFailed, MissingSetting."""
     settings = get_settings()
     token = settings.required("replicate_api_token")
-    return await call_provider(
+    response = await call_provider(
         "replicate",
         method,
         f"{settings.replicate_base_url}/v1/{path}",
@@ -2173,6 +3241,10 @@ async def call_replicate(
         headers={"Authorization": f"Bearer {token}", **(headers or {})},
         **options,
     )
+    replicate_time = parse_http_date(response.headers.get("date"))
+    if replicate_time is not None:
+        app_state().replicate_clock_s = replicate_time - time.time()
+    return response
 
 
 def parse_prediction(value: Any) -> Prediction | None:
@@ -2184,46 +3256,100 @@ def parse_prediction(value: Any) -> Prediction | None:
 
 
 async def find_model(name: str | None) -> VideoModel:
-    """Return a model by `owner/name` or `owner/name:version`, kept for ten minutes; None: the default one.
+    """Return a model by `owner/name` or `owner/name:version`, kept for ten minutes; None:
+    the default one.
 
-    Jobs that ask for one model at the same time share one look-up. Raises ProviderRefused (unknown),
-    ProviderFailed.
+    Jobs that ask for one model at the same time share one look-up; an unknown model stays
+    unknown for a minute. Raises InvalidInput (not in ALLOWED_MODELS), ProviderRefused
+    (unknown), ProviderFailed, ResourceFailed.
     """
+    check_allowed_model(name or DEFAULT_MODEL)
     if name is None or name == DEFAULT_MODEL:
         return HAILUO
-    models = app_state().models
-    lookup = models.get(name)
-    if lookup is None or lookup.expires_at <= time.monotonic():
-        task = asyncio.create_task(look_up_model(name))
-        lookup = ModelLookup(task, time.monotonic() + MODEL_TTL_S)
-        models.pop(name, None)
-        models[name] = lookup
-        task.add_done_callback(partial(forget_failed_lookup, models, name))
-        if len(models) > MAX_MODELS:
-            models.pop(next(iter(models)))  # the oldest
-    return await asyncio.shield(lookup.task)
+    state = app_state()
+    now = time.monotonic()
+    lookup = state.models.get(name)
+    if lookup is None or lookup.expires_at <= now:
+        is_known = lookup is not None
+        lookup = state.unknown_models.get(name)
+        if lookup is None or lookup.expires_at <= now:
+            lookup = begin_lookup(name, is_known)
+    try:
+        return await asyncio.shield(lookup.task)
+    except ServiceError as exc:
+        raise exc.with_traceback(None)  # noqa: B904  else it grows with each job that gets it
 
 
-def forget_failed_lookup(
-    models: dict[str, ModelLookup], name: str, task: "asyncio.Task[VideoModel]"
-) -> None:
-    """Let the next job look a model up again."""
-    failed = task.cancelled() or task.exception() is not None
-    if failed and name in models and models[name].task is task:
-        del models[name]
+def check_allowed_model(name: str) -> None:
+    """Raise InvalidInput if ALLOWED_MODELS is set and does not list a model."""
+    allowed = get_settings().allowed_models
+    if allowed is not None and name not in allowed.split(","):
+        choices = one_line(allowed.replace(",", " or "))
+        params: ErrorParams = {"allowed": allowed.split(",")}
+        message = f"must be {choices}"
+        raise invalid_field("model", message, code="model_not_allowed", params=params)
+
+
+def begin_lookup(name: str, is_known: bool) -> ModelLookup:
+    """Start to look a model up. Raises ResourceFailed: too many that this process does not know."""
+    state = app_state()
+    now = time.monotonic()
+    if not is_known:
+        is_full = len(state.lookups_at) == MAX_LOOKUPS_PER_MINUTE
+        if is_full and now - state.lookups_at[0] < 60:
+            message = (
+                f"The service looks up {MAX_LOOKUPS_PER_MINUTE} new models a minute; try again."
+            )
+            raise ResourceFailed(message, code="busy")
+        state.lookups_at.append(now)
+
+    task = asyncio.create_task(look_up_model(name))
+    lookup = ModelLookup(task, now + MODEL_TTL_S)
+    remember_lookup(state.models, name, lookup)
+    task.add_done_callback(partial(forget_failed_lookup, name))
+    return lookup
+
+
+def remember_lookup(lookups: dict[str, ModelLookup], name: str, lookup: ModelLookup) -> None:
+    """Add a look-up to those remembered, the oldest of which is forgotten."""
+    lookups.pop(name, None)
+    lookups[name] = lookup
+    if len(lookups) > MAX_MODELS:
+        del lookups[next(iter(lookups))]
+
+
+def forget_failed_lookup(name: str, task: "asyncio.Task[VideoModel]") -> None:
+    """Let the next job look a model up again, an unknown one in a minute."""
+    error = None if task.cancelled() else task.exception()
+    if error is None and not task.cancelled():
+        return
+    state = app_state()
+    if name in state.models and state.models[name].task is task:
+        del state.models[name]
+    if isinstance(error, ProviderRefused):
+        lookup = ModelLookup(task, time.monotonic() + UNKNOWN_MODEL_TTL_S)
+        remember_lookup(state.unknown_models, name, lookup)
 
 
 async def look_up_model(name: str) -> VideoModel:
-    """Return the model, or that version of it, as Replicate describes it now. Raises as find_model."""
+    """Return the model, or that version of it, as Replicate describes it now.
+
+    Raises as find_model.
+    """
     model_name, _, version = name.partition(":")
     path = f"models/{model_name}"
     if version:
         path += f"/versions/{version}"
     try:
-        response = await call_replicate("GET", path, MODEL_RETRY, about_content=True)
+        with anyio.fail_after(MAX_LOOKUP_S):
+            response = await call_replicate("GET", path, MODEL_RETRY, about_content=True)
+    except TimeoutError as exc:
+        message = f"Replicate did not describe {name} within {MAX_LOOKUP_S:g} s."
+        raise ProviderFailed(message, "replicate") from exc
     except ProviderRefused as exc:  # Replicate does not repeat the name
-        error = ProviderRefused(f"model {name}: {exc.detail}", "replicate")
-        error.add_field_error("model", exc.detail)
+        detail = f"model {name}: {exc.detail}"
+        error = ProviderRefused(detail, "replicate", code="unknown_model")
+        error.add_field_error("model", exc.detail, code="unknown_model")
         raise error from exc
 
     if version:
@@ -2233,14 +3359,20 @@ async def look_up_model(name: str) -> VideoModel:
         described = get_in(response.payload, "latest_version")
         runs_by = get_in(described, "id")
     is_official = not version and get_in(response.payload, "is_official") is True
-    if not is_official and not isinstance(runs_by, str):  # a community model runs by version only
+    # A community model runs by version only.
+    if not is_official and not re.fullmatch(r"[\w./:-]{1,300}", str(runs_by or "")):
         raise invalid_response("replicate", f"a version of {name}")
     schemas = get_in(described, "openapi_schema", "components", "schemas")
-    return parse_model(model_name, None if is_official else runs_by, schemas)
+    if is_official:
+        return await asyncio.to_thread(parse_model, model_name, None, schemas)
+    return await asyncio.to_thread(parse_model, model_name, str(runs_by), schemas)
 
 
 async def hailuo_video_from_prompt(body: JobPromptOnly, job: Job | None = None) -> str:
-    """Return the URL of a video made by the default model. Raises as replicate_video_from_prompt."""
+    """Return the URL of a video made by the default model.
+
+    Raises as replicate_video_from_prompt.
+    """
     return await replicate_video_from_prompt(body, job=job, model=HAILUO)
 
 
@@ -2252,9 +3384,10 @@ async def replicate_video_from_prompt(
 ) -> str:
     """Return the URL, valid for an hour, of the video that `job` has begun, else of a new one.
 
-    `audio_url`: the speech, for a model that takes it. When it ends early, the prediction is cancelled,
-    unless a request with the same key can resume it. Raises ProviderRefused (also: the prediction ended
-    failed, canceled or aborted, or its video has expired), InvalidInput, ProviderFailed, MissingSetting.
+    `audio_url`: the speech, for a model that takes it. When it ends early, the prediction is
+    cancelled, unless a request with the same key can resume it. Raises ProviderRefused (also:
+    the prediction ended failed, canceled or aborted, or its video has expired), InvalidInput,
+    ProviderFailed, MissingSetting.
     """
     job = job or Job("-")
     model = model or await find_model(body.model)
@@ -2268,10 +3401,11 @@ async def replicate_video_from_prompt(
         else:
             prediction = await create_prediction(model, values, job)
             await record_prediction(job)
+            await asyncio.sleep(0)  # a job that was cancelled meanwhile ends here
             kind = video_kind(model, values)
             prediction = await wait_for_prediction(prediction, job, kind)
     except (asyncio.CancelledError, ServiceError):
-        if job.partial.prediction_id and (job.record is None or job.past_deadline()):
+        if job.partial.prediction_id and (job.log is None or job.past_deadline()):
             await cancel_prediction(job.partial.prediction_id)
         raise
     return video_url_or_raise(prediction)
@@ -2286,17 +3420,15 @@ def video_kind(model: VideoModel, values: Mapping[str, Any]) -> str:
 def video_url_or_raise(prediction: Prediction) -> str:
     """Return the URL of a finished prediction's video. Raises ProviderRefused, ProviderFailed."""
     if prediction.status != "succeeded":
-        reason = one_line(message_in(prediction.error)) or "no reason given"
+        reason = prediction.error or "no reason given"
         detail = f"No video was made, the prediction ended as {prediction.status}: {reason}"
-        raise ProviderRefused(detail, "replicate")
-    video_url = prediction.video_url
-    if video_url:
-        return video_url
+        raise ProviderRefused(detail, "replicate", code="prediction_failed")
+    if prediction.video_url:
+        return prediction.video_url
     if prediction.data_removed:
-        detail = "The video has expired: Replicate keeps it an hour. A new job makes a new one."
-        raise ProviderRefused(detail, "replicate")
+        raise ProviderRefused(VIDEO_EXPIRED, "replicate", code="video_expired")
     detail = "The prediction succeeded, but Replicate names no video."
-    raise ProviderFailed(detail, "replicate", retryable=False)
+    raise ProviderFailed(detail, "replicate", code="prediction_failed", retryable=False)
 
 
 async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job) -> Prediction:
@@ -2304,12 +3436,13 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
 
     Raises ProviderRefused, ProviderFailed, MissingSetting.
     """
-    if job.search_window:
-        found = await find_unclaimed_prediction(model, values, job, job.search_window)
+    if job.search_from is not None:
+        found = await find_unclaimed_prediction(model, values, job, job.search_from, job.search_s)
         if found:
             return found
 
-    started_at = time.time()
+    app_state().video_budget.pay(job.name)
+    started_at = time.monotonic()
     try:
         response = await send_create(model, values, job)
         prediction = parse_prediction(response.payload)
@@ -2317,16 +3450,19 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
             return prediction
         raise invalid_response("replicate", "a prediction; one may have been created")
     except ProviderRefused as exc:
+        app_state().video_budget.refund(job.name)
         map_replicate_field_errors(model, exc)
         raise
     except ProviderFailed as exc:
         if was_not_created(exc):
+            app_state().video_budget.refund(job.name)
             raise
         logger.warning("searching for a prediction whose create failed: %s", exc.detail)
-        window = SearchWindow(started_at, time.time() + patience_s(SEARCH_SHARE))
         # Without a key nobody comes back for it: what is found is cancelled even if nobody waits.
-        with anyio.CancelScope(shield=job.record is None):
-            found = await find_unclaimed_prediction(model, values, job, window)
+        limit_s = patience_s(MAX_SEARCH_SHARE)
+        with anyio.move_on_after(limit_s, shield=job.log is None):
+            search_s = patience_s(SEARCH_SHARE)
+            found = await find_unclaimed_prediction(model, values, job, started_at, search_s)
             if found:
                 return found
         raise
@@ -2334,6 +3470,8 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
 
 def was_not_created(error: ProviderFailed) -> bool:
     """Return whether a failed create has certainly created nothing."""
+    if isinstance(error, ProviderBusy):
+        return True
     if error.response:
         return error.response.status < 500 and error.response.status not in (200, 201, 202, 408)
     return isinstance(error.__cause__, NOT_SENT)
@@ -2353,7 +3491,7 @@ def map_replicate_field_errors(model: VideoModel, error: ServiceError) -> None:
     payload = error.response.payload
     invalid_fields = get_in(payload, "invalid_fields")
     if isinstance(invalid_fields, list):
-        for invalid in invalid_fields:
+        for invalid in invalid_fields[:MAX_FIELD_ERRORS]:
             name = str(get_in(invalid, "field"))
             description = str(get_in(invalid, "description"))
             if name == "input":  # the description names the field: "prompt is required"
@@ -2373,6 +3511,8 @@ async def send_create(model: VideoModel, values: dict[str, Any], job: Job) -> Pr
         path = "predictions"
         body["version"] = model.version
     cancel_after_s = max(MIN_CANCEL_AFTER_S, round(get_settings().job_timeout_seconds))
+    place = LinePlace(app_state().create_line, job)
+    create = partial(create_exchange, job, create_key(model, values))
     return await call_replicate(
         "POST",
         path,
@@ -2382,22 +3522,48 @@ async def send_create(model: VideoModel, values: dict[str, Any], job: Job) -> Pr
         json=body,
         timeout=CREATE_TIMEOUT,
         extensions={NEW_CONNECTION: True},
-        exchange=partial(create_exchange, job),
+        exchange=partial(exchange_in_line, place, create),
     )
 
 
-async def create_exchange(job: Job, request: httpx.Request, max_bytes: int) -> ProviderResponse:
-    """Make one attempt to create, and claim what it created.
+async def create_exchange(
+    job: Job, key: str, request: httpx.Request, max_bytes: int
+) -> ProviderResponse:
+    """Make one attempt to create, and claim what it created. Raises ClaimLost.
 
-    A cancelled job still waits for the response: only that says which prediction to cancel.
+    A cancelled job still waits a moment for the response: only that says which prediction to
+    cancel.
     """
-    await renew_record(job)
-    with anyio.CancelScope(shield=True):
-        response = await send_once(request, max_bytes)
-    prediction = parse_prediction(response.payload)
-    if prediction:
-        claim_prediction(job, prediction.id)
-    return response
+    await confirm_claim(job)
+    creates = app_state().creates_in_flight
+    creates[key] += 1
+    try:
+        response = await send_despite_cancellation(request, max_bytes)
+        prediction = parse_prediction(response.payload)
+        if prediction:
+            claim_prediction(job, prediction.id)
+        return response
+    finally:
+        creates[key] -= 1
+        if not creates[key]:
+            del creates[key]
+
+
+async def send_despite_cancellation(request: httpx.Request, max_bytes: int) -> ProviderResponse:
+    """Send a request, and wait CREATE_GRACE_S for its response also after a cancellation.
+
+    Raises httpx.RequestError, also if the whole response takes longer than MAX_CREATE_S.
+    """
+    sending = asyncio.create_task(send_once(request, max_bytes))
+    try:
+        await asyncio.wait([sending], timeout=MAX_CREATE_S)
+    except asyncio.CancelledError:
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([sending], timeout=CREATE_GRACE_S)
+    if not sending.done():
+        sending.cancel()
+        raise httpx.ReadTimeout("the whole response did not come in time")
+    return sending.result()
 
 
 def claim_prediction(job: Job, prediction_id: str) -> None:
@@ -2409,20 +3575,44 @@ def claim_prediction(job: Job, prediction_id: str) -> None:
 
 
 async def find_unclaimed_prediction(
-    model: VideoModel, values: dict[str, Any], job: Job, window: SearchWindow
+    model: VideoModel,
+    values: dict[str, Any],
+    job: Job,
+    since: float,
+    search_s: float = 0.0,
 ) -> Prediction | None:
-    """Search for a prediction of this input that no job has claimed: once, and until the window ends."""
+    """Search for a prediction of this input that no job has claimed: once, and for
+    `search_s` seconds.
+
+    `since` (monotonic clock): no older prediction is the job's.
+    """
+    give_up_at = time.monotonic() + search_s
     while True:
-        async for listed in predictions_since(window.since):
+        await wait_for_equal_creates(model, values)
+        async for listed in predictions_since(since):
             prediction = parse_prediction(listed)
             if prediction is None or is_claimed_by_other(prediction.id, job):
                 continue
             if is_prediction_of(listed, model, values):
                 claim_prediction(job, prediction.id)  # before any other job searches
                 return prediction
-        if time.time() >= window.until:
+        if time.monotonic() >= give_up_at:
             return None
         await asyncio.sleep(patience_s(SEARCH_SHARE) / 10)
+
+
+def create_key(model: VideoModel, values: Mapping[str, Any]) -> str:
+    """Return what two creates have in common whose predictions cannot be told apart."""
+    return json.dumps([model.name, model.version, values], sort_keys=True)
+
+
+async def wait_for_equal_creates(model: VideoModel, values: Mapping[str, Any]) -> None:
+    """Wait while an equal create of another job has no response: its prediction is not ours
+    to take.
+    """
+    creates = app_state().creates_in_flight
+    while creates[create_key(model, values)]:  # noqa: ASYNC110  seldom, and for a moment
+        await asyncio.sleep(patience_s(SEARCH_SHARE) / 100)
 
 
 def is_prediction_of(listed: Any, model: VideoModel, values: dict[str, Any]) -> bool:
@@ -2440,15 +3630,21 @@ def is_claimed_by_other(prediction_id: str, job: Job) -> bool:
     return False
 
 
-async def predictions_since(moment: float) -> AsyncIterator[Any]:
-    """Yield the account's predictions since a clock time, newest first, a hundred a page."""
-    created_after = datetime.fromtimestamp(moment - CLOCK_SKEW_S, timezone.utc).isoformat()
+async def predictions_since(since: float) -> AsyncIterator[Any]:
+    """Yield the account's predictions, newest first, that are not older than `since`
+    (monotonic clock).
+    """
+    if app_state().replicate_clock_s is None:  # learned from the response
+        await call_replicate("GET", "predictions", LIST_RETRY, max_bytes=MAX_LIST_BYTES)
+    age_s = time.monotonic() - since + CLOCK_TOLERANCE_S
+    moment = time.time() + (app_state().replicate_clock_s or 0.0) - age_s
+    created_after = datetime.fromtimestamp(moment, timezone.utc).isoformat()
     base_url = f"{get_settings().replicate_base_url}/v1/"
     path = "predictions"
     params: dict[str, str] | None = {"created_after": created_after}
     for _ in range(MAX_LIST_PAGES):
         response = await call_replicate(
-            "GET", path, LIST_RETRY, params=params, max_bytes=MAX_PREDICTION_BYTES
+            "GET", path, LIST_RETRY, params=params, max_bytes=MAX_LIST_BYTES
         )
         results = get_in(response.payload, "results")
         if isinstance(results, list):
@@ -2463,7 +3659,10 @@ async def predictions_since(moment: float) -> AsyncIterator[Any]:
 
 
 async def poll_prediction(prediction: Prediction) -> Prediction:
-    """Return the prediction as it is now; as it was, if the response is none, since it is polled again."""
+    """Return the prediction as it is now.
+
+    As it was, if the response is none, since it is polled again.
+    """
     path = f"predictions/{prediction.id}"
     response = await call_replicate("GET", path, POLL_RETRY, max_bytes=MAX_PREDICTION_BYTES)
     return parse_prediction(response.payload) or prediction
@@ -2494,13 +3693,27 @@ async def wait_for_prediction(
         state.active_polls -= 1
 
     if kind and prediction.status == "succeeded":
-        durations = state.recent_durations.setdefault(kind, deque(maxlen=RECENT_DURATIONS))
-        durations.append(time.monotonic() - started_at)
+        remember_duration(kind, time.monotonic() - started_at)
     return prediction
 
 
+def remember_duration(kind: str, seconds: float) -> None:
+    """Add how long a video took; of too many kinds, the one that was seen longest ago is
+    forgotten.
+    """
+    recent = app_state().recent_durations
+    durations = recent.pop(kind, None) or deque(maxlen=RECENT_DURATIONS)
+    durations.append(seconds)
+    recent[kind] = durations
+    if len(recent) > MAX_DURATION_KINDS:
+        del recent[next(iter(recent))]
+
+
 async def cancel_prediction(prediction_id: str) -> None:
-    """Stop paying for a prediction that nobody waits for, whatever else ends; a failure is logged."""
+    """Stop paying for a prediction that nobody waits for, whatever else ends.
+
+    A failure is logged.
+    """
     path = f"predictions/{prediction_id}/cancel"
     try:
         with anyio.CancelScope(shield=True), anyio.fail_after(patience_s(CANCEL_SHARE)):
@@ -2511,12 +3724,15 @@ async def cancel_prediction(prediction_id: str) -> None:
         logger.warning("prediction_id=%s not cancelled: %s", prediction_id, reason)
 
 
-# ---- ffmpeg: muxing and conversion -----------------------------------------------------------------
+# ---- ffmpeg: muxing and conversion ---------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
 def ffmpeg_path() -> str:
-    """Return imageio-ffmpeg's ffmpeg, or IMAGEIO_FFMPEG_EXE. Raises RuntimeError where there is none."""
+    """Return imageio-ffmpeg's ffmpeg, or IMAGEIO_FFMPEG_EXE.
+
+    Raises RuntimeError where there is none.
+    """
     path = str(imageio_ffmpeg.get_ffmpeg_exe())  # tries its own binary, but not the variable's
     found = shutil.which(path)
     if found is None:
@@ -2563,13 +3779,13 @@ CUT_OFF = "The video that the model made is cut off."
 def read_video_format(video: Path) -> VideoFormat:
     """Return what a model's file is. Raises ResourceFailed if it is no video, or cut off."""
     with video.open("rb") as file:
-        head = file.read(MAX_HEAD_BYTES)
+        head = file.read(MAX_FORMAT_BYTES)
         file_format = find_video_format(head)
         if file_format.demuxer == "mov":
             check_mp4(video)
             return read_mp4_format(file, file_format)
         if is_cut_off(file, head, file_format.demuxer):
-            raise ResourceFailed(CUT_OFF, "replicate", retryable=False)
+            raise ResourceFailed(CUT_OFF, "replicate", code="media_unusable", retryable=False)
     if file_format.demuxer in ALPHA_DEMUXERS:
         return file_format._replace(has_alpha=True)
     if file_format.demuxer == "matroska" and WEBM_ALPHA in head:
@@ -2586,14 +3802,19 @@ def plays_everywhere(video_format: VideoFormat, as_it_is: bool) -> bool:
 
 
 def find_video_format(head: bytes) -> VideoFormat:
-    """Return the format of a file by its first bytes alone. Raises ResourceFailed if it is no video."""
+    """Return the format of a file by its first bytes alone.
+
+    Raises ResourceFailed if it is no video.
+    """
     for pattern, name, demuxer in VIDEO_FORMATS:
         if not re.match(pattern, head, re.DOTALL):
             continue
         if demuxer:
             return VideoFormat(name, demuxer)
         break
-    raise ResourceFailed(f"The model made {name}, not a video.", "replicate", retryable=False)
+    raise ResourceFailed(
+        f"The model made {name}, not a video.", "replicate", code="media_unusable", retryable=False
+    )
 
 
 def is_cut_off(file: BinaryIO, head: bytes, demuxer: str) -> bool:
@@ -2614,7 +3835,9 @@ def is_cut_off(file: BinaryIO, head: bytes, demuxer: str) -> bool:
 
 
 def matroska_end(head: bytes) -> int:
-    """Return where a Matroska file's segment ends, 0 if it does not say (RFC 8794, element sizes)."""
+    """Return where a Matroska file's segment ends, 0 if it does not say (RFC 8794, element
+    sizes).
+    """
     offset = head.find(b"\x18\x53\x80\x67") + 4  # the element Segment
     if offset < 4 or offset + 8 > len(head) or head[offset] == 0:
         return 0
@@ -2638,17 +3861,17 @@ def check_mp4(video: Path) -> None:
         for name, _, end in top_level_boxes(file, size):
             if offset == 0 and name not in first_boxes:
                 message = "What the model made is not an MP4 video."
-                raise ResourceFailed(message, "replicate", retryable=False)
+                raise ResourceFailed(message, "replicate", code="media_unusable", retryable=False)
             offset = end
     if offset != size or size == 0:
-        raise ResourceFailed(CUT_OFF, "replicate", retryable=False)
+        raise ResourceFailed(CUT_OFF, "replicate", code="media_unusable", retryable=False)
 
 
 def top_level_boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
     """Yield an MP4's boxes: name, start of the content, end.
 
-    ISO/IEC 14496-12: 4 bytes length, 4 bytes name; a length of 0 means to the end of the file, of 1 that
-    the length follows in 8 bytes.
+    ISO/IEC 14496-12: 4 bytes length, 4 bytes name; a length of 0 means to the end of the file,
+    of 1 that the length follows in 8 bytes.
     """
     offset = 0
     for _ in range(MAX_MP4_BOXES):
@@ -2697,7 +3920,9 @@ def read_mp4_format(file: BinaryIO, file_format: VideoFormat) -> VideoFormat:
 
 
 def mp4_tracks(index: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Yield each track of `moov`: its handler, its codec and that codec's description (a sample entry)."""
+    """Yield each track of `moov`: its handler, its codec and that codec's description (a
+    sample entry).
+    """
     for media in find_boxes(index, b"trak", b"mdia"):
         handler = next(find_boxes(media, b"hdlr"), b"")[8:12]
         table = next(find_boxes(media, b"minf", b"stbl", b"stsd"), b"")
@@ -2743,8 +3968,9 @@ def is_plain_h264(entry: bytes) -> bool:
         return True
     if profile != 100:
         return False
-    # Of the set, after a byte of its type and 3 of profile and level: id, chroma format (1 is 4:2:0),
-    # bits of luma and of chroma beyond 8 (ITU-T H.264, 7.3.2.1.1). `avcC` may not repeat them.
+    # Of the set, after a byte of its type and 3 of profile and level: id, chroma format (1 is
+    # 4:2:0), bits of luma and of chroma beyond 8 (ITU-T H.264, 7.3.2.1.1). `avcC` may not
+    # repeat them.
     bits = "".join(f"{byte:08b}" for byte in record[12:16])
     return re.match(EXP_GOLOMB + "01011", bits) is not None  # 1 is written 010, and 0 is 1
 
@@ -2758,7 +3984,9 @@ OUTPUT_OPTIONS = ["-fs", str(MAX_DOWNLOAD_BYTES + 1), "-movflags", "+faststart",
 
 
 def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path) -> list[str]:
-    """Return ffmpeg's arguments: the video copied, our speech half a second in, ended as `fit` says."""
+    """Return ffmpeg's arguments: the video copied, our speech half a second in, ended as
+    `fit` says.
+    """
     audio_filter = f"adelay={SPEECH_OFFSET_MS}:all=1"
     if fit == "video":
         audio_filter += ",apad"
@@ -2789,7 +4017,8 @@ async def mux_video_audio(video: Path, speech: Path, final: Path, fit: Fit = "sh
     async with app_state().ffmpeg_slots:
         await run_ffmpeg(arguments, FFMPEG_TIMEOUT_S, MUX_MAX_BYTES)
     if final.stat().st_size > MAX_DOWNLOAD_BYTES:  # noqa: ASYNC240  ffmpeg has stopped there
-        raise ResourceFailed("The final video is larger than 100 MB.", retryable=False)
+        message = "The final video is larger than 100 MB."
+        raise ResourceFailed(message, code="media_unusable", retryable=False)
 
 
 def convert_arguments(
@@ -2818,21 +4047,25 @@ def convert_arguments(
 async def convert_video(video: Path, source: VideoFormat, target: Path, with_sound: bool) -> Path:
     """Convert a video that would not play everywhere; return what is to be delivered.
 
-    That is an MP4 as it came if it cannot be converted within the limits: it plays somewhere. Raises
-    ResourceFailed, which names the format, for anything else; OSError.
+    That is an MP4 as it came if it cannot be converted within the limits: it plays somewhere.
+    Raises ResourceFailed, which names the format, for anything else; OSError.
     """
     arguments = convert_arguments(video, source, target, with_sound)
     try:
         async with app_state().conversion_slot:
             await run_ffmpeg(arguments, CONVERT_TIMEOUT_S, CONVERT_MAX_BYTES, in_background=True)
         if target.stat().st_size > MAX_DOWNLOAD_BYTES:  # noqa: ASYNC240  ffmpeg has stopped there
-            raise ResourceFailed("The converted video is larger than 100 MB.", retryable=False)
+            raise ResourceFailed(
+                "The converted video is larger than 100 MB.", code="media_unusable", retryable=False
+            )
     except ResourceFailed as exc:
         if source.demuxer == "mov":
             logger.warning("the video is delivered as it came: %s", exc.detail)
             return video
         message = f"The model made {source.name}, which could not be converted to an MP4 video."
-        raise ResourceFailed(message, "replicate", retryable=exc.retryable) from exc
+        raise ResourceFailed(
+            message, "replicate", code="media_unusable", retryable=exc.retryable
+        ) from exc
     return target
 
 
@@ -2842,7 +4075,10 @@ async def run_ffmpeg(
     max_bytes: int = MUX_MAX_BYTES,
     in_background: bool = False,
 ) -> None:
-    """Run ffmpeg to its end; it is killed and reaped however this call ends. Raises ResourceFailed, OSError."""
+    """Run ffmpeg to its end; it is killed and reaped however this call ends.
+
+    Raises ResourceFailed, OSError.
+    """
     command = [await asyncio.to_thread(ffmpeg_path), *arguments]
     stderr_tail = b""
     # It needs no key from the environment, and Ctrl-C in a terminal is for the service alone.
@@ -2862,7 +4098,7 @@ async def run_ffmpeg(
                 process.kill()
             if isinstance(exc, TimeoutError):
                 message = f"The video could not be put together within {timeout_s:g} s."
-                raise ResourceFailed(message) from exc
+                raise ResourceFailed(message, code="machine_failed") from exc
             raise
     if process.returncode != 0:
         raise_ffmpeg_error(process.returncode, stderr_tail)
@@ -2874,12 +4110,10 @@ def limit_process(pid: int, max_bytes: int, in_background: bool) -> None:
     In the background it runs when no other process needs the core: beside one of low priority, other
     muxes took a quarter longer.
 
-    RLIMIT_DATA counts what it can write to. RLIMIT_AS would also count ffmpeg's own 170 MB, and 64 MB
-    that malloc reserves for each thread: it cannot tell a bomb from a video.
+    RLIMIT_DATA counts what it can write to. RLIMIT_AS would also count ffmpeg's own 170 MB, and
+    64 MB that malloc reserves for each thread: it cannot tell a bomb from a video.
     """
     if sys.platform == "linux":
-        import resource
-
         with suppress(OSError, ValueError):  # it has ended already, or has a lower limit
             resource.prlimit(pid, resource.RLIMIT_DATA, (max_bytes, max_bytes))
         if in_background:
@@ -2898,10 +4132,42 @@ def raise_ffmpeg_error(returncode: int | None, stderr_tail: bytes) -> None:
     if os.strerror(errno.ENOSPC) in output:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     message = "Video and speech could not be put together; ffmpeg cannot use one of them."
-    raise ResourceFailed(message, retryable=False)
+    raise ResourceFailed(message, code="media_unusable", retryable=False)
 
 
-# ---- Application: lifespan, middleware, error handlers ---------------------------------------------
+def mp4_seconds(video: Path) -> float | None:
+    """Return how long an MP4 plays, as its movie header says.
+
+    None if it does not (ISO/IEC 14496-12).
+    """
+    with video.open("rb") as file:
+        for name, start, end in top_level_boxes(file, video.stat().st_size):
+            if name != b"moov":
+                continue
+            file.seek(start)
+            index = file.read(min(end - start, MAX_MP4_INDEX_BYTES))
+            header = next(find_boxes(index, b"mvhd"), b"")
+            return movie_header_seconds(header.ljust(32, b"\0"))
+    return None
+
+
+def movie_header_seconds(header: bytes) -> float | None:
+    """Return the duration in the content of an `mvhd` box.
+
+    None if it is unknown, as in fragmented files.
+    """
+    if header[0] == 1:  # version 1 has the long form
+        timescale, duration = struct.unpack_from(">IQ", header, 20)
+        unknown = 2**64 - 1
+    else:
+        timescale, duration = struct.unpack_from(">II", header, 12)
+        unknown = 2**32 - 1
+    if timescale == 0 or duration in (0, unknown):
+        return None
+    return float(round(duration / timescale, 2))
+
+
+# ---- Application: lifespan, middleware, error handlers -------------------------------------------
 
 
 @asynccontextmanager
@@ -2910,14 +4176,16 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     global _state
     configure_logging()
     warn_about_missing_settings()
+    raise_descriptor_limit()
     await asyncio.to_thread(ffmpeg_path)  # fails here rather than after a video was paid for
-    async with open_app_state() as state:
-        _state = state
-        try:
-            yield
-        finally:
-            await drain_jobs(state)
-            _state = None
+    with hangup_as_termination():
+        async with open_app_state() as state:
+            _state = state
+            try:
+                yield
+            finally:
+                await drain_jobs(state)
+                _state = None
 
 
 def configure_logging() -> None:
@@ -2925,22 +4193,78 @@ def configure_logging() -> None:
     logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("asyncio").addFilter(log_accept_errors_seldom)
+
+
+last_accept_error_at = -math.inf
+
+
+def log_accept_errors_seldom(record: logging.LogRecord) -> bool:
+    """Let one line in ACCEPT_LOG_S say that no connection can be accepted: asyncio writes
+    thousands.
+    """
+    global last_accept_error_at
+    if not str(record.msg).startswith("socket.accept() out of system resource"):
+        return True
+    now = time.monotonic()
+    if now - last_accept_error_at < ACCEPT_LOG_S:
+        return False
+    last_accept_error_at = now
+    return True
+
+
+def raise_descriptor_limit() -> None:
+    """Let the process open as many files and connections as the system allows.
+
+    Each job takes a few.
+    """
+    if resource is None:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for wanted in (hard, MACOS_DESCRIPTORS):
+        if soft == wanted:
+            return
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return
+        except (OSError, ValueError):
+            continue
+    logger.warning("the limit of %d file descriptors could not be raised", soft)
+
+
+@contextmanager
+def hangup_as_termination() -> Iterator[None]:
+    """Let the end of its terminal end the process as SIGTERM does, unless that is ignored
+    (nohup).
+    """
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    is_main = threading.current_thread() is threading.main_thread()
+    if hangup is None or not is_main or signal.getsignal(hangup) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(hangup, lambda *_: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(hangup, signal.SIG_DFL)
 
 
 def warn_about_missing_settings() -> None:
-    """Log one warning that names the variables without which requests fail."""
+    """Log what is missing: one warning for keys, one for the token that keeps strangers out."""
     settings = get_settings()
     missing = [name.upper() for name in SPEECH_JOB_SETTINGS if getattr(settings, name) is None]
     if missing:
         names = ", ".join(missing)
         logger.warning("not set: %s; requests that need them are answered 500", names)
+    if settings.service_token is None and (settings.eleven_api_key or settings.replicate_api_token):
+        logger.warning("SERVICE_TOKEN is not set: whoever reaches this service spends its money")
 
 
 async def drain_jobs(state: AppState) -> None:
     """Graceful shutdown: cancel the jobs that still run, those with a key after a while.
 
-    uvicorn has just cancelled the open requests, and with them their jobs; jobs with a key that nobody
-    waits for have not heard of it. What they leave is resumed by the next request.
+    uvicorn has just cancelled the open requests, and with them their jobs; jobs with a key that
+    nobody waits for have not heard of it. What they leave is resumed by the next request.
     """
     started_at = time.monotonic()
     drain_s = min(patience_s(DRAIN_SHARE), MAX_DRAIN_S)
@@ -2950,14 +4274,16 @@ async def drain_jobs(state: AppState) -> None:
             logger.warning("%d jobs did not end in time", len(state.jobs))
             return
         for job in state.jobs.values():
-            if job.record is None or elapsed_s > drain_s:
+            if job.log is None or elapsed_s > drain_s:
                 job.cancel("shutdown")
         await asyncio.sleep(0.05)
 
 
 @dataclass(frozen=True)
 class RequestMiddleware:
-    """The outermost layer: each request gets an id, each response X-Request-ID and Server-Timing."""
+    """The outermost layer: each request gets an id, each response X-Request-ID and
+    Server-Timing.
+    """
 
     app: ASGIApp
 
@@ -2981,7 +4307,7 @@ class RequestMiddleware:
                 headers["X-Request-ID"] = request_id
                 job = request_state.get("job")  # set by start_job: the job, or the one it joined
                 if job and job.timings:
-                    headers["Server-Timing"] = server_timing(job.timings)
+                    headers["Server-Timing"] = server_timing(job.timings, job.queued_s)
             await send(message)
 
         state = app_state()
@@ -2992,14 +4318,19 @@ class RequestMiddleware:
             state.open_requests -= 1
 
 
-def server_timing(timings: Mapping[Stage, float]) -> str:
-    """Return stages and their seconds as a Server-Timing header, in milliseconds."""
-    return ", ".join(f"{name};dur={seconds * 1000:.1f}" for name, seconds in timings.items())
+def server_timing(timings: Mapping[Stage, float], queued_s: float = 0.0) -> str:
+    """Return stages, and the time in line, as a Server-Timing header, in milliseconds."""
+    entries = [f"{name};dur={seconds * 1000:.1f}" for name, seconds in timings.items()]
+    if queued_s:
+        entries.append(f"queued;dur={queued_s * 1000:.1f}")
+    return ", ".join(entries)
 
 
 @dataclass(frozen=True)
 class ErrorMiddleware:
-    """The last catch, inside CORS: Starlette's own is outside, and browsers would not see its answer."""
+    """The last catch, inside CORS: Starlette's own is outside, and browsers would not see
+    its answer.
+    """
 
     app: ASGIApp
 
@@ -3026,36 +4357,91 @@ class ErrorMiddleware:
             await response(scope, receive, send)
 
 
+class BodyTooLarge(HTTPException):
+    """A request's body has more than MAX_REQUEST_BYTES; `start` is what was read of it."""
+
+    def __init__(self, start: bytes) -> None:
+        super().__init__(400, f"The request's body is larger than {MAX_REQUEST_BYTES // 1024} KiB")
+        self.start = start
+
+    def as_service_error(self) -> ServiceError:
+        """Return the error for the client, who has most often put the picture itself
+        into the body.
+        """
+        embedded = EMBEDDED_PICTURE.search(self.start)
+        if embedded:
+            name = embedded[1].decode()
+            return invalid_field(name, UPLOAD_FIRST, code="upload_first")
+        return InvalidInput(f"{self.detail}.", code="body_too_large")
+
+
+PICTURE_NAMES = "|".join(["image_?url", *OTHER_NAMES["image_url"].split()])
+EMBEDDED_PICTURE = re.compile(rf'"({PICTURE_NAMES})"\s*:\s*"\s*data:'.encode(), re.IGNORECASE)
+
+
 @dataclass(frozen=True)
 class BodyLimitMiddleware:
-    """Refuses request bodies over MAX_REQUEST_BYTES; a longer one is not read if it states its length."""
+    """Refuses request bodies over MAX_REQUEST_BYTES; of a longer one no more than that is read."""
 
     app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request, counting its body. Raises HTTPException where the body is read."""
+        """Handle one request, counting its body. Raises BodyTooLarge where the body is read."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
 
         stated = Headers(scope=scope).get("content-length", "")
-        received_bytes = 0
+        received = bytearray()
 
         async def receive_with_limit() -> Message:
             """Receive a message, and refuse what passes the limit."""
-            nonlocal received_bytes
             if stated.isdecimal() and int(stated) > MAX_REQUEST_BYTES:
-                raise HTTPException(400, BODY_TOO_LARGE)
+                with anyio.move_on_after(BODY_START_S):
+                    while len(received) <= MAX_REQUEST_BYTES:
+                        message = await receive()
+                        received.extend(message.get("body", b""))
+                        if not message.get("more_body") or EMBEDDED_PICTURE.search(received):
+                            break
+                raise BodyTooLarge(bytes(received))
             message = await receive()
-            received_bytes += len(message.get("body", b""))
-            if received_bytes > MAX_REQUEST_BYTES:
-                raise HTTPException(400, BODY_TOO_LARGE)
+            if len(received) <= MAX_REQUEST_BYTES:
+                received.extend(message.get("body", b""))
+            if len(received) > MAX_REQUEST_BYTES:
+                raise BodyTooLarge(bytes(received))
             return message
 
         await self.app(scope, receive_with_limit, send)
 
 
-BODY_TOO_LARGE = f"The request's body is larger than {MAX_REQUEST_BYTES // 1024} KiB"
+@dataclass(frozen=True)
+class TokenMiddleware:
+    """Refuses, before the body is read, what may cost money and carries no token of
+    SERVICE_TOKEN.
+    """
+
+    app: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request: reading (/health, /docs) and preflights are open."""
+        tokens = get_settings().tokens()
+        is_open = scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS")
+        if is_open or not tokens or has_token(Headers(scope=scope), tokens):
+            await self.app(scope, receive, send)
+            return
+        error = Unauthorized("The request needs a valid token: Authorization: Bearer ...")
+        response = error_response(Request(scope), error)
+        await response(scope, receive, send)
+
+
+def has_token(headers: Headers, tokens: Collection[str]) -> bool:
+    """Return whether a request carries one of these tokens, compared in constant time (RFC
+    6750).
+    """
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    given = credentials.strip().encode("utf-8")
+    matches = [hmac.compare_digest(given, token.encode()) for token in tokens]
+    return scheme.lower() == "bearer" and any(matches)
 
 
 def error_response(
@@ -3064,64 +4450,96 @@ def error_response(
     """Return the response for an error."""
     job = getattr(request.state, "job", None)
     body = error_body(error, request.state.request_id, job)
-    return JSONResponse(body, error.http_status, headers)
+    return JSONResponse(body, error.http_status, {**error.headers, **(headers or {})})
 
 
 async def handle_service_error(request: Request, exc: ServiceError) -> Response:
-    """Answer an error of the service's own."""
+    """Answer an error of the service's own; a missing setting is logged also if no job has begun."""
+    job = getattr(request.state, "job", None)
+    if isinstance(exc, MissingSetting) and (job is None or job.task is None):
+        logger.warning("code=%s detail=%s", exc.code, exc.detail)
     return error_response(request, exc)
 
 
-# Pydantic's error types in plain words.
-ERROR_MESSAGES = {
-    "dict_type": "must be a JSON object",
-    "model_type": "must be a JSON object",
-    "model_attributes_type": "must be a JSON object",
-    "missing": "is required",
-    "string_type": "must be a string",
-    "string_too_short": "must not be blank",
-    "string_too_long": "must have at most {max_length} characters",
-    "int_type": "must be a whole number",
-    "greater_than_equal": "must be at least {ge}",
-    "less_than_equal": "must be at most {le}",
-    "literal_error": "must be {expected}",
-    "json_invalid": "is not valid JSON",
+# Pydantic's error types: our code and plain words.
+VALIDATION_ERRORS: dict[str, tuple[FieldErrorCode, str]] = {
+    "json_invalid": ("invalid_body", "is not valid JSON"),
+    "dict_type": ("invalid_body", "must be a JSON object"),
+    "model_type": ("invalid_body", "must be a JSON object"),
+    "model_attributes_type": ("invalid_body", "must be a JSON object"),
+    "missing": ("required", "is required"),
+    "string_type": ("not_a_string", "must be a string"),
+    "string_unicode": ("not_a_string", ""),
+    "string_too_short": ("blank", "must not be blank"),
+    "string_too_long": ("too_long", "must have at most {max_length} characters"),
+    "string_pattern_mismatch": ("wrong_format", ""),
+    "int_type": ("not_a_whole_number", "must be a whole number"),
+    "greater_than_equal": ("too_small", "must be at least {ge}"),
+    "less_than_equal": ("too_large", "must be at most {le}"),
+    "literal_error": ("not_allowed", "must be {expected}"),
+    "value_error": ("not_a_url", ""),  # of check_http_url
+    "embedded_file": ("upload_first", ""),
+}
+# What a pattern's own message says besides the pattern, which is not for people.
+FORMAT_NAMES = {
+    MODEL_PATTERN: "model",
+    VOICE_PATTERN: "voice_id",
+    SIZE_PATTERN: "size",
+    KEY_PATTERN: "key",
 }
 
 
-def friendly_message(error: Mapping[str, Any]) -> str:
-    """Return a validation error in plain words, without regular expressions."""
+def as_input_error(error: Mapping[str, Any]) -> InputError:
+    """Return a validation error of Pydantic's in plain words, with its code and what it says."""
     context = error.get("ctx", {})
-    pattern = context.get("pattern")
-    if pattern in PATTERN_MESSAGES:
-        return PATTERN_MESSAGES[pattern]
-    if error["type"] in ERROR_MESSAGES:
-        return ERROR_MESSAGES[error["type"]].format(**context)
-    return str(error["msg"]).removeprefix("Value error, ")
+    code, message = VALIDATION_ERRORS.get(error["type"], ("wrong_format", ""))
+    message = message.format(**context) or str(error["msg"]).removeprefix("Value error, ")
+    params: ErrorParams = {}
+    if code == "too_long":
+        params = {"max": context["max_length"], "got": len(error["input"])}
+    elif code == "too_small":
+        params = {"min": context["ge"]}
+    elif code == "too_large":
+        params = {"max": context["le"]}
+    elif code == "not_allowed":
+        params = {"allowed": re.findall("'(.*?)'", context["expected"])}
+    elif context.get("pattern") in PATTERN_MESSAGES:
+        message = PATTERN_MESSAGES[context["pattern"]]
+        params = {"format": FORMAT_NAMES[context["pattern"]]}
+    return InputError(loc=list(error["loc"]), msg=message, code=code, params=params)
 
 
 async def handle_validation_error(request: Request, exc: RequestValidationError) -> Response:
     """Answer a body or header that is not as the route expects it."""
-    errors = []
-    for error in exc.errors():
-        errors.append(InputError(loc=list(error["loc"]), msg=friendly_message(error)))
+    errors = [as_input_error(error) for error in exc.errors()]
+    names = [part for part in errors[0].loc[1:] if isinstance(part, str)]
+    name = ".".join(names)
 
+    code: ErrorCode = "invalid_field"
+    detail = f"{name}: {errors[0].msg}."
     content_type = request.headers.get("content-type", "")
-    if re.match(r"application/([\w.-]+\+)?json\b", content_type, re.IGNORECASE):
-        names = [part for part in errors[0].loc[1:] if isinstance(part, str)]
-        name = ".".join(names)
-        detail = f"{name}: {errors[0].msg}." if name else f"The body {errors[0].msg}."
-    else:
+    if not re.match(r"application/([\w.-]+\+)?json\b", content_type, re.IGNORECASE):
+        code = "invalid_body"
         detail = "The body must be JSON, sent with Content-Type: application/json."
-    return error_response(request, InvalidInput(detail, errors=errors))
+    elif not name:
+        code = "invalid_body"
+        detail = f"The body {errors[0].msg}."
+    return error_response(request, InvalidInput(detail, code=code, errors=errors))
 
 
 async def handle_http_error(request: Request, exc: HTTPException) -> Response:
-    """Answer what the framework refuses: no such route (404) or method (405), an unreadable body (400)."""
-    if exc.status_code == 404:
-        error = InvalidInput("There is no such route; /docs lists them all.")
+    """Answer what the framework refuses: no such route (404) or method (405), an unreadable
+    body (400).
+    """
+    if isinstance(exc, BodyTooLarge):
+        error = exc.as_service_error()
+    elif exc.status_code == 404:
+        error = InvalidInput(
+            "There is no such route; /docs lists them all.", code="route_not_found"
+        )
     else:
-        error = InvalidInput(f"{exc.detail}.")
+        code: ErrorCode = "method_not_allowed" if exc.status_code == 405 else "invalid_body"
+        error = InvalidInput(f"{exc.detail}.", code=code)
     error.http_status = exc.status_code
     return error_response(request, error, exc.headers)
 
@@ -3139,58 +4557,120 @@ app.add_exception_handler(HTTPException, handle_http_error)  # type: ignore[arg-
 # The last one added is the outermost.
 app.add_middleware(BodyLimitMiddleware)
 app.add_middleware(ErrorMiddleware)
+app.add_middleware(TokenMiddleware)
 app.add_middleware(
     CORSMiddleware,
     allow_origins=get_settings().allowed_origin.split(","),
     allow_methods=["GET", "POST"],
     allow_headers=["*"],
-    expose_headers=["X-Request-ID", "Server-Timing", "Idempotency-Replayed"],
+    expose_headers=["X-Request-ID", "Server-Timing", "Idempotency-Replayed", "Retry-After"],
 )
 app.add_middleware(RequestMiddleware)
 
 
-# ---- Idempotency: the job record -------------------------------------------------------------------
+# ---- Idempotency: the job log --------------------------------------------------------------------
 #
-# A job with an Idempotency-Key keeps a record in the bucket, jobs/<HMAC of the key>.json: enough to resume,
-# and no user input. Within a process, requests with one key join one Job (AppState.jobs). Otherwise the
-# record decides:
+# A job with an Idempotency-Key keeps a log in the bucket: jobs/<HMAC of the key>/0001.json,
+# 0002.json ... An entry holds enough to resume and no user input. It is written once, never
+# overwritten: uploaded under a name of its own and moved to its number, which succeeds for
+# exactly one caller (see write_once). Within a process, requests with one key join one Job
+# (AppState.jobs). Otherwise the last entry decides:
 #
-#   record                                  the request
-#   --------------------------------------  ------------------------------------------------------------
-#   none                                    begins: writes the record, then pays
-#   of another body                         400 on the header
-#   with a result                           is answered with it (replay)
-#   with a prediction id                    resumes: keeps the speech, polls the prediction
-#   without one, written by another         waits until that instance has written a prediction id, given
-#     instance within LEASE_SHARE           up, or written nothing for that long
-#   without one, older, or given up         resumes: keeps the speech, searches for a prediction that
-#     (owner is empty)                      nobody recorded, else creates one
+#   last entry                        a request with this key
+#   --------------------------------  -----------------------------------------------------------------
+#   none                              is checked, then claims what it pays for first
+#   claim, its owner at work          follows: waits for the next entry
+#   claim, silent for LEASE_SHARE     takes over: writes the next entry, a claim of its own, and searches
+#     or given up (owner is empty)      for a prediction that nobody recorded before it creates one
+#   prediction                        resumes: polls it (several instances may)
+#   result                            is answered with it
+#   refusal                           is refused with it
+#
+# Speech and video are each preceded by a claim. Whoever finds the next number taken by another
+# owner has lost the job (ClaimLost) and follows the log: so one speech and one video are paid
+# for, and of two instances that finish, the first result is the answer of both.
 
-INSTANCE_ID = uuid.uuid4().hex
 KEY_REUSED = "belongs to a request with another body; a new job needs a new key"
+Payment = Literal["speech", "video"]
+HexId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
-# As earlier versions store a record, which may read ours while a deploy overlaps them.
-STORED_NAMES = {
-    "request_digest": "body",
-    "created_at": "started",
-    "updated_at": "written",
-    "owner": "writer",
-    "result": "answer",
-}
+class ClaimLost(Exception):
+    """Another instance has written the job's next entry."""
 
 
-class JobRecord(
-    BaseModel, populate_by_name=True, alias_generator=lambda name: STORED_NAMES.get(name, name)
-):
-    """The idempotency record: enough to resume, and no user input."""
+class Refusal(BaseModel):
+    """An error that ended a job for good, after it had paid."""
 
-    request_digest: str  # keyed digest of the route and of the client's body
-    created_at: float  # clock time; no prediction of the job is older
-    updated_at: float
-    owner: str  # INSTANCE_ID; empty: it has given the job up
+    http_status: Literal[400, 500]
+    category: Category
+    code: ErrorCode
+    provider: Provider | None
+    detail: Annotated[str, Field(max_length=1_000)]
+
+    def as_error(self) -> ServiceError:
+        """Return the same error again."""
+        error = ServiceError(self.detail, self.provider, code=self.code, retryable=False)
+        error.http_status = self.http_status
+        error.category = self.category
+        return error
+
+
+class JobEntry(BaseModel):
+    """One entry of a job's log: everything that is known of the job so far."""
+
+    entry_id: HexId
+    owner: HexId | Literal[""]  # JobLog.owner; empty: it has given the job up
+    request_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    claim: Payment | None = None  # what its owner is about to pay for
     partial: PartialResult = PartialResult()
     result: SpeechResult | VideoResult | None = None
+    refusal: Refusal | None = None
+
+    @model_validator(mode="after")
+    def check_contents(self) -> "JobEntry":
+        """Trust the bucket no more than a request. Raises ValueError."""
+        values = self.partial.model_dump(exclude_none=True)
+        if self.result:
+            values.update(self.result.model_dump(exclude_none=True))
+        for name, value in values.items():
+            if name.endswith("_url"):
+                check_http_url(value)
+        if not re.fullmatch(PREDICTION_ID_PATTERN, values.get("prediction_id", "-")):
+            raise ValueError("is not a prediction id")
+        return self
+
+    def can_resume(self) -> bool:
+        """Return whether nothing is left to be paid for."""
+        return bool(self.result or self.refusal or self.partial.prediction_id)
+
+    def is_unused(self) -> bool:
+        """Return whether the job was given up before anything was paid for."""
+        may_have_paid = self.claim or self.partial.audio_url or self.can_resume()
+        return self.owner == "" and not may_have_paid
+
+
+@dataclass
+class JobLog:
+    """The log of one idempotency key, as far as this job knows it."""
+
+    folder: str  # jobs/<HMAC of the key>
+    request_digest: str
+    legacy_digest: str  # as earlier versions computed it
+    owner: str = field(default_factory=lambda: uuid.uuid4().hex)
+    number: int = 0  # of the last known entry
+    entry: JobEntry | None = None  # the last known one
+    written_at: float = 0.0  # when our own last entry was (monotonic clock)
+    is_lost: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def owns_claim(self) -> bool:
+        """Return whether the last entry is a claim of this job."""
+        return bool(self.entry and self.entry.claim and self.entry.owner == self.owner)
+
+    def is_refused(self) -> bool:
+        """Return whether the last entry says that the job has ended for good without a result."""
+        return bool(self.entry and self.entry.refusal)
 
 
 def keyed_digest(text: str) -> str:
@@ -3199,142 +4679,393 @@ def keyed_digest(text: str) -> str:
     return hmac.new(key.encode(), text.encode(), "sha256").hexdigest()
 
 
-def record_path(key: str) -> str:
-    """Return where the record of an idempotency key is stored: the bucket is public, the name secret."""
-    return f"jobs/{keyed_digest(key)}.json"
+def new_log(route: str, body: BaseModel, key: str) -> JobLog:
+    """Return the log of a request's idempotency key. Raises MissingSetting.
 
-
-def new_record(route: str, body: BaseModel) -> JobRecord:
-    """Return the record of a job that begins. Raises MissingSetting."""
+    The bucket is public, but nobody can guess the folder's name.
+    """
     require_settings(VIDEO_JOB_SETTINGS + STORAGE_SETTINGS)
     if isinstance(body, JobPromptTTS):
         require_settings(SPEECH_JOB_SETTINGS)
-    request = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
-    now = time.time()
-    return JobRecord(
-        request_digest=keyed_digest(request), created_at=now, updated_at=now, owner=INSTANCE_ID
+    request = json.dumps([route, body.model_dump()], sort_keys=True)
+    legacy_request = json.dumps([route, body.model_dump(exclude_unset=True)], sort_keys=True)
+    return JobLog(
+        folder=f"jobs/{keyed_digest(key)}",
+        request_digest=keyed_digest(request),
+        legacy_digest=keyed_digest(legacy_request),
     )
 
 
-async def save_record(
-    job: Job,
-    retry: RetryPolicy = UPLOAD_RETRY,
-    *,
-    required: bool = True,
-    owner: str | None = None,
-    result: BaseModel | None = None,
-) -> None:
-    """Write how far a job with a key is. Raises ResourceFailed; unless `required`, that is only logged."""
-    if job.record is None:
-        return
-    changes: dict[str, Any] = {"updated_at": time.time(), "partial": job.partial}
-    if owner is not None:
-        changes["owner"] = owner
-    if result is not None:
-        changes["result"] = result
-    job.record = job.record.model_copy(update=changes)
-    content = job.record.model_dump_json(by_alias=True, exclude_none=True).encode()
-    try:
-        await supabase_upload(job.name, content, "application/json", retry, "max-age=0")
-    except ServiceError as exc:
-        if required:
-            raise
-        logger.warning("the job record was not written: %s", exc.detail)
-
-
-async def read_record(path: str) -> JobRecord | None:
-    """Return the record at a path of the bucket, or None. Raises ResourceFailed."""
+async def read_file(path: str, retry: RetryPolicy) -> bytes | None:
+    """Return a file of the bucket, None if it does not exist. Raises ResourceFailed."""
     url = storage_url(path, "authenticated/")
     try:
         response = await call_provider(
-            "supabase", "GET", url, UPLOAD_RETRY, headers=storage_headers()
+            "supabase", "GET", url, retry, headers=storage_headers(), timeout=ENTRY_TIMEOUT
         )
     except ResourceFailed as exc:
         if exc.response and exc.response.effective_status == 404:
             return None
         raise
+    return response.body
+
+
+async def read_entry(path: str) -> JobEntry | None:
+    """Return an entry of a log, or None if it does not exist. Raises ResourceFailed."""
+    content = await read_file(path, ENTRY_RETRY)
+    if content is None:
+        return None
     try:
-        return JobRecord.model_validate_json(response.body)
+        return JobEntry.model_validate_json(content)
     except ValidationError as exc:
         message = f"The file {path} in the bucket is not one of this service's; remove it."
         raise ResourceFailed(message, "supabase", retryable=False) from exc
 
 
-async def load_record(job: Job) -> JobRecord | None:
-    """Return the record of a job's key once no other instance is at work on it; None: there is none.
+class LogPosition(NamedTuple):
+    """The last entry of a log, and how old it and the first one are by the storage's own clock."""
 
-    Raises InvalidInput if it is of another body, ResourceFailed.
+    number: int  # 0: there is none
+    age_s: float
+    first_age_s: float
+
+
+async def find_last_entry(folder: str) -> LogPosition:
+    """List a log. Raises ResourceFailed."""
+    settings = get_settings()
+    base_url = settings.required("supabase_url")
+    response = await call_provider(
+        "supabase",
+        "POST",
+        f"{base_url}/storage/v1/object/list/{settings.supabase_bucket}",
+        LIST_ENTRIES_RETRY,
+        headers=storage_headers(),
+        json={"prefix": folder, "limit": MAX_LOG_ENTRIES},
+        timeout=ENTRY_TIMEOUT,
+    )
+    now = parse_http_date(response.headers.get("date"))
+    if not isinstance(response.payload, list):  # not "there is none": that would pay again
+        raise ResourceFailed("Supabase Storage answered without a list of files.", "supabase")
+    ages_s: dict[int, float] = {}
+    for item in response.payload:
+        match = re.fullmatch(r"(\d{4})\.json", str(get_in(item, "name")))
+        if match:
+            ages_s[int(match[1])] = age_of(get_in(item, "created_at"), now)
+    if not ages_s:
+        return LogPosition(0, 0.0, 0.0)
+    last = max(ages_s)
+    return LogPosition(last, ages_s[last], ages_s[min(ages_s)])
+
+
+def age_of(created_at: Any, now: float | None) -> float:
+    """Return the seconds since an ISO date; 0 if either is unknown: young is the safe side."""
+    with suppress(ValueError):
+        created = datetime.fromisoformat(str(created_at).replace("Z", "+00:00"))
+        if now is not None and created.tzinfo:
+            return max(0.0, now - created.timestamp())
+    return 0.0
+
+
+async def write_once(path: str, entry: JobEntry, retry: RetryPolicy) -> JobEntry:
+    """Write an entry unless the path exists; return the entry that is there. Raises ResourceFailed.
+
+    Of all who move a file to one path, exactly one succeeds. After any other answer the path
+    itself says who has: a move that was repeated because its answer was lost is refused as
+    well.
     """
-    while job.record:
-        record = await read_record(job.name)
-        if record is None:
-            return None
-        if record.request_digest != job.record.request_digest:
-            raise invalid_field("Idempotency-Key", KEY_REUSED, "header")
-        is_fresh = abs(time.time() - record.updated_at) < patience_s(LEASE_SHARE)
-        is_others = record.owner not in ("", INSTANCE_ID)
-        can_resume = record.result or record.partial.prediction_id
-        if can_resume or not (is_others and is_fresh):
-            return record
-        await asyncio.sleep(patience_s(LEASE_SHARE) / 30)
-    return None
-
-
-def resume_from(job: Job, record: JobRecord) -> None:
-    """Continue a job from what an earlier request, or another instance, has left."""
-    job.record = record.model_copy(update={"owner": INSTANCE_ID})
-    job.partial = record.partial
-    # An owner that has not given up may have sent a create just after its last write.
-    grace_s = patience_s(SEARCH_SHARE) if record.owner else 0
-    job.search_window = SearchWindow(record.created_at, record.updated_at + grace_s)
-
-
-async def run_idempotent(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
-    """Answer a job with a key from its record if it is done, resume it, or begin it."""
-    record = await load_record(job)
-    if record:
-        resume_from(job, record)
-        if record.result:
-            job.replayed = True
-            return record.result
-    await save_record(job)
-
+    settings = get_settings()
+    source = f"jobs/new/{entry.entry_id}.json"
+    content = entry.model_dump_json(exclude_none=True).encode()
+    await supabase_upload(source, content, "application/json", retry, timeout=ENTRY_TIMEOUT)
     try:
-        result = await work()
-    except BaseException:
-        save_s = min(patience_s(SEARCH_SHARE), MAX_RECORD_SAVE_S)
-        with anyio.move_on_after(save_s, shield=True):  # other instances need not wait for us
-            await save_record(job, required=False, owner="")
-        raise
-    with suppress(asyncio.CancelledError):  # a result is a result, also at the deadline
-        await save_record(job, PAID_UPLOAD_RETRY, required=False, result=result)
-    return result
+        await call_provider(
+            "supabase",
+            "POST",
+            f"{settings.required('supabase_url')}/storage/v1/object/move",
+            retry,
+            headers=storage_headers(),
+            json={
+                "bucketId": settings.supabase_bucket,
+                "sourceKey": source,
+                "destinationKey": path,
+            },
+            timeout=ENTRY_TIMEOUT,
+        )
+    except ResourceFailed:
+        existing = await read_entry(path)
+        if existing is None:
+            raise
+        return existing
+    return entry
+
+
+async def write_entry(
+    job: Job, retry: RetryPolicy = UPLOAD_RETRY, *, given_up: bool = False, **contents: Any
+) -> None:
+    """Write the next entry of a job with a key. Raises ClaimLost if another has, ResourceFailed."""
+    assert job.log is not None
+    async with job.log.lock:
+        await write_next_entry(job, job.log, retry, given_up, **contents)
+
+
+async def write_next_entry(
+    job: Job, log: JobLog, retry: RetryPolicy, given_up: bool = False, **contents: Any
+) -> None:
+    """Do what write_entry does; the caller holds the log's lock."""
+    while not log.is_lost:
+        entry = JobEntry(
+            entry_id=uuid.uuid4().hex,
+            owner="" if given_up else log.owner,
+            request_digest=log.request_digest,
+            partial=job.partial,
+            **contents,
+        )
+        started_at = time.monotonic()
+        existing = await write_once(f"{log.folder}/{log.number + 1:04}.json", entry, retry)
+        log.number += 1
+        log.entry = existing
+        if existing.entry_id == entry.entry_id:
+            log.written_at = started_at
+            return
+        # Not lost if it is our own: an earlier write whose answer did not arrive.
+        log.is_lost = existing.owner != log.owner
+    raise ClaimLost
+
+
+async def claim(job: Job, payment: Payment) -> None:
+    """Claim the right to pay; a job without a key needs none. Raises ClaimLost, ResourceFailed."""
+    if job.log:
+        await write_entry(job, claim=payment)
+
+
+async def confirm_claim(job: Job) -> None:
+    """Just before paying, make sure that a claim which has become old is still ours.
+
+    Raises ClaimLost.
+    """
+    log = job.log
+    if log is None:
+        return
+    while log.owns_claim():
+        if time.monotonic() - log.written_at <= patience_s(LEASE_SHARE) / 2:
+            return
+        await renew_claim(job, log)
+    raise ClaimLost
+
+
+async def renew_claim(job: Job, log: JobLog) -> None:
+    """Write the job's claim once more, if it holds one by the time that it can.
+
+    Raises as write_entry.
+    """
+    async with log.lock:
+        if log.entry and log.owns_claim():
+            await write_next_entry(job, log, UPLOAD_RETRY, claim=log.entry.claim)
+
+
+async def renew_claims(job: Job) -> None:
+    """Show other instances, as long as the job holds a claim, that it is at work."""
+    log = job.log
+    assert log is not None
+    while not log.is_lost and log.number < MAX_LOG_ENTRIES / 2:
+        await asyncio.sleep(patience_s(LEASE_SHARE) / 3)
+        try:
+            await renew_claim(job, log)
+        except ClaimLost:
+            return  # the job's own next write says so, too
+        except ServiceError as exc:
+            logger.warning("the job's claim was not renewed: %s", exc.detail)
 
 
 async def record_prediction(job: Job) -> None:
-    """Record the prediction that was just created, also if the job is being cancelled."""
+    """Record the prediction that was just created, also if the job is being cancelled.
+
+    Raises ClaimLost.
+    """
+    if job.log is None:
+        return
     with anyio.move_on_after(patience_s(MAX_WAIT_SHARE), shield=True):
-        await save_record(job, required=False)
+        try:
+            await write_entry(job)
+        except ServiceError as exc:
+            logger.warning("the prediction was not recorded: %s", exc.detail)
 
 
-async def renew_record(job: Job) -> None:
-    """Show other instances, while a create is throttled, that this one is still at work."""
-    if job.record and time.time() - job.record.updated_at > patience_s(LEASE_SHARE) / 3:
-        await save_record(job, required=False)
+async def follow_log(job: Job) -> JobEntry | None:
+    """Wait until no other instance is at work, and take over what there is; return the last entry.
+
+    None: the job begins. Raises InvalidInput if the key belongs to another body, ResourceFailed.
+    """
+    log = job.log
+    assert log is not None
+    seen_at = time.monotonic()
+    while True:
+        position = await find_last_entry(log.folder)
+        if position.number == 0:
+            position = await read_legacy_record(log)
+        elif position.number != log.number or log.entry is None:
+            path = f"{log.folder}/{position.number:04}.json"
+            log.entry = await read_entry(path)
+            if log.entry is None:  # listed but missing does not mean that nothing was paid for
+                raise ResourceFailed(f"The file {path} in the bucket is missing.", "supabase")
+            log.number = position.number
+            seen_at = time.monotonic()
+        if log.entry is None:
+            return None
+
+        check_same_body(log, log.entry)
+        silent_s = max(position.age_s, time.monotonic() - seen_at)
+        is_at_work = log.entry.owner not in ("", log.owner)
+        if log.entry.can_resume() or not is_at_work or silent_s >= patience_s(LEASE_SHARE):
+            log.is_lost = False
+            if log.entry.claim == "video":  # its owner may have created a prediction
+                job.search_from = time.monotonic() - position.first_age_s
+                job.search_s = max(0.0, patience_s(SEARCH_SHARE) - position.age_s)
+            job.partial = log.entry.partial.model_copy()
+            return expire_video_result(log.entry, position.age_s)
+        await asyncio.sleep(patience_s(LEASE_SHARE) / 30)
 
 
-async def resume_newer_record(job: Job) -> None:
-    """Just before the video is paid for, continue from what another instance has recorded meanwhile."""
-    audio_url = job.partial.audio_url
-    record = await load_record(job)
-    if record and record.owner != INSTANCE_ID:
-        resume_from(job, record)
-        job.partial.audio_url = audio_url
-    elif audio_url:
-        await save_record(job)
+def key_reused() -> InvalidInput:
+    """Return the error for an idempotency key that belongs to another body."""
+    return invalid_field("Idempotency-Key", KEY_REUSED, "header", code="key_reused")
 
 
-# ---- Job runner: deadline, disconnects, JSON and SSE -----------------------------------------------
+def check_same_body(log: JobLog, entry: JobEntry) -> None:
+    """Raise InvalidInput if the key was used for another body.
+
+    One that paid for nothing is free.
+    """
+    if entry.request_digest != log.request_digest and not entry.is_unused():
+        raise key_reused()
+
+
+def expire_video_result(entry: JobEntry, age_s: float) -> JobEntry:
+    """Return the entry; the result of a silent video becomes a refusal when its URL has expired."""
+    if isinstance(entry.result, VideoResult) and age_s >= VIDEO_URL_LIFETIME_S:
+        refusal = Refusal(
+            http_status=400,
+            category="provider",
+            code="video_expired",
+            provider="replicate",
+            detail=VIDEO_EXPIRED,
+        )
+        return entry.model_copy(update={"result": None, "refusal": refusal})
+    return entry
+
+
+async def run_idempotent(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
+    """Answer a job with a key from its log if it is done; else begin, resume or take over.
+
+    Follow if lost.
+    """
+    while True:
+        entry = await follow_log(job)
+        if entry and entry.refusal:
+            raise entry.refusal.as_error()
+        if entry and entry.result:
+            job.replayed = not job.timings
+            return entry.result
+        with suppress(ClaimLost):
+            return await run_and_record(job, work)
+        logger.info("another instance has taken the job over")
+
+
+async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
+    """Run a job's work, renewing its claims, and write how it ended.
+
+    Raises ClaimLost, or as `work`.
+    """
+    renewal = asyncio.create_task(renew_claims(job))
+    try:
+        result = await work()
+    except ClaimLost:
+        raise
+    except ServiceError as exc:
+        await record_end(job, exc)
+        raise
+    except asyncio.CancelledError:
+        await record_end(job, job.cancellation_error())
+        raise
+    finally:
+        renewal.cancel()
+
+    # A result is a result, also at the deadline; but only the one in the log is everybody's answer.
+    with anyio.move_on_after(MAX_RESULT_WRITE_S, shield=True):
+        await write_entry(job, PAID_UPLOAD_RETRY, result=result)
+        return result
+    raise ResourceFailed(
+        "The result could not be recorded; send the same request again.", "supabase"
+    )
+
+
+async def record_end(job: Job, error: ServiceError) -> None:
+    """Write that a job was refused for good, or that it has given its claim up: others need
+    not wait.
+    """
+    log = job.log
+    # Not a rejected key or plan, which the owner can change: the video is paid for, and may
+    # be there.
+    may_be_final = error.http_status == 400 or job.past_deadline()
+    is_refused = may_be_final and not error.retryable and error.category == "provider"
+    is_final = job.partial.prediction_id and is_refused
+    if log is None or not (is_final or log.owns_claim()):
+        return
+    with anyio.move_on_after(MAX_RECORD_SAVE_S, shield=True):
+        try:
+            if is_final:
+                refusal = Refusal.model_validate(error, from_attributes=True)
+                await write_entry(job, refusal=refusal)
+            else:
+                await write_entry(job, given_up=True, claim=open_claim(job, error))
+        except ServiceError as exc:
+            logger.warning("the end of the job was not recorded: %s", exc.detail)
+
+
+def open_claim(job: Job, error: ServiceError) -> Payment | None:
+    """Return the claim that may have been paid for; None if a provider rejected the request."""
+    if job.log is None or job.log.entry is None or error.http_status == 400:
+        return None
+    return job.log.entry.claim
+
+
+class LegacyRecord(BaseModel):
+    """What earlier versions kept in one file, jobs/<HMAC of the key>.json.
+
+    A deploy overlaps them.
+    """
+
+    body: str
+    written: float
+    writer: HexId | Literal[""]
+    partial: PartialResult = PartialResult()
+    answer: SpeechResult | VideoResult | None = None
+
+
+async def read_legacy_record(log: JobLog) -> LogPosition:
+    """Read an earlier version's record, where there is no log, as if it were its last entry."""
+    content = await read_file(f"{log.folder}.json", UPLOAD_RETRY)
+    if content is None:
+        return LogPosition(0, 0.0, 0.0)
+    try:
+        record = LegacyRecord.model_validate_json(content)
+        digest = log.request_digest if record.body == log.legacy_digest else record.body
+        log.entry = JobEntry(
+            entry_id=uuid.uuid4().hex,
+            owner=record.writer,
+            request_digest=digest,
+            claim="video",
+            partial=record.partial,
+            result=record.answer,
+        )
+    except ValidationError as exc:
+        message = f"The file {log.folder}.json is not one of this service's; remove it."
+        raise ResourceFailed(message, "supabase", retryable=False) from exc
+    age_s = abs(time.time() - record.written)
+    return LogPosition(0, age_s, age_s + get_settings().job_timeout_seconds)
+
+
+# ---- Job runner: deadline, disconnects, JSON and SSE ---------------------------------------------
 
 Body = TypeVar("Body", bound=JobPromptOnly)
 Work = Callable[[Body, Job], Awaitable[BaseModel]]
@@ -3347,10 +5078,23 @@ async def answer_job(request: Request, body: Body, key: str | None, work: Work[B
     # Starlette cancels no plain handler when its client disconnects.
     watcher = asyncio.create_task(watch_disconnect(request, job, events))
     if job.task:
-        job.task.add_done_callback(lambda _: watcher.cancel())
+        end_with_job(watcher, job.task)
     if prefers_event_stream(request.headers.get("accept", "")):
         return await stream_job(job, events)
     return await wait_for_job(job, events)
+
+
+def end_with_job(watcher: asyncio.Task[None], job_task: asyncio.Task[None]) -> None:
+    """Cancel a client's watcher when the job ends; a client that has left is forgotten at once."""
+
+    def cancel_watcher(_: object) -> None:
+        watcher.cancel()
+
+    def forget_watcher(_: object) -> None:
+        job_task.remove_done_callback(cancel_watcher)
+
+    job_task.add_done_callback(cancel_watcher)
+    watcher.add_done_callback(forget_watcher)
 
 
 async def wait_for_job(job: Job, events: Events) -> Response:
@@ -3366,7 +5110,10 @@ async def wait_for_job(job: Job, events: Events) -> Response:
 
 
 async def stream_job(job: Job, events: Events) -> Response:
-    """Return the job's event stream. Raises its ServiceError if it failed before the first event."""
+    """Return the job's event stream.
+
+    Raises its ServiceError if it failed before the first event.
+    """
     first_chunk = await next_sse_chunk(job, events)
     if first_chunk is None:
         job.unsubscribe(events)
@@ -3411,19 +5158,22 @@ def prefers_event_stream(accept: str) -> bool:
 
 
 def start_job(request: Request, body: Body, key: str | None, work: Work[Body]) -> Job:
-    """Return a new job, or the one that runs with the same key. Raises InvalidInput, MissingSetting."""
+    """Return a new job, or the one that runs with the same key.
+
+    Raises InvalidInput, MissingSetting.
+    """
     job = Job(request.state.request_id)
     request.state.job = job
     state = app_state()
     if key is None:
         coro = work(body, job)
     else:
-        job.record = new_record(request.url.path, body)
-        job.name = record_path(key)
+        job.log = new_log(request.url.path, body, key)
+        job.name = job.log.folder
         running = state.jobs.get(job.name)
-        if running and running.record:
-            if running.record.request_digest != job.record.request_digest:
-                raise invalid_field("Idempotency-Key", KEY_REUSED, "header")
+        if running and running.log:
+            if running.log.request_digest != job.log.request_digest:
+                raise key_reused()
             logger.info("joins the job of request_id=%s", running.request_id)
             request.state.job = running
             return running
@@ -3443,7 +5193,10 @@ async def run_job(job: Job, coro: Awaitable[BaseModel]) -> None:
     finally:
         if job.result is None:
             job.result = job.cancellation_error()
-        app_state().jobs.pop(job.name, None)  # from now on only the record knows of it
+            if job.log and not job.log.is_refused():  # another instance may still succeed, or has
+                job.result.retryable = True
+        app_state().jobs.pop(job.name, None)  # from now on only its log knows of it
+        app_state().video_budget.release(job.name)
         job.finish()
 
 
@@ -3452,7 +5205,7 @@ async def watch_disconnect(request: Request, job: Job, events: Events) -> None:
     message = await request.receive()
     while message["type"] != "http.disconnect":
         message = await request.receive()
-    if job.record:
+    if job.log:
         job.unsubscribe(events)
         events.put_nowait(None)
     else:
@@ -3468,7 +5221,9 @@ class EventStreamResponse(EventSourceResponse):
 
 
 async def sse_stream(job: Job, first_chunk: bytes | None, events: Events) -> AsyncIterator[bytes]:
-    """Yield every stage event, comments while there is none, then exactly one `result` or `error`."""
+    """Yield every stage event, comments while there is none, then exactly one `result` or
+    `error`.
+    """
     chunk = first_chunk
     while chunk is not None:
         yield chunk
@@ -3485,7 +5240,10 @@ async def sse_stream(job: Job, first_chunk: bytes | None, events: Events) -> Asy
 
 
 async def next_sse_chunk(job: Job, events: Events) -> bytes | None:
-    """Return the next stage event, or a comment after KEEPALIVE_SECONDS; None after the last event."""
+    """Return the next stage event, or a comment after KEEPALIVE_SECONDS.
+
+    None after the last event.
+    """
     try:
         with anyio.move_on_after(get_settings().keepalive_seconds):
             event = await events.get()
@@ -3499,7 +5257,7 @@ async def next_sse_chunk(job: Job, events: Events) -> bytes | None:
     return KEEPALIVE_COMMENT
 
 
-# ---- Job pipelines ---------------------------------------------------------------------------------
+# ---- Job pipelines -------------------------------------------------------------------------------
 #
 # Each step asks job.partial whether an earlier request has done it already.
 
@@ -3513,12 +5271,14 @@ async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
 
 
 async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
-    """Make a final video. The cheap step comes first, so that a bad text, voice or bucket costs no video."""
+    """Make a final video.
+
+    The cheap step comes first, so that a bad text, voice or bucket costs no video.
+    """
     require_settings(SPEECH_JOB_SETTINGS)
     check_text(body.text)
     model = await check_job(body, job, has_speech=True)
-    with tempfile.TemporaryDirectory(prefix="talking-pet-") as folder_name:
-        folder = Path(folder_name)
+    async with job_folder() as folder:
         speech = folder / "speech"
         audio_url = await make_speech(body, job, speech)
         video_url = await make_video(body, model, job, audio_url)
@@ -3526,17 +5286,50 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
         video = folder / "video.mp4"
         with job.stage("download"):
             await download(video_url, video)
-            video_format = await asyncio.to_thread(read_video_format, video)
+            read_format = partial(asyncio.to_thread, read_video_format, video)
+            video_format = await wait_out_descriptors(read_format)
 
-        video_speaks = model.speech_field is not None
-        final = await make_final_video(
-            video, video_format, None if video_speaks else speech, body.fit, job
-        )
+        # A model that takes speech makes a video that speaks by itself.
+        speech_to_mux = speech if model.speech_field is None else None
+        final = await make_final_video(video, video_format, speech_to_mux, body.fit, job)
 
+        final_seconds = await asyncio.to_thread(mp4_seconds, final)
         with job.stage("final_upload"):
             path = f"videos/{uuid.uuid4()}.mp4"
             final_url = await supabase_upload(path, final, "video/mp4", PAID_UPLOAD_RETRY)
-    return SpeechResult(audio_url=audio_url, video_url=video_url, final_url=final_url)
+
+    heard_in_full = model.speech_field is not None
+    return SpeechResult(
+        audio_url=audio_url,
+        video_url=video_url,
+        final_url=final_url,
+        audio_seconds=job.audio_seconds,
+        final_seconds=final_seconds,
+        cut_seconds=0.0 if heard_in_full else cut_seconds(job.audio_seconds, final_seconds),
+    )
+
+
+def cut_seconds(audio_seconds: float | None, final_seconds: float | None) -> float | None:
+    """Return how much of the speech is not heard, because the final video ends before.
+
+    None: unknown.
+    """
+    if audio_seconds is None or final_seconds is None:
+        return None
+    seconds = SPEECH_OFFSET_MS / 1000 + audio_seconds - final_seconds
+    return round(seconds, 2) if seconds >= CUT_TOLERANCE_S else 0.0
+
+
+@asynccontextmanager
+async def job_folder() -> AsyncIterator[Path]:
+    """Yield a folder for a job's files, which is removed whatever happens."""
+    folder = tempfile.TemporaryDirectory(prefix="talking-pet-")
+    try:
+        yield Path(folder.name)
+    finally:
+        with anyio.CancelScope(shield=True):
+            # Reading the folder takes a descriptor.
+            await wait_out_descriptors(partial(asyncio.to_thread, folder.cleanup))
 
 
 def check_text(text: str) -> None:
@@ -3544,7 +5337,8 @@ def check_text(text: str) -> None:
     max_chars = get_settings().tts_max_chars
     if len(text) > max_chars:
         message = f"has {len(text)} characters, the most is {max_chars}"
-        raise invalid_field("text", message)
+        params: ErrorParams = {"max": max_chars, "got": len(text)}
+        raise invalid_field("text", message, code="too_long", params=params)
 
 
 async def check_job(body: JobPromptOnly, job: Job, has_speech: bool = False) -> VideoModel:
@@ -3553,7 +5347,12 @@ async def check_job(body: JobPromptOnly, job: Job, has_speech: bool = False) -> 
     audio_url = EXAMPLE_AUDIO_URL if has_speech else None  # the speech's own URL is not known yet
     build_model_input(model, body, audio_url)
     if job.partial.prediction_id is None:
+        app_state().create_line.check_turn(job)
+        if has_speech and job.partial.audio_url is None:
+            app_state().speech_line.check_turn(job)
         await check_picture(body.image_url)
+    if job.search_from is None and job.partial.prediction_id is None:  # else it may be paid for
+        app_state().video_budget.reserve(job.name)
     return model
 
 
@@ -3563,7 +5362,9 @@ async def make_speech(body: JobPromptTTS, job: Job, target: Path) -> str:
     audio_url = job.partial.audio_url
     if audio_url is None:
         with job.stage("speech"):
-            speech = await elevenlabs_tts_bytes(body.text, body.voice_id)
+            await claim(job, "speech")
+            speech = await elevenlabs_tts_bytes(body.text, body.voice_id, job)
+            job.audio_seconds = await asyncio.to_thread(speech_seconds, speech)
 
     with job.stage("audio_upload"):
         if audio_url is None and speech is not None:
@@ -3576,11 +5377,15 @@ async def make_speech(body: JobPromptTTS, job: Job, target: Path) -> str:
         if speech is not None and target.stat().st_size != len(speech):  # noqa: ASYNC240
             message = "The speech's public URL answers with another file; is SUPABASE_URL right?"
             raise ResourceFailed(message, "supabase", retryable=False)
+        if speech is None:  # an earlier request's
+            stored = await asyncio.to_thread(target.read_bytes)
+            job.audio_seconds = await asyncio.to_thread(speech_seconds, stored)
     return audio_url
 
 
 async def download_speech(audio_url: str, target: Path) -> None:
-    """Fetch the speech as everybody would: a bucket that is not public shows before a video is paid for.
+    """Fetch the speech as everybody would: a bucket that is not public shows before a video
+    is paid for.
 
     Raises ResourceFailed.
     """
@@ -3593,6 +5398,7 @@ async def download_speech(audio_url: str, target: Path) -> None:
                 "The speech was stored, but the bucket is not public: make it so, or change"
                 f" SUPABASE_BUCKET={bucket}. {exc.detail}"
             )
+            exc.code = "bucket_not_public"
             exc.provider = "supabase"
             exc.retryable = False
         raise
@@ -3603,7 +5409,8 @@ async def make_video(
 ) -> str:
     """Make the silent video, or resume the one that is recorded; return its URL."""
     with job.stage("video"):
-        await resume_newer_record(job)
+        if job.partial.prediction_id is None:
+            await claim(job, "video")
         video_url = await replicate_video_from_prompt(body, audio_url, job, model)
     job.partial.video_url = video_url
     return video_url
@@ -3612,24 +5419,26 @@ async def make_video(
 async def make_final_video(
     video: Path, video_format: VideoFormat, speech: Path | None, fit: Fit, job: Job
 ) -> Path:
-    """Make a video that plays everywhere and says the speech; None: the model's video speaks by itself.
+    """Make a video that plays everywhere and says the speech; None: the model's video speaks
+    by itself.
 
     Raises ResourceFailed, OSError.
     """
     if not plays_everywhere(video_format, as_it_is=speech is None):
         with job.stage("convert"):
             converted = video.with_name("converted.mp4")
-            video = await convert_video(video, video_format, converted, with_sound=speech is None)
+            convert = partial(convert_video, video, video_format, converted, speech is None)
+            video = await wait_out_descriptors(convert)
     if speech is None:
         return video
 
     final = video.with_name("final.mp4")
     with job.stage("mux"):
-        await mux_video_audio(video, speech, final, fit)
+        await wait_out_descriptors(partial(mux_video_audio, video, speech, final, fit))
     return final
 
 
-# ---- Routes ----------------------------------------------------------------------------------------
+# ---- Routes --------------------------------------------------------------------------------------
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request cannot succeed as it is", "model": ErrorBody},
@@ -3637,7 +5446,10 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "The service or a provider failed; `partial` holds what was made",
         "model": ErrorBody,
     },
-    "default": {"description": "No such route or method", "model": ErrorBody},
+    "default": {
+        "description": "No such route or method, no valid token, or the spending limit",
+        "model": ErrorBody,
+    },
 }
 EVENT_STREAM_DESCRIPTION = """With `Accept: text/event-stream`: `stage` events as the job proceeds, \
 comments while nothing happens, then one `result` (the JSON body) or one `error` (the error body and \
@@ -3647,7 +5459,12 @@ EXAMPLE_STAGE = StageEvent(
 )
 EXAMPLE_VIDEO_RESULT = VideoResult(video_url=EXAMPLE_VIDEO_URL)
 EXAMPLE_SPEECH_RESULT = SpeechResult(
-    audio_url=EXAMPLE_AUDIO_URL, video_url=EXAMPLE_VIDEO_URL, final_url=EXAMPLE_FINAL_URL
+    audio_url=EXAMPLE_AUDIO_URL,
+    video_url=EXAMPLE_VIDEO_URL,
+    final_url=EXAMPLE_FINAL_URL,
+    audio_seconds=1.62,
+    final_seconds=2.12,
+    cut_seconds=0,
 )
 
 
@@ -3677,7 +5494,9 @@ def job_responses(example: BaseModel) -> dict[int | str, dict[str, Any]]:
     }
     content = {
         "application/json": {"example": example.model_dump()},
-        "text/event-stream": {"itemSchema": event_schema, "example": text},
+        # OpenAPI 3.2 has itemSchema; generators of clients still read 3.1, and a schema
+        # of the whole body would give every call of theirs two types.
+        "text/event-stream": {"x-itemSchema": event_schema, "example": text},
     }
     return {200: {"content": content}, **ERROR_RESPONSES}
 
@@ -3724,7 +5543,7 @@ async def jobs_prompt_tts(
 @app.post("/debug/head", responses=ERROR_RESPONSES)
 async def debug_head(body: HeadRequest) -> HeadResult:
     """Look at a remote file: status, content type and size of a file on the public internet."""
-    return await head(body.url, HEAD_TIMEOUT_S)
+    return await head(body.url, HEAD_TIMEOUT_S, app_state().head_slots)
 
 
 def openapi() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,14 +25,26 @@ def wait_for(page: Page, state: str) -> None:
 
 def make_video(page: Page, **fields: str) -> None:
     """Fill in fields by their id and start the job."""
+    fill_in(page, **fields)
+    page.click("#start")
+
+
+def fill_in(page: Page, **fields: str) -> None:
+    """Fill in fields by their id, also those under "More"."""
+    page.evaluate("document.getElementById('more').open = true")
     for name, value in fields.items():
         page.fill(f"#{name}", value)
-    page.click("#start")
+
+
+def keep_going(page: Page, *, on: bool) -> None:
+    """Choose whether the job has a key."""
+    page.evaluate("document.getElementById('more').open = true")
+    page.set_checked("#keep", on)
 
 
 def failure(page: Page, *, key: bool = True, **fields: str) -> str:
     """Run a job that fails, and return what the page says; without a key nothing is retried."""
-    page.set_checked("#keep", key)
+    keep_going(page, on=key)
     make_video(page, **fields)
     return page.locator(FAILURE).inner_text(timeout=JOB_MS)
 
@@ -49,7 +62,7 @@ def slow_down_videos(sandbox: Sandbox, seconds: float = 1.5) -> None:
 def wait_until_video_starts(page: Page) -> None:
     """Wait until the video is being made."""
     expect(page.locator("#stages li[data-state=started]")).to_contain_text(
-        "Animate the picture", timeout=JOB_MS
+        "Animating the picture", timeout=JOB_MS
     )
 
 
@@ -108,7 +121,9 @@ def test_whatever_a_model_hands_over_is_seen(page: Page, video_format: str) -> N
     usual = page.evaluate(FRAME)
 
     make_video(page, model=f"sandbox/{video_format}", resolution="240p", seconds="2")
-    page.wait_for_selector("#stages li[data-state=done] >> text=Convert the video", timeout=JOB_MS)
+    page.wait_for_selector(
+        "#stages li[data-state=done] >> text=Converting the video", timeout=JOB_MS
+    )
     wait_for(page, "done")
     assert_plays(page)
     assert page.locator("#stages li[data-state=done]").count() == 7
@@ -146,7 +161,7 @@ def test_settings_reach_the_model_and_empty_ones_are_left_out(page: Page, sandbo
         make_video(page, seconds="10", resolution="512p")
     wait_for(page, "done")
     job = json.loads(sent.value.post_data or "")
-    assert (job["seconds"], job["resolution"], job["fit"]) == (10, "512p", "shortest")
+    assert (job["seconds"], job["resolution"], job["fit"]) == (10, "512p", "speech")
     assert "model" not in job
     assert sandbox.calls("create")[0].body.count(b"512p") == 1
 
@@ -198,7 +213,7 @@ def test_models_and_voices_are_chosen_from_lists_or_typed(page: Page, sandbox: S
     offered = "id => [...document.getElementById(id).options].map(option => option.value)"
     assert set(page.evaluate(offered, "models")) == set(sandbox.replicate.models)
     assert sandbox.voice_id in page.evaluate(offered, "voices")
-    page.fill("#model", "wan-video/wan-2.5-i2v")
+    fill_in(page, model="wan-video/wan-2.5-i2v")
     expect(page.locator("#model-hint")).to_contain_text("lips move")
     with page.expect_request("**/jobs_prompt_tts") as sent:
         message = failure(page, model="typed/by-hand")
@@ -249,7 +264,7 @@ def test_a_lost_connection_is_retried(page: Page, sandbox: Sandbox, has_response
 
     page.route("**/jobs_prompt_tts", fail, times=1)
     make_video(page)
-    expect(page.locator("#status")).to_contain_text("Retrying in 1 s")
+    expect(page.locator("#status")).to_contain_text("Trying again in 1 s")
     expect(page.locator("#aside")).to_contain_text(
         "502" if has_response else "The connection failed"
     )
@@ -266,19 +281,43 @@ def test_a_restarted_service_continues_the_job(
     make_video(page, service=service.url)
     wait_until_video_starts(page)
     service.stop(signal.SIGKILL)
-    expect(page.locator("#status")).to_contain_text("Retrying in")
+    expect(page.locator("#status")).to_contain_text("Trying again in")
     service.start()
     wait_for(page, "done")
     expect(page.locator("#stages li[data-state=done]")).to_have_count(6)
     assert (len(sandbox.calls("speech")), videos_paid_for(sandbox)) == (1, 1)
 
 
-def test_a_copied_tab_waits_for_the_same_video(page: Page, sandbox: Sandbox) -> None:
-    """The browser copies the tab's session, and both tabs show the one video."""
+def test_a_closed_tab_finds_its_video(page: Page, sandbox: Sandbox) -> None:
+    """A tab opened after it was closed goes on with the job by itself, and one video is paid for."""
+    slow_down_videos(sandbox)
+    make_video(page, text="Before and after.")
+    wait_until_video_starts(page)
+    page.close()
+    later = page.context.new_page()
+    later.goto(sandbox.url)
+    wait_for(later, "done")
+    assert later.input_value("#text") == "Before and after."
+    assert videos_paid_for(sandbox) == 1
+
+
+def test_another_tab_does_not_lose_a_job(page: Page, sandbox: Sandbox) -> None:
+    """A job that another tab has finished meanwhile does not remove the one that this tab keeps."""
     slow_down_videos(sandbox)
     make_video(page)
     wait_until_video_starts(page)
-    with page.expect_popup() as opened:  # unlike a link, this copies the tab's session
+    kept = page.evaluate("localStorage.order.replace(/[0-9a-f]{8}-/, 'ffffffff-')")
+    page.evaluate("kept => localStorage.setItem('order', kept)", kept)
+    wait_for(page, "done")
+    assert page.evaluate("localStorage.order") == kept
+
+
+def test_a_copied_tab_waits_for_the_same_video(page: Page, sandbox: Sandbox) -> None:
+    """Both tabs show the one video."""
+    slow_down_videos(sandbox)
+    make_video(page)
+    wait_until_video_starts(page)
+    with page.expect_popup() as opened:
         page.evaluate("open(location.href)")
     for tab in (page, opened.value):
         wait_for(tab, "done")
@@ -292,10 +331,12 @@ def test_stop_waiting_does_not_stop_the_job(page: Page, sandbox: Sandbox) -> Non
     make_video(page)
     wait_until_video_starts(page)
     expect(page.locator("#cancel")).to_have_text("Stop waiting")
-    expect(page.locator("#aside")).to_contain_text("it is paid for")
+    expect(page.locator("#aside")).to_contain_text(
+        "the video is still made and charged. Reload to pick it up again."
+    )
     page.click("#cancel")
     expect(page.locator("#status")).to_have_text("No longer waiting")
-    expect(page.locator("#failure")).to_contain_text("Paid for: the speech")
+    expect(page.locator("#failure")).to_contain_text("Charged so far: the speech")
     page.reload()
     expect(page.locator("#start")).to_have_text("Continue this video")
     page.click("#start")
@@ -333,18 +374,31 @@ def test_after_a_final_error_the_same_form_is_a_new_job(page: Page, sandbox: San
     assert videos_paid_for(sandbox) == 2
 
 
+def test_an_error_that_is_not_retryable_uses_up_the_key(page: Page, sandbox: Sandbox) -> None:
+    """Whatever its status is: the next attempt has another key."""
+    sandbox.fault("create", "status", status=401)
+    with page.expect_request("**/jobs_prompt_tts") as first:
+        make_video(page)
+    wait_for(page, "failed")
+    expect(page.locator("#start")).to_have_text("Make the video")
+    with page.expect_request("**/jobs_prompt_tts") as second:
+        make_video(page)
+    wait_for(page, "done")
+    assert sent_key(first.value) != sent_key(second.value)
+
+
 def test_without_a_key_cancel_stops_the_job_at_the_provider(page: Page, sandbox: Sandbox) -> None:
     """The prediction is canceled, the page says what was paid for and is ready for the next job."""
     sandbox.outcome("never")
-    page.uncheck("#keep")
+    keep_going(page, on=False)
     with page.expect_request("**/jobs_prompt_tts") as sent:
         make_video(page)
     wait_until_video_starts(page)
-    expect(page.locator("#aside")).to_contain_text("ends the job")
+    expect(page.locator("#aside")).to_contain_text("no video is made")
     page.click("#cancel")
     expect(page.locator("#status")).to_have_text("Cancelled")
     expect(page.locator("#failure")).to_contain_text(
-        "Paid for: the speech and the part of the video"
+        "Charged so far: the speech and the part of the video"
     )
     expect(page.locator("#start")).to_be_enabled()
     page.wait_for_timeout(1000)
@@ -357,14 +411,182 @@ def test_leaving_a_job_without_a_key_needs_a_confirmation(page: Page, sandbox: S
     dialogs: list[str] = []
     page.on("dialog", lambda dialog: (dialogs.append(dialog.type), dialog.accept()))
     sandbox.outcome("never")
-    page.uncheck("#keep")
+    keep_going(page, on=False)
     make_video(page)
     wait_until_video_starts(page)
     page.reload()
-    expect(page.locator("#failure")).to_contain_text("Paid for: the speech")
+    expect(page.locator("#failure")).to_contain_text("Charged so far: the speech")
     assert dialogs == ["beforeunload"]
     page.reload()
     expect(page.locator("#failure")).to_be_hidden()
+
+
+# ---- Stages and texts that a short job on the sandbox does not have
+
+
+def sse(name: str, **data: object) -> str:
+    """One event."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+
+
+def respond(page: Page, *events: str) -> None:
+    """Let the next job be answered with these events."""
+    page.route(
+        "**/jobs_prompt_tts",
+        lambda route: route.fulfill(
+            status=200, content_type="text/event-stream", body="".join(events)
+        ),
+        times=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("ahead", "text"),
+    [
+        (3, "waiting in line, 3 jobs ahead"),
+        (1, "waiting in line, 1 job ahead"),
+        (0, "next in line"),
+        (None, "waiting in line"),
+    ],
+)
+def test_a_job_in_line_says_how_many_are_ahead(page: Page, ahead: int | None, text: str) -> None:
+    """A provider that is busy takes the jobs one after the other."""
+    respond(
+        page,
+        sse("stage", stage="speech", state="progress", seconds=1, status="queued", ahead=ahead),
+    )
+    failure(page, key=False)
+    expect(page.locator("#stages li").first).to_contain_text(f"ElevenLabs · {text}")
+
+
+def test_a_conversion_is_shown_when_there_is_one(page: Page) -> None:
+    """It has its place between the download and the mux."""
+    respond(page, sse("stage", stage="convert", state="done", seconds=3.5))
+    failure(page, key=False)
+    titles = page.locator("#stages li span:first-child").all_inner_texts()
+    assert [title.split()[0] for title in titles] == [
+        *("Making", "Storing", "Animating", "Downloading"),
+        *("Converting", "Combining", "Storing"),
+    ]
+
+
+def test_words_that_do_not_fit_are_told_before_anything_is_charged(page: Page) -> None:
+    """The page estimates their length, and one click lets the video end with them."""
+    page.fill("#text", "Walk! " * 50)
+    expect(page.locator("#fit-hint")).to_be_empty()
+    page.select_option("#fit", "shortest")
+    expect(page.locator("#fit-hint")).to_contain_text(
+        "about 20 s to say, the video has time for 5.5 s"
+    )
+    page.locator("#fit-hint button").click()
+    assert page.input_value("#fit") == "speech"
+    expect(page.locator("#fit-hint")).to_be_empty()
+
+
+@pytest.mark.parametrize(
+    ("fit", "warning"),
+    [
+        (
+            "shortest",
+            "The speech takes 9.0 s. The video ends earlier: about 3.5 s of speech will be cut.",
+        ),
+        (
+            "video",
+            "The speech takes 9.0 s. The video ends earlier: about 3.5 s of speech will be cut.",
+        ),
+        ("speech", ""),
+    ],
+)
+def test_a_speech_that_will_be_cut_is_told_when_it_is_made(
+    page: Page, sandbox: Sandbox, fit: str, warning: str
+) -> None:
+    """Its length is known before the video is made; while the page tries again, the text stays."""
+    respond(page, sse("stage", stage="speech", state="done", seconds=1, audio_seconds=9.0))
+    slow_down_videos(sandbox, 60)
+    page.select_option("#fit", fit)
+    make_video(page)
+    expect(page.locator("#status")).to_contain_text("Trying again")
+    expect(page.locator("#cut")).to_have_text(warning)
+
+
+def test_a_speech_that_was_cut_is_told_and_all_of_it_offered(page: Page, sandbox: Sandbox) -> None:
+    """The button only changes the form: another video is charged."""
+    urls = dict.fromkeys(("audio_url", "video_url", "final_url"), sandbox.image_url)
+    respond(page, sse("result", **urls, audio_seconds=9.0, final_seconds=6.0, cut_seconds=3.5))
+    page.select_option("#fit", "shortest")
+    make_video(page)
+    wait_for(page, "done")
+    expect(page.locator("#cut")).to_contain_text("3.5 s of the speech were cut")
+    page.locator("#cut button").click()
+    assert page.input_value("#fit") == "speech"
+    expect(page.locator("#start")).to_be_focused()
+    assert sandbox.calls("speech") == []
+
+
+def test_a_picture_that_is_not_there_is_told(page: Page, sandbox: Sandbox) -> None:
+    """At the field and in place of the picture, until there is one."""
+    page.fill("#image_url", f"{sandbox.url}/pictures/gone.jpg")
+    page.locator("#image_url").blur()
+    expect(page.locator("#image_url-error")).to_have_text("There is no picture at this address.")
+    expect(page.locator("#no-picture")).to_be_visible()
+    page.fill("#image_url", sandbox.image_url)
+    page.locator("#image_url").blur()
+    expect(page.locator("#image_url-error")).to_have_count(0)
+    expect(page.locator("#no-picture")).to_be_hidden()
+
+
+def test_the_final_video_can_be_downloaded(page: Page, sandbox: Sandbox) -> None:
+    """It is saved under a name of its own, although the storage has another origin than a front end."""
+    sandbox.video_seconds = 0.5
+    make_video(page)
+    wait_for(page, "done")
+    with page.expect_download() as download:
+        page.get_by_label("Download: The final video").click()
+    assert download.value.suggested_filename == "talking-pet.mp4"
+    assert download.value.path().read_bytes()[4:8] == b"ftyp"
+
+
+def test_an_invalid_field_under_more_is_shown(page: Page) -> None:
+    """The less usual fields are folded away, but not with an error in them."""
+    expect(page.locator("#seconds")).to_be_hidden()
+    fill_in(page, service="")
+    page.evaluate("document.getElementById('more').open = false")
+    page.click("#start")
+    expect(page.locator("#service")).to_be_focused()
+
+
+def test_a_field_under_more_that_is_refused_is_shown(page: Page) -> None:
+    """Only the service knows that it is invalid."""
+    fill_in(page, seconds="soon")
+    page.evaluate("document.getElementById('more').open = false")
+    page.click("#start")
+    expect(page.locator("#seconds-error")).to_be_visible(timeout=JOB_MS)
+
+
+def test_cookies_are_sent_where_asked(page: Page, service: Service) -> None:
+    """With `credentials: "include"` a proxy's cookie reaches another origin; without it, it does not."""
+    page.context.add_cookies([{"name": "session", "value": "mine", "url": service.url}])
+    cookies: list[str | None] = []
+
+    def answer(route: Route) -> None:
+        """Note the cookie, and refuse."""
+        cookies.append(route.request.all_headers().get("cookie"))
+        headers = {
+            "access-control-allow-origin": page.url.rstrip("/"),
+            "access-control-allow-credentials": "true",
+        }
+        route.fulfill(status=403, body="No", headers=headers)
+
+    page.route("**/jobs_prompt_only", answer)
+    for credentials in ("include", "same-origin"):
+        page.evaluate(CALL_CLIENT, [service.url, credentials])
+    assert cookies == ["session=mine", None]
+
+
+CALL_CLIENT = """async ([service, credentials]) => {
+    const { makeVideo } = await import("/client.js");
+    await makeVideo({ image_url: "x", prompt: "y" }, { service, credentials }).catch(() => {});
+}"""
 
 
 # ---- Errors, read from another origin
@@ -411,7 +633,7 @@ def test_a_provider_error_names_it_and_keeps_the_speech(page: Page, sandbox: San
     message = failure(page)
     assert "Replicate rejected this job" in message
     assert "flagged as sensitive" in message
-    assert "Animate the picture" in page.locator("li[data-state=failed]").inner_text()
+    assert "Animating the picture" in page.locator("li[data-state=failed]").inner_text()
     expect(page.locator("label[for=audio_url]")).to_contain_text("still usable")
     assert page.request.get(page.input_value("#audio_url")).ok
 
@@ -441,7 +663,7 @@ def test_an_internal_error_gives_the_request_id(
     """The service stops during a job without a key: the id is in its log, too."""
     service = start_service(graceful_s=1)
     sandbox.outcome("never")
-    page.uncheck("#keep")
+    keep_going(page, on=False)
     make_video(page, service=service.url)
     wait_until_video_starts(page)
     service.stop()
@@ -458,11 +680,13 @@ def test_the_page_says_that_the_service_does_not_respond(page: Page) -> None:
 
 
 def test_the_page_shows_the_status_of_a_proxys_error(page: Page, service: Service) -> None:
-    """The response did not come from the service."""
+    """The response did not come from the service; its words are passed on."""
     page.route(
         "**/jobs_prompt_tts", lambda route: route.fulfill(status=502, body="<h1>Bad gateway</h1>")
     )
-    assert "status 502" in failure(page, key=False)
+    message = failure(page, key=False)
+    assert "status 502" in message
+    assert "Bad gateway" in message
 
 
 def test_the_page_says_that_the_stream_broke_off(page: Page) -> None:
@@ -474,7 +698,7 @@ def test_the_page_says_that_the_stream_broke_off(page: Page) -> None:
     )
     message = failure(page, key=False)
     assert "ended before the video was ready" in message
-    assert "Paid for: the speech, if it was made in time." in message
+    assert "Charged so far: the speech, if it was made in time." in message
 
 
 def test_another_origin_may_send_and_read_the_request_id(
@@ -519,6 +743,59 @@ def test_the_page_fits_a_phone(open_page: OpenPage, sandbox: Sandbox) -> None:
     page.click("#cancel")
     widths["left"] = overflow(page)
     assert widths == dict.fromkeys(widths, 0)
+
+
+def test_the_main_button_needs_no_scrolling(page: Page) -> None:
+    """On a laptop's screen."""
+    expect(page.locator("#start")).to_be_in_viewport(ratio=1)
+
+
+def test_the_step_at_work_is_in_view_on_a_phone(open_page: OpenPage, sandbox: Sandbox) -> None:
+    """The form is above it, and out of sight; its progress bar is in view, too."""
+    page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    slow_down_videos(sandbox, 2)
+    make_video(page)
+    expect(page.locator("#stages li[data-state=started] progress")).to_be_in_viewport(
+        ratio=1, timeout=JOB_MS
+    )
+
+
+@pytest.fixture(scope="module")
+def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """axe-core's script, which finds violations of WCAG."""
+    folder = tmp_path_factory.mktemp("axe")
+    command = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", "axe-core@4"]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return (folder / "node_modules" / "axe-core" / "axe.min.js").read_text(encoding="utf-8")
+
+
+VIOLATIONS = """() => axe.run(document, { resultTypes: ["violations"] })
+    .then(({ violations }) => violations.map(({ id, nodes }) => [id, nodes.map(({ html }) => html)]))"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_has_no_violation_of_accessibility(
+    open_page: OpenPage, sandbox: Sandbox, axe: str, scheme: str
+) -> None:
+    """At rest, with "More" open, working, done, failing, and with an invalid field."""
+    page = open_page(color_scheme=scheme, reduced_motion="reduce")
+    page.evaluate(axe)
+    found = {"rest": page.evaluate(VIOLATIONS)}
+    fill_in(page)
+    found["more"] = page.evaluate(VIOLATIONS)
+    slow_down_videos(sandbox, 3)
+    make_video(page)
+    page.wait_for_selector("progress", timeout=JOB_MS)
+    found["working"] = page.evaluate(VIOLATIONS)
+    assert page.get_attribute("#job", "data-state") == "working"
+    wait_for(page, "done")
+    found["done"] = page.evaluate(VIOLATIONS)
+    sandbox.outcome("failed", error="flagged")
+    failure(page)
+    found["failing"] = page.evaluate(VIOLATIONS)
+    failure(page, voice_id="../me")
+    found["invalid"] = page.evaluate(VIOLATIONS)
+    assert found == dict.fromkeys(found, [])
 
 
 def test_the_keyboard_alone_is_enough(open_page: OpenPage, sandbox: Sandbox) -> None:

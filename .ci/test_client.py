@@ -36,7 +36,8 @@ KEY = "a-key-of-one-job"
 # A front end's call of makeVideo, and what came of it. `speedup` divides every delay.
 CALL = """
 import { VideoError, makeVideo } from "./client.js";
-const { job, options, abortAt, failingDisplay, speedup, tabs } = JSON.parse(process.argv[2]);
+const { job, options, abortAt, failingDisplay, speedup, tabs, headersCode } = JSON.parse(process.argv[2]);
+if (headersCode) options.headers = eval(headersCode);
 if (speedup) {
   const setTimeout = globalThis.setTimeout;
   globalThis.setTimeout = (callback, milliseconds, ...rest) => setTimeout(callback, milliseconds / speedup, ...rest);
@@ -45,6 +46,7 @@ if (speedup) {
 function toDo(error) {
   if (!(error instanceof VideoError)) return "nothing: the user has aborted";
   if (error.errors.length) return `change ${error.errors.map(({ loc }) => loc.at(-1)).join(", ")}`;
+  if (error.status === 401) return "sign in";
   if (error.retryable) return "retry";
   if (error.category === "network") return "check the address";
   return error.status === 400 ? "change the job" : "tell the operator";
@@ -70,7 +72,7 @@ async function call() {
   } catch (error) {
     outcome.is_video_error = error instanceof VideoError;
     outcome.to_do = toDo(error);
-    outcome.error = { name: error.name, detail: error.message, ...error };
+    outcome.error = { name: error.name, message: error.message, ...error };
   }
   return outcome;
 }
@@ -128,7 +130,7 @@ class Caller:
         extras: dict[str, Any] | None = None,
         **options: Any,
     ) -> Outcome:
-        """One call; `extras`: abortAt (start, retry, delay or a stage), failingDisplay, speedup."""
+        """One call; `extras`: abortAt (start, retry, delay or a stage), failingDisplay, speedup, headersCode."""
         [outcome] = self.calls(job, {"service": service, **options}, 1, **(extras or {}))
         return outcome
 
@@ -261,11 +263,12 @@ def proxy(service: Service) -> Iterator[Proxy]:
     yield from running_proxy(service.url)
 
 
-def plain(status: int, body: Any, kind: str = "application/json") -> Script:
+def plain(status: int, body: Any, kind: str = "application/json", **headers: str) -> Script:
     """A complete response."""
     content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-    head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nX-Request-ID: r-1\r\n\r\n"
-    return [head.encode() + content]
+    head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nX-Request-ID: r-1\r\n"
+    more = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    return [f"{head}{more}\r\n".encode() + content]
 
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nX-Request-ID: r-1\r\n\r\n"
@@ -347,7 +350,12 @@ def test_a_json_response_gives_the_video(make_video: Caller, stand_in: Proxy) ->
 
 def test_an_error_is_data(make_video: Caller, stand_in: Proxy) -> None:
     """The error has every part of the body, and the status; a final error is not retried."""
-    error = {"loc": ["body", "voice_id"], "msg": "Field required"}
+    error = {
+        "loc": ["body", "text"],
+        "msg": "is too long",
+        "code": "too_long",
+        "params": {"max": 600, "got": 659},
+    }
     body = {
         **BODY,
         "category": "validation",
@@ -355,13 +363,16 @@ def test_an_error_is_data(make_video: Caller, stand_in: Proxy) -> None:
         "retryable": False,
         "errors": [error],
     }
+    body["code"] = "invalid_field"
     stand_in.responses.append(plain(400, body))
     outcome = make_video(JOB, stand_in.url, key=KEY)
     assert outcome.is_video_error
     assert outcome.error == {
         "name": "VideoError",
+        "message": "Busy.",
         "detail": "Busy.",
         "category": "validation",
+        "code": "invalid_field",
         "retryable": False,
         "errors": [error],
         "partial": {},
@@ -426,11 +437,11 @@ def test_without_a_key_nothing_is_retried(make_video: Caller, stand_in: Proxy) -
     assert (outcome.error["retryable"], len(stand_in.requests)) == (True, 1)
 
 
-@pytest.mark.parametrize("status", [401, 404, 413])
+@pytest.mark.parametrize("status", [403, 404, 413])
 def test_a_client_error_of_another_server_is_not_retried(
     make_video: Caller, stand_in: Proxy, status: int
 ) -> None:
-    """A wrong address, a sign-in or a proxy's limit will not go away."""
+    """A wrong address or a proxy's limit will not go away."""
     stand_in.responses.append(plain(status, PAGE, "text/html"))
     outcome = make_video(JOB, stand_in.url, key=KEY)
     assert (outcome.error["category"], outcome.error["retryable"], outcome.error["status"]) == (
@@ -439,6 +450,131 @@ def test_a_client_error_of_another_server_is_not_retried(
         status,
     )
     assert outcome.error["requestId"] == "r-1"
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "detail", "code"),
+    [
+        pytest.param(PAGE, "text/html", "502 Bad Gateway", "other_server", id="a page"),
+        pytest.param(
+            "<title>Oops</title><style>p { color: red }</style><p>Try\nlater</p>",
+            "text/html",
+            "Try later",
+            "other_server",
+            id="a page with a style",
+        ),
+        pytest.param(
+            "upstream connect error\n",
+            "text/plain",
+            "upstream connect error",
+            "other_server",
+            id="text",
+        ),
+        pytest.param(
+            {"message": "No quota", "code": "quota"},
+            "application/json",
+            "No quota",
+            "quota",
+            id="its code",
+        ),
+        pytest.param(
+            {"error": {"message": "No"}}, "application/json", "No", "other_server", id="nested JSON"
+        ),
+        pytest.param(
+            [],
+            "application/json",
+            "A response with status 502, not from the service.",
+            "other_server",
+            id="no words",
+        ),
+        pytest.param(
+            "",
+            "",
+            "A response with status 502, not from the service.",
+            "other_server",
+            id="nothing",
+        ),
+        pytest.param("x" * 20_000, "text/plain", "x" * 300, "other_server", id="too much"),
+    ],
+)
+def test_an_error_of_a_proxy_is_passed_on(
+    make_video: Caller, stand_in: Proxy, body: Any, kind: str, detail: str, code: str
+) -> None:
+    """Its status, its words and its code, if it has one."""
+    stand_in.responses.append(plain(502, body, kind))
+    outcome = make_video(JOB, stand_in.url)
+    assert (outcome.error["status"], outcome.error["category"]) == (502, "network")
+    assert (outcome.error["detail"], outcome.error["code"]) == (detail, code)
+
+
+UNAUTHORIZED = {**BODY, "category": "validation", "code": "unauthorized", "retryable": False}
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        pytest.param(plain(401, PAGE, "text/html"), id="a proxy's page"),
+        pytest.param(plain(401, UNAUTHORIZED), id="the service"),
+    ],
+)
+def test_who_is_not_signed_in_keeps_the_job(
+    make_video: Caller, stand_in: Proxy, response: Script
+) -> None:
+    """A 401 is thrown at once, but the key can still be used after signing in."""
+    stand_in.responses.append(response)
+    outcome = make_video(JOB, stand_in.url, key=KEY)
+    assert (outcome.to_do, outcome.error["retryable"], outcome.retries) == ("sign in", True, [])
+
+
+def test_headers_are_sent_along(make_video: Caller, stand_in: Proxy) -> None:
+    """The caller's are added to the client's own."""
+    stand_in.responses.append(VIDEO_STREAM)
+    make_video(
+        JOB,
+        stand_in.url,
+        key=KEY,
+        headers={"Authorization": "Bearer mine", "X-Request-ID": "my-id"},
+    )
+    sent = [
+        stand_in.requests[0].headers[name]
+        for name in ("authorization", "x-request-id", "idempotency-key")
+    ]
+    assert sent == ["Bearer mine", "my-id", KEY]
+
+
+@pytest.mark.parametrize("keyword", ["", "async "], ids=["a function", "an async function"])
+def test_headers_are_asked_for_at_each_attempt(
+    make_video: Caller, stand_in: Proxy, keyword: str
+) -> None:
+    """A sign-in may expire while a job is retried."""
+    stand_in.responses.extend([plain(502, PAGE, "text/html"), VIDEO_STREAM])
+    code = f"let tries = 0; {keyword}() => ({{ Authorization: `Bearer ${{++tries}}` }})"
+    outcome = make_video(JOB, stand_in.url, {"headersCode": code, "speedup": 10}, key=KEY)
+    assert outcome.video == VIDEO
+    assert [request.headers["authorization"] for request in stand_in.requests] == [
+        "Bearer 1",
+        "Bearer 2",
+    ]
+
+
+@pytest.mark.parametrize("keyword", ["", "async "], ids=["a function", "an async function"])
+def test_a_function_for_headers_that_fails_keeps_the_job(
+    make_video: Caller, stand_in: Proxy, keyword: str
+) -> None:
+    """Its error is told at once, nothing is sent, and the key can be used again."""
+    code = f"{keyword}() => {{ throw new Error('the session is over'); }}"
+    outcome = make_video(JOB, stand_in.url, {"headersCode": code}, key=KEY)
+    assert (outcome.error["code"], outcome.error["retryable"]) == ("headers_failed", True)
+    assert "the session is over" in outcome.error["detail"]
+    assert (stand_in.requests, outcome.retries) == ([], [])
+
+
+def test_a_response_that_asks_for_more_time_gets_it(make_video: Caller, stand_in: Proxy) -> None:
+    """Retry-After lengthens the delay; more than there is patience for ends the attempts at once."""
+    stand_in.responses.append(plain(429, {"message": "Slowly"}, Retry_After="30"))
+    stand_in.responses.append(plain(500, BODY, Retry_After="700"))
+    outcome = make_video(JOB, stand_in.url, {"speedup": 100}, key=KEY)
+    assert (outcome.retries, outcome.error["detail"]) == ([30], "Busy.")
 
 
 def test_the_backoff_grows_to_15_s_and_ends_after_ten_minutes(
@@ -513,7 +649,7 @@ def test_an_aborted_call_throws_the_signals_reason(
         JOB, stand_in.url, {"abortAt": moment, "speedup": 0.05}, key=KEY
     )  # a delay would take 15 s
     assert time.monotonic() - started < 10
-    assert (outcome.is_video_error, outcome.error["detail"]) == (False, "aborted by the user")
+    assert (outcome.is_video_error, outcome.error["message"]) == (False, "aborted by the user")
     assert len(stand_in.requests) == requests
 
 
@@ -536,6 +672,7 @@ def test_a_job_that_cannot_be_sent_fails_at_once(
     """It is not a network error, and a retry would not help."""
     outcome = make_video(JOB, service, key=key)
     assert outcome.is_video_error
+    assert outcome.error["code"] == "not_sent"
     assert (outcome.error["category"], outcome.error["retryable"], outcome.retries) == (
         "validation",
         False,
@@ -669,10 +806,12 @@ def test_a_mistake_in_the_job_names_its_field(
             id="no credit",
         ),
         pytest.param(
-            lambda sandbox: sandbox.fault("create", "status", None, status=429),
+            lambda sandbox: sandbox.fault(
+                "create", "status", None, status=429, headers={"retry-after": "86400"}
+            ),
             "retry",
             0,
-            id="throttled",
+            id="throttled for longer than a job has",
         ),
         pytest.param(
             lambda sandbox: sandbox.video("html"),
@@ -785,7 +924,7 @@ def test_aborting_without_a_key_cancels_the_video(
     """The signal's reason is thrown, and the prediction is canceled."""
     sandbox.outcome("never")
     outcome = make_video(job, service.url, {"abortAt": "video"})
-    assert (outcome.to_do, outcome.error["detail"]) == (
+    assert (outcome.to_do, outcome.error["message"]) == (
         "nothing: the user has aborted",
         "aborted by the user",
     )

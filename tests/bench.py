@@ -1,6 +1,6 @@
 """What the service adds to the providers' time, and what it costs: one table, every figure measured in this run.
 
-    python -m tests.bench                  every row, about eight minutes
+    python -m tests.bench                  every row, about thirteen minutes
     python -m tests.bench --rows start cpu     some of them
     python -m tests.bench --json           for machines
     python -m tests.bench --smoke          tiny counts: does it run at all?
@@ -71,6 +71,14 @@ CPU_OVER_FFMPEG = (
 OWN_CPU_MS = 45.0  # a core does twenty jobs a second, if ffmpeg runs elsewhere
 READS = 30.0  # a video; Replicate's own client makes two a second
 LATE_S = 0.3  # its 0.25 s, and no more than one reads so much less often for
+LINE_TIME = 1.5  # of the best possible: the line finds out by refusals what the plan allows
+LINE_REFUSED = (
+    299.0  # 300 speeches at once: at worst all but ten, before the first refusal is known
+)
+CREATES_S = 115.0  # 80 s at best: the last 400 may begin after a minute, and take 20 s
+CREATES_REFUSED = 199.0
+CROWD_HEALTH_MS = 500.0
+LOW_REFUSED = 79.0
 START_S = 1.5  # an instance that scales up is of use when it answers
 REST_MB = 80.0  # of 512
 CPU_GROWTH = 1.2  # of the smallest crowd's: nothing may grow with the square of the jobs
@@ -108,6 +116,12 @@ class Sizes:
     watched: int = 10  # videos at once: more would be read less often
     watched_waves: int = 5  # after one from which their model is known
     watched_s: float = 30.0  # the median
+    line_speeches: int = 300
+    line_slots: int = 10
+    line_speech_s: float = 2.0
+    line_creates: int = 1_000
+    line_creates_s: float = 20.0
+    line_low: int = 8
     growth_poll_s: float = (
         2.0  # the longest wait between two reads, but for what the crowd itself imposes
     )
@@ -135,6 +149,12 @@ SMOKE = Sizes(
     watched=2,
     watched_waves=1,
     watched_s=0.3,
+    line_speeches=4,
+    line_slots=2,
+    line_speech_s=0.1,
+    line_creates=3,
+    line_creates_s=0.3,
+    line_low=2,
     growth_poll_s=0.1,
 )
 
@@ -262,15 +282,22 @@ class Providers:
         self.folder.cleanup()
 
     def become(
-        self, video: bytes, times_s: Sequence[float], sizes: Sizes, limits: bool = False
+        self,
+        video: bytes,
+        times_s: Sequence[float],
+        sizes: Sizes,
+        creates_per_minute: int | None,
+        slots: int | None,
     ) -> None:
-        """Start afresh: this video for everyone, made in the next of `times_s`; `limits` turns Replicate's limits on."""
+        """Start afresh: this video for everyone, made in the next of `times_s`, under these limits; None: without."""
         delays_s = {
             "speech": sizes.speech_s,
             "upload": sizes.transfer_s,
             "output": sizes.transfer_s,
         }
-        self.pipe.send((video, times_s, delays_s, limits))
+        if slots:
+            delays_s["speech"] = sizes.line_speech_s
+        self.pipe.send((video, times_s, delays_s, creates_per_minute, slots))
         self.pipe.recv()
 
     def watched(self) -> list[Watched]:
@@ -305,16 +332,19 @@ def change(
     video: bytes,
     times_s: Sequence[float],
     delays_s: dict[str, float],
-    limits: bool,
+    creates_per_minute: int | None,
+    slots: int | None,
 ) -> None:
     """Have the providers be as a measurement wants them."""
     sandbox.reset()
     sandbox.video(video)
     sandbox.replicate.times_s = cycle(times_s)
+    sandbox.speech_slots = slots
+    sandbox.speech_delay_s = delays_s.pop("speech")
     for call, seconds in delays_s.items():
         sandbox.fault(call, "slow", times=None, seconds=seconds)
-    if limits:
-        sandbox.limits()
+    if creates_per_minute:
+        sandbox.limits(creates_per_minute)
 
 
 def make_certificate(folder: Path) -> tuple[Path, Path]:
@@ -475,9 +505,15 @@ class Bench:
         """Somebody who sends jobs."""
         return Client(service, self.providers)
 
-    def prepare(self, *times_s: float, video: bytes | None = None, limits: bool = False) -> None:
-        """Let the videos take these times, one after the other, in a cycle."""
-        self.providers.become(video or self.video, times_s, self.sizes, limits)
+    def prepare(
+        self,
+        *times_s: float,
+        video: bytes | None = None,
+        creates_per_minute: int | None = None,
+        slots: int | None = None,
+    ) -> None:
+        """Have the videos made in these times, one after the other and then from the first again."""
+        self.providers.become(video or self.video, times_s, self.sizes, creates_per_minute, slots)
 
     def start(self) -> Iterator[Row]:
         """Process start and memory at rest."""
@@ -586,7 +622,7 @@ class Bench:
     def pace(self) -> Iterator[Row]:
         """Hundreds of videos under Replicate's rate limits."""
         count, video_s = self.sizes.paced, self.sizes.paced_s
-        self.prepare(video_s, limits=True)
+        self.prepare(video_s, creates_per_minute=600)
         with self.fresh() as service:
             load = asyncio.run(self.client(service).jobs(count, with_speech=False))
             refused = service.log.count("failed (429")
@@ -597,6 +633,64 @@ class Bench:
         yield Row(
             "pace", f"{name}: time over the video's", load.wall_s / video_s, PACED_TIME, note=note
         )
+
+    def line(self) -> Iterator[Row]:
+        """Crowds that a provider's limit holds up: all come through, with few refusals."""
+        sizes = self.sizes
+        self.prepare(sizes.line_speech_s, slots=sizes.line_slots)
+        load, refused, _ = self.crowd_in_line("elevenlabs", sizes.line_speeches, with_speech=True)
+        best_s = math.ceil(sizes.line_speeches / sizes.line_slots) * sizes.line_speech_s
+        name = f"{sizes.line_speeches} speech jobs at once, {sizes.line_slots} slots"
+        yield Row("line", f"{name}: not answered", load.failed, 0)
+        note = f"{load.wall_s:.1f} s over {best_s:.1f} s"
+        yield Row(
+            "line",
+            f"{name}: time over the best possible",
+            load.wall_s / best_s,
+            LINE_TIME,
+            note=note,
+        )
+        yield Row("line", f"{name}: answers 429", refused, LINE_REFUSED)
+
+        self.prepare(sizes.line_creates_s, creates_per_minute=600)
+        load, refused, health_ms = self.crowd_in_line("replicate", sizes.line_creates)
+        name = f"{sizes.line_creates} videos at once, 600 a minute"
+        yield Row("line", f"{name}: not answered", load.failed, 0)
+        yield Row(
+            "line",
+            f"{name}: time",
+            load.wall_s,
+            CREATES_S,
+            "s",
+            f"videos of {sizes.line_creates_s:g} s",
+        )
+        yield Row("line", f"{name}: answers 429", refused, CREATES_REFUSED)
+        note = f"of {len(health_ms)}; p99 {percentile(health_ms, 99):.0f} ms"
+        yield Row(
+            "line",
+            f"{name}: `/health` meanwhile, most",
+            max(health_ms),
+            CROWD_HEALTH_MS,
+            "ms",
+            note,
+        )
+
+        self.prepare(sizes.line_creates_s, creates_per_minute=6)
+        load, refused, _ = self.crowd_in_line("replicate", sizes.line_low)
+        name = f"{sizes.line_low} videos at once, 6 a minute"
+        yield Row("line", f"{name}: not answered", load.failed, 0)
+        yield Row("line", f"{name}: answers 429", refused, LOW_REFUSED, note=f"{load.wall_s:.1f} s")
+
+    def crowd_in_line(
+        self, provider: str, count: int, with_speech: bool = False
+    ) -> tuple[Load, int, list[float]]:
+        """Send jobs at once: what came of them, how many calls were refused, and how long /health took in ms."""
+        health_ms: list[float] = []
+        with self.fresh() as service:
+            client = self.client(service)
+            load = asyncio.run(client.jobs(count, with_speech, beside=client.health_ms(health_ms)))
+            found = re.findall(rf"the line at {provider} is gone: .*refusals=(\d+)", service.log)
+        return load, sum(map(int, found)), health_ms
 
     def reads(self) -> Iterator[Row]:
         """Videos of one model, whose times differ: how often each is read, and how late its end is noticed."""
@@ -691,6 +785,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "memory": Bench.memory,
     "convert": Bench.convert,
     "pace": Bench.pace,
+    "line": Bench.line,
     "reads": Bench.reads,
     "cpu": Bench.cpu,
     "growth": Bench.growth,

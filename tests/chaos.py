@@ -1,10 +1,11 @@
 """Kills the service at random moments, sends the same requests again, and counts what was paid for and delivered.
 
 python -m tests.chaos --kills 200                 one process of the service
-python -m tests.chaos --kills 200 --services 2    two on one bucket, asked in turn
+python -m tests.chaos --kills 200 --services 2    two on one bucket, asked in turn, or both at once half of the time
 
-Each job has a key, a prompt and a text of its own. While one runs, the process is killed (SIGKILL), ended without time
-(SIGTERM) or the connection is cut, and the same request is sent again until there is a video. The providers are the
+Each job has a key, a prompt and a text of its own. While one runs, a process is killed (SIGKILL), ended without time
+(SIGTERM) or stopped for longer than its claim lives (SIGSTOP, then SIGCONT), or the connection is cut, and the same request
+is sent again until there is a video. All answers for a key must be equal, also a last one after the video. The providers are the
 sandbox; its creates answer late, so that many kills fall between a prediction and the record of its id, and some of their
 responses are lost.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import signal
 import sys
@@ -28,10 +30,16 @@ from tests.sandbox import Sandbox, Service
 from tests.support.requests import service_client, short_video, speech_job
 
 # Waits shorter than in life, in the same proportions: a video of 0.6 s, and patience for half a minute's worth of trouble.
-PACE = {"POLL_MIN_SECONDS": "0.02", "RETRY_FIRST_SECONDS": "0.02", "PATIENCE_SECONDS": "4"}
+PATIENCE_S = 4
+PACE = {
+    "POLL_MIN_SECONDS": "0.02",
+    "RETRY_FIRST_SECONDS": "0.02",
+    "PATIENCE_SECONDS": f"{PATIENCE_S}",
+}
+CLAIM_S = PATIENCE_S / 4  # how long a claim lives without a sign of its owner
 VIDEO_SECONDS, CREATE_SECONDS = 0.6, 0.25
 JOB_SECONDS = 1.6  # what an undisturbed job takes here; a kill comes at any moment of it
-DISTURBANCES = ("SIGKILL", "SIGTERM", "cut")
+DISTURBANCES = ("SIGKILL", "SIGTERM", "SIGSTOP", "cut")
 GIVE_UP_S = 60.0  # a job that has no video after that is lost
 
 
@@ -46,6 +54,7 @@ class Chaos:
     requests: int = 0
     delivered: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    unequal: list[str] = field(default_factory=list)  # whose answers were not all the same
 
     def start(self, number: int) -> None:
         """Start a process anew in place of one that has ended."""
@@ -61,29 +70,68 @@ class Chaos:
         self.kills[kind] += 1
         if kind == "cut":
             request.cancel()
-            return
-        await asyncio.to_thread(self.services[number].close, getattr(signal, kind))
-        await asyncio.to_thread(self.start, number)
+        elif kind == "SIGSTOP":
+            await self.stop_for_a_while(self.services[number].pid)
+        else:
+            await asyncio.to_thread(self.services[number].close, getattr(signal, kind))
+            await asyncio.to_thread(self.start, number)
+
+    async def stop_for_a_while(self, pid: int) -> None:
+        """Stop a process for longer than its claim lives, and let it go on."""
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(CLAIM_S * self.random.uniform(1.2, 2.5))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    def next_services(self) -> list[int]:
+        """The services to which a request is sent: each in turn, or all at once half of the time."""
+        numbers = list(range(len(self.services)))
+        if len(numbers) > 1 and self.random.random() < 0.5:
+            self.random.shuffle(numbers)
+            return numbers
+        return [self.requests % len(numbers)]
+
+    def body(self, name: str) -> dict[str, Any]:
+        """The body of a job's requests."""
+        return speech_job(self.sandbox, prompt=f"The cat tells of {name}", text=f"I am {name}")
+
+    async def send(self, numbers: list[int], name: str, kills: int) -> list[httpx.Response]:
+        """Send the job's request to these services, disturb the first, and return what was answered."""
+        self.requests += len(numbers)
+        body = self.body(name)
+        requests = [
+            asyncio.create_task(send(self.services[number].url, body, name)) for number in numbers
+        ]
+        if self.kills.total() < kills:
+            await self.disturb(numbers[0], requests[0])
+        answers = await asyncio.gather(*requests, return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, httpx.Response)]
 
     async def job(self, name: str, kills: int) -> None:
         """One job from its first request to its video; it is disturbed until so many kills have been made."""
-        body = speech_job(self.sandbox, prompt=f"The cat tells of {name}", text=f"I am {name}")
         deadline = time.monotonic() + GIVE_UP_S
         while time.monotonic() < deadline:
-            number = self.requests % len(self.services)
-            self.requests += 1
-            request = asyncio.create_task(send(self.services[number].url, body, name))
-            if self.kills.total() < kills:
-                await self.disturb(number, request)
-            answer = (await asyncio.gather(request, return_exceptions=True))[0]
-            if isinstance(answer, dict) and "final_url" in answer:
-                await self.deliver(name, answer["final_url"])
+            answers = await self.send(self.next_services(), name, kills)
+            for answer in answers:
+                if answer.status_code != 200 and not answer.json()["retryable"]:
+                    print(f"{name}: {answer.text}", file=sys.stderr)
+                    self.lost.append(name)
+                    return
+            texts = [answer.text for answer in answers if answer.status_code == 200]
+            if texts:
+                await self.check_answers(name, texts)
+                await self.deliver(name, json.loads(texts[0])["final_url"])
                 return
-            if isinstance(answer, dict) and not answer["retryable"]:
-                print(f"{name}: {json.dumps(answer)}", file=sys.stderr)
-                break
             await asyncio.sleep(0.05)
         self.lost.append(name)
+
+    async def check_answers(self, name: str, texts: list[str]) -> None:
+        """Ask any service once more, and note a job whose answers are not all equal."""
+        service = self.random.choice(self.services)
+        again = await send(service.url, self.body(name), name)
+        if set(texts) != {again.text}:
+            self.unequal.append(name)
 
     async def deliver(self, name: str, url: str) -> None:
         """Fetch the video as the front end would."""
@@ -100,14 +148,11 @@ class Chaos:
         )
 
 
-async def send(url: str, body: dict[str, Any], key: str) -> dict[str, Any]:
+async def send(url: str, body: dict[str, Any], key: str) -> httpx.Response:
     """The answer to one request. Raises httpx.HTTPError if the connection breaks."""
+    headers = {"Idempotency-Key": key}
     async with service_client(url) as client:
-        response = await client.post(
-            "/jobs_prompt_tts", json=body, headers={"Idempotency-Key": key}
-        )
-        answer: dict[str, Any] = response.json()
-        return answer
+        return await client.post("/jobs_prompt_tts", json=body, headers=headers)
 
 
 async def run(chaos: Chaos, kills: int) -> None:
@@ -134,9 +179,9 @@ def report(chaos: Chaos, seconds: float) -> bool:
     print(f"speeches paid for  {len(chaos.sandbox.calls('speech'))}")
     print(f"seconds            {seconds:.0f}")
     twice = [prompt for prompt, count in videos.items() if count > 1]
-    for name in (*chaos.lost, *twice):
+    for name in (*chaos.lost, *twice, *chaos.unequal):
         print(f"not as it should be: {name}", file=sys.stderr)
-    return not chaos.lost and not twice and videos.total() == jobs
+    return not (chaos.lost or twice or chaos.unequal) and videos.total() == jobs
 
 
 def main() -> int:

@@ -51,7 +51,7 @@ def test_a_smoke_run_measures_every_row(beside: BackgroundCommand) -> None:
     report = json.loads(output)
     rows = report["rows"]
     assert list(dict.fromkeys(row["group"] for row in rows)) == list(MEASUREMENTS)
-    assert [row["measured"] for row in rows if row["what"].endswith("not answered")] == [0] * 5
+    assert [row["measured"] for row in rows if row["what"].endswith("not answered")] == [0] * 8
     assert all(row["measured"] > 0 for row in rows if row["group"] in ("start", "alone", "cpu"))
     assert all(
         row["measured"] > 0

@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +24,17 @@ import pytest
 import main
 from tests.conftest import PACE
 from tests.sandbox import Sandbox, Service
+from tests.sandbox.service import ROOT
 from tests.support.processes import children, files_in, needs_proc, wait_until
-from tests.support.requests import JobOutcome, send_job, short_video, speech_job
+from tests.support.requests import (
+    RESULT_FIELDS,
+    JobOutcome,
+    prompt_job,
+    send_job,
+    service_client,
+    short_video,
+    speech_job,
+)
 
 pytestmark = [pytest.mark.anyio, needs_proc]
 
@@ -262,10 +273,7 @@ def test_a_job_finishes_within_the_graceful_shutdown(
     """SIGTERM with enough time: the client gets the video, and the prediction was never cancelled."""
     job = ended_processes["enough", form].jobs[stage]
     assert job.outcome
-    assert (job.outcome.status, set(job.outcome.data)) == (
-        200,
-        {"audio_url", "video_url", "final_url"},
-    ), job.outcome.text
+    assert (job.outcome.status, set(job.outcome.data)) == (200, RESULT_FIELDS), job.outcome.text
     assert job.video in (None, "succeeded")
 
 
@@ -330,3 +338,66 @@ async def test_the_end_of_the_lifespan_ends_every_job(settings: None, is_native:
     await asyncio.wait({task}, timeout=1)
     assert "the service is restarting" in str(job.result).lower()
     assert (task.cancelled(), job.cancel_reason) == (is_native, None if is_native else "shutdown")
+
+
+async def test_a_shutdown_does_not_wait_for_all_of_a_long_patience(
+    settings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job with a key is cancelled while the process still waits for it, whatever PATIENCE_SECONDS is."""
+    monkeypatch.setenv("PATIENCE_SECONDS", "600")
+    main.get_settings.cache_clear()
+    assert main.MAX_DRAIN_S + main.MAX_RECORD_SAVE_S < main.SHUTDOWN_WAIT_S
+    monkeypatch.setattr(main, "MAX_DRAIN_S", 0.1)
+    monkeypatch.setattr(main, "SHUTDOWN_WAIT_S", 5.0)
+    job = main.Job("-", name="-", log=main.JobLog("jobs/-", "0" * 64, "0" * 64))
+    async with main.lifespan(main.app):
+        main.app_state().jobs["-"] = job
+        task = asyncio.create_task(main.run_job(job, asyncio.sleep(60)))
+        await asyncio.sleep(0)
+    await asyncio.wait({task}, timeout=1)
+    assert job.cancel_reason == "shutdown"
+
+
+async def test_the_deadline_begins_when_the_whole_request_has_come_in(
+    sandbox: Sandbox, start_service: Any
+) -> None:
+    """A body that takes longer than JOB_TIMEOUT_SECONDS to arrive takes nothing from the job's time."""
+    sandbox.video(short_video())
+    service = start_service(JOB_TIMEOUT_SECONDS="3")
+    body = json.dumps(prompt_job(sandbox)).encode()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield body[:10]
+        await anyio.sleep(3.1)
+        yield body[10:]
+
+    async with service_client(service.url) as client:
+        headers = {"Content-Type": "application/json"}
+        response = await client.post("/jobs_prompt_only", content=slowly(), headers=headers)
+    assert response.status_code == 200, response.text
+
+
+SLOW_LOOK_UP = """
+import asyncio, socket, time
+import main
+
+def never(*args, **options):
+    time.sleep(60)
+
+async def look_up():
+    socket.getaddrinfo = never
+    backend = main.PublicOnlyBackend()
+    await backend.connect_tcp("slow.example", 80, timeout=0.1)
+
+try:
+    asyncio.run(look_up())
+except main.httpcore.ConnectTimeout:
+    print("timed out")
+"""
+
+
+def test_a_name_look_up_does_not_hold_up_the_end_of_the_process() -> None:
+    """A thread that still asks for a stranger's name is not waited for."""
+    command = [sys.executable, "-c", SLOW_LOOK_UP]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT)
+    assert (done.stdout.strip(), done.returncode) == ("timed out", 0)

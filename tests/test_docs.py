@@ -90,7 +90,7 @@ def test_render_asks_for_the_secrets_and_sets_the_defaults() -> None:
     """No key stands in the repository; what else is set is the service's own default."""
     known = {key: value for key, value in render_variables().items() if key in DEFAULTS}
     secrets = {key for key, value in known.items() if value == "sync: false"}
-    assert secrets == {name.upper() for name in main.SPEECH_JOB_SETTINGS}
+    assert secrets == {name.upper() for name in (*main.SPEECH_JOB_SETTINGS, "service_token")}
     assert {
         key: value for key, value in known.items() if key not in secrets
     }.items() <= DEFAULTS.items()
@@ -129,35 +129,69 @@ def test_documents_name_every_stage(document: str) -> None:
     assert [stage for stage in get_args(main.Stage) if f"`{stage}`" not in document] == []
 
 
-def test_readme_has_every_kind_of_error() -> None:
-    """Status, category and whether it is retryable: those of the classes, and of a provider that refuses the service."""
-    classes = [main.MissingSetting, main.InvalidInput, main.SpeechTooLarge, main.ServiceError]
-    errors = [
-        kind("")
-        for kind in (*classes, main.ProviderRefused, main.ProviderFailed, main.ResourceFailed)
-    ]
-    errors += [
-        main.error_for_response(name, provider_response(403))
-        for name in ("elevenlabs", "replicate", "supabase")
-    ]
-    known = {
-        (str(error.http_status), error.category, "yes" if error.retryable else "no")
-        for error in errors
-    }
-    table = find_table(README, "status", "category", "retryable")
-    kinds = zip(
-        table.column("status"), table.column("category"), table.column("retryable"), strict=True
-    )
-    assert set(kinds) == known
-    assert {category for _, category, _ in known} == set(get_args(main.Category))
+def error_codes() -> dict[str, dict[str, str]]:
+    """README's table of codes: of each its other cells, by their headers."""
+    table = find_table(README, "code", "status", "category", "retryable")
+    rows = [dict(zip(table.headers, row, strict=True)) for row in table.rows]
+    return {row["code"]: row for row in rows}
+
+
+def test_readme_has_every_error_code() -> None:
+    """In the contract's order, each with a hint for the user."""
+    rows = error_codes()
+    assert list(rows) == list(main.ErrorCode.__value__.__args__)
+    assert [code for code, row in rows.items() if not row["what to show the user"]] == []
+
+
+def test_readme_has_every_code_of_a_field() -> None:
+    """In the contract's order, each once."""
+    table = find_table(README, "code of a field", "params")
+    codes = [code for cell in table.column("code of a field") for code in cell.split(", ")]
+    assert codes == list(main.FieldErrorCode.__value__.__args__)
+
+
+KINDS_OF_ERRORS = {
+    "missing_setting": main.MissingSetting(""),
+    "invalid_field": main.InvalidInput(""),
+    "unauthorized": main.Unauthorized(""),
+    "blocked_url": main.BlockedUrl(""),
+    "private_url": main.PrivateAddress(""),
+    "content_rejected": main.ProviderRefused(""),
+    "provider_failed": main.ProviderFailed(""),
+    "busy": main.ProviderBusy("", "replicate", 1),
+    "speech_too_large": main.SpeechTooLarge(""),
+    "storage_failed": main.ResourceFailed(""),
+    "spending_limit": main.SpendingLimitReached("", 1),
+    "internal": main.ServiceError(""),
+    "provider_rejected_key": main.error_for_response("elevenlabs", provider_response(403)),
+    "provider_throttled": main.error_for_response("replicate", provider_response(429)),
+}
+
+
+@pytest.mark.parametrize("code", KINDS_OF_ERRORS)
+def test_readme_has_every_kind_of_error(code: str) -> None:
+    """Beside its code: its status, its category, and whether it is retryable; some are, some are not."""
+    error = KINDS_OF_ERRORS[code]
+    row = error_codes()[code]
+    assert error.code == code
+    assert str(error.http_status) == row["status"]
+    assert error.category in row["category"].split(", ")
+    assert row["retryable"] in ("some", "yes" if error.retryable else "no")
+
+
+def test_readme_has_every_category() -> None:
+    """The table of codes uses all of them, and no other."""
+    categories = {name for row in error_codes().values() for name in row["category"].split(", ")}
+    assert categories == set(get_args(main.Category))
 
 
 def test_readme_has_every_field_of_an_error() -> None:
-    """The one body, what `partial` and `errors` can hold, and what an event has besides."""
+    """The one body, what `partial` and `errors` can hold, and what the events have besides."""
     fields = [
         *main.ErrorEvent.model_fields,
         *main.PartialResult.model_fields,
         *main.InputError.model_fields,
+        *main.StageEvent.model_fields,
     ]
     named = set(re.findall(r'[`"](\w+)[`"]', README))
     assert [name for name in fields if name not in named] == []
@@ -201,7 +235,8 @@ def test_architecture_has_the_time_limit_of_every_stage() -> None:
         "audio_upload": transfer_s,
         "download": transfer_s,
     }
-    limits_s |= {"mux": main.FFMPEG_TIMEOUT_S, "final_upload": transfer_s}
+    limits_s |= {"convert": main.CONVERT_TIMEOUT_S, "mux": main.FFMPEG_TIMEOUT_S}
+    limits_s["final_upload"] = transfer_s
     assert [
         stage for stage, limit_s in limits_s.items() if f"{limit_s:g} s" not in rows[stage]
     ] == []
@@ -228,7 +263,7 @@ def test_readme_has_the_commands() -> None:
 @pytest.mark.parametrize("document", [README, ARCHITECTURE], ids=["README", "ARCHITECTURE"])
 def test_what_documents_name_exists(document: str) -> None:
     """Every file of the tests, and every module that is run with `python -m`."""
-    files = re.findall(r"(?<![\w/])tests/[\w/-]+\.\w+", document)
+    files = re.findall(r"(?<![\w/])tests/[\w/-]+(?:\.\w+)+", document)
     modules = re.findall(r"-m (tests[\w.]*)", document)
     paths = [ROOT / name.replace(".", "/") for name in modules]
     assert [name for name in files if not (ROOT / name).exists()] == []
@@ -242,7 +277,6 @@ LENGTHS = {
     main.RetryBudget(attempts=3): r"3 attempts",
     main.RetryBudget(attempts=4): r"4 attempts",
     main.RetryBudget(patience_share=0.25): r"half a minute|30 s\b",
-    main.RetryBudget(patience_share=0.5): r"(?<!half )\ba minute|60 s\b",
     main.RetryBudget(patience_share=1): r"two minutes|120 s\b",
     main.RetryBudget(): r"until the (?:job's )?deadline",
 }
@@ -254,6 +288,7 @@ POLICIES = {
     "list": [main.LIST_RETRY],
     "read|poll": [main.POLL_RETRY],
     "cancel": [main.CANCEL_RETRY],
+    "job log": [main.ENTRY_RETRY, main.LIST_ENTRIES_RETRY],
     "download": [
         main.UPLOAD_RETRY,
         main.DOWNLOAD_RETRY,
@@ -277,15 +312,21 @@ def test_architecture_has_the_retry_policy_of_every_call(call: str) -> None:
     statuses = {int(status) for status in re.findall(r"\b\d{3}\b(?!'| s\b)", retried_on)}
     if "5xx" in retried_on:
         statuses |= set(main.SERVER_ERRORS)
-    assert statuses == {status for policy in policies for status in policy.statuses}
+    if "3xx" in retried_on:
+        statuses |= set(main.REDIRECTS)
+    known = {status for policy in policies for status in policy.statuses}
+    is_in_line = any(policy.in_line for policy in policies)
+    assert statuses == (known | {429} if is_in_line else known)
+    assert ("429: in line" in retried_on) == is_in_line
     assert ("transport error" in retried_on) == all(
         policy.on_broken_connection for policy in policies
     )
     budgets = set()
     for policy in policies:
         budgets.add(policy.budget)
-        budgets.add(policy.throttle_budget or policy.budget)
         budgets.add(policy.rejection_budget or policy.budget)
+        if policy.in_line:
+            budgets.add(main.UNTIL_DEADLINE)
     if call == "cancel":  # the whole cancel has its own end
         budgets = {main.RetryBudget(patience_share=0.25)}
     assert {budget for budget, words in LENGTHS.items() if re.search(words, retried_on)} == budgets
@@ -297,6 +338,34 @@ def test_architecture_has_every_retry_policy() -> None:
     assert len(calls) == len(POLICIES)
     known = {name for name, value in vars(main).items() if isinstance(value, main.RetryPolicy)}
     assert len(known) == sum(len(policies) for policies in POLICIES.values())
+
+
+UNITS = {"": 1, "KiB": 1024, "MB": 1_000_000, "s": 1}
+
+
+def bounds() -> list[tuple[str, float]]:
+    """Each constant in ARCHITECTURE's table of bounds, with the number that stands beside it."""
+    table = find_table(ARCHITECTURE, "what is bounded", "limit", "constant")
+    found: list[tuple[str, float]] = []
+    for limits, constants in zip(table.column("limit"), table.column("constant"), strict=True):
+        for limit, constant in zip(limits.split("; "), constants.split("; "), strict=True):
+            number, _, unit = limit.partition(" ")
+            found.append((constant, float(number.replace(",", "")) * UNITS[unit]))
+    return found
+
+
+@pytest.mark.parametrize(("constant", "number"), bounds())
+def test_architecture_has_the_number_of_every_bound(constant: str, number: float) -> None:
+    """The value of the constant."""
+    assert getattr(main, constant) == number
+
+
+def test_architecture_has_every_bound_once() -> None:
+    """Every constant that says how much there may be at most; shares of PATIENCE_SECONDS stand elsewhere."""
+    names = [constant for constant, _ in bounds()]
+    known = {name for name in vars(main) if name.startswith("MAX_") and "SHARE" not in name}
+    assert len(names) == len(set(names))
+    assert known - set(names) == set()
 
 
 def test_no_document_names_a_path_of_some_machine() -> None:

@@ -265,5 +265,5 @@ async def test_every_error_status_of_elevenlabs(elevenlabs, status, outcome, ret
     elevenlabs.respond(status, json=body, headers=headers)
     error = await error_from(spoken())
     assert (*error_kind(error), error.retryable) == (outcome, "provider", "elevenlabs", retryable)
-    assert error.detail.startswith(f"ElevenLabs answered {status}: Because.")
+    assert error.detail.startswith(f"ElevenLabs answered {status}: Because")
     assert elevenlabs.call_count == 1

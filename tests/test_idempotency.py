@@ -5,8 +5,11 @@ from __future__ import annotations
 import hmac
 import itertools
 import json
+import os
 import signal
+import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -36,15 +39,17 @@ from tests.support.requests import (
 
 pytestmark = pytest.mark.anyio
 
-# An event stream that sends a comment before the job record is read cannot say in its headers that it is a replay.
+# An event stream that sends a comment before the job log is read cannot say in its headers that it is a replay.
 PACE = {**conftest.PACE, "KEEPALIVE_SECONDS": "15"}
 FORMS: dict[str, dict[str, str]] = {"json": {}, "events": EVENT_STREAM}
 SILENT, TALKING = "/jobs_prompt_only", "/jobs_prompt_tts"
 BODIES = {SILENT: prompt_job, TALKING: speech_job}
-BEGUN, SPEECH, SPOKEN, CREATED, VIDEO, DONE = range(
-    1, 7
-)  # the uploads of a speech job, most of them its record
+# The uploads of a speech job by number: four entries of its log, and between them its two files.
+BEGUN, SPEECH, SPOKEN, CREATED, VIDEO, DONE = range(1, 7)
+ENTRIES = {BEGUN: 1, SPOKEN: 2, CREATED: 3, DONE: 4}  # and the move by which each gets its number
+CALM = {"PATIENCE_SECONDS": "40"}  # a claim is renewed after 3 s: no upload comes between those
 MEETING_S = 0.3  # how long a call is held so that two requests overlap
+LATER_S = 3_700  # when a silent video has expired
 
 both_routes = pytest.mark.parametrize("path", BODIES)
 both_forms = pytest.mark.parametrize("form", FORMS)
@@ -81,16 +86,53 @@ class FrontEnd:
             tasks.cancel_scope.cancel()
 
     @property
-    def record_path(self) -> str:
-        """The path of the job record, which depends on the service role key."""
-        digest = hmac.new(KEYS["service"].encode(), str(self.key).encode(), "sha256").hexdigest()
-        return f"pets/jobs/{digest}.json"
+    def log_path(self) -> str:
+        """The folder of the job's log, which depends on the service role key."""
+        return f"pets/jobs/{keyed_digest(str(self.key))}"
+
+    @property
+    def entry_paths(self) -> list[str]:
+        """The entries of the job's log, in order."""
+        return sorted(path for path in self.sandbox.objects if path.startswith(f"{self.log_path}/"))
+
+    @property
+    def entries(self) -> list[dict[str, Any]]:
+        """The contents of the job's log."""
+        return [json.loads(self.sandbox.objects[path].read()) for path in self.entry_paths]
 
     @property
     def record(self) -> dict[str, Any]:
-        """The content of the job record."""
-        record: dict[str, Any] = json.loads(self.sandbox.objects[self.record_path].read())
-        return record
+        """The last entry, which decides; empty if the job has no log."""
+        return self.entries[-1] if self.entry_paths else {}
+
+    async def store(self, path: str, content: Any) -> None:
+        """Put a JSON file into the bucket, as somebody with the service role key can."""
+        headers = {"Authorization": f"Bearer {KEYS['service']}", "x-upsert": "true"}
+        headers["Content-Type"] = "application/json"
+        text = content if isinstance(content, str) else json.dumps(content)
+        async with service_client(self.sandbox.url) as client:
+            url = f"/storage/v1/object/{path}"
+            response = await client.post(url, content=text, headers=headers)
+            assert response.status_code == 200
+
+    async def store_legacy_record(self, path: str = TALKING, **changes: Any) -> None:
+        """Store what an earlier version kept of this job: one file, written a moment ago."""
+        request = json.dumps([path, BODIES[path](self.sandbox, **self.changes)], sort_keys=True)
+        record = {
+            "body": keyed_digest(request),
+            "started": time.time(),
+            "written": time.time(),
+            "writer": uuid.uuid4().hex,
+            "partial": {},
+            "answer": None,
+        }
+        await self.store(f"{self.log_path}.json", {**record, **changes})
+
+    def grow_old(self) -> None:
+        """Let the job's log have been written so long ago that a silent video has expired."""
+        for path in self.entry_paths:
+            stored = self.sandbox.objects[path]
+            self.sandbox.objects[path] = stored._replace(modified=stored.modified - LATER_S)
 
     @property
     def paid_for(self) -> tuple[int, int]:
@@ -102,6 +144,11 @@ class FrontEnd:
         for _ in range(number - 1):
             self.sandbox.fault(call, "slow", seconds=0)
         self.sandbox.fault(call, kind, **details)
+
+
+def keyed_digest(text: str) -> str:
+    """The HMAC-SHA-256 under the service role key, which names logs and tells bodies apart."""
+    return hmac.new(KEYS["service"].encode(), text.encode(), "sha256").hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +185,20 @@ def second(start_once: StartService) -> Service:
     return start_once(2)
 
 
+@pytest.fixture
+def calm(front: FrontEnd, start_once: StartService) -> FrontEnd:
+    """A front end of an instance whose jobs renew no claim while a test counts their calls."""
+    return replace(front, service=start_once(**CALM))
+
+
 async def send_together(
-    *fronts: FrontEnd, when: Callable[[], Any] = lambda: True
+    *fronts: FrontEnd, when: Callable[[], Any] = lambda: True, path: str = TALKING
 ) -> list[JobOutcome]:
     """What comes of requests that run at the same time, each sent when `when` holds."""
     outcomes: list[JobOutcome] = []
 
     async def one(front: FrontEnd) -> None:
-        outcomes.append(await front.send())
+        outcomes.append(await front.send(path))
 
     async with anyio.create_task_group() as tasks:
         for front in fronts:
@@ -169,9 +222,10 @@ async def test_a_job_with_a_key_continues_after_a_disconnect(
     requests_before = len(front.sandbox.requests)
     outcome = await front.send(path, form)
     assert (outcome.status, outcome.is_replayed, outcome.stages) == (200, True, [])
-    assert outcome.data == front.record["answer"]
-    assert [call.call for call in front.sandbox.requests[requests_before:]] == ["storage"], (
-        "the file is read, and that is all"
+    assert outcome.data == front.record["result"]
+    calls = [request.call for request in front.sandbox.requests[requests_before:]]
+    assert calls == ["objects", "storage"], (
+        "the log is listed, its last entry read, and that is all"
     )
     assert (front.paid_for, front.sandbox.calls("cancel")) == ((path == TALKING, 1), [])
 
@@ -207,15 +261,16 @@ async def test_any_number_of_requests_join_a_running_job(front: FrontEnd, path: 
 # What makes a job fail with a 500 at each step: the call, its number among such calls, and its status.
 FAILURES = {
     "speech": ("speech", 1, 401), "audio_upload": ("upload", SPEECH, 403), "fetch": ("public", 1, 403),
-    "create": ("create", 1, 402), "video": ("read", 1, 410), "download": ("output", 1, 403),
+    "create": ("create", 1, 402), "video": ("read", 1, 402), "download": ("output", 1, 403),
     "mux": None, "final_upload": ("upload", VIDEO, 403),
 }  # fmt: skip
 
 
 @both_forms
 @pytest.mark.parametrize("step", FAILURES)
-async def test_a_failed_job_is_resumed(front: FrontEnd, step: str, form: str) -> None:
+async def test_a_failed_job_is_resumed(calm: FrontEnd, step: str, form: str) -> None:
     """After a 500 nothing is paid for again, except a speech that was not stored."""
+    front = calm
     if failure := FAILURES[step]:
         call, number, status = failure
         front.fault(call, number, status=status)
@@ -238,37 +293,44 @@ async def test_a_failed_job_is_resumed(front: FrontEnd, step: str, form: str) ->
     assert form == "json" or (("speech", "started") in outcome.stages) == ("audio_url" not in known)
 
 
-# Where jobs are held when their process ends: the call, and its number among such calls. The last two are awaited
-# whatever happens, so they are held for a shorter time.
+# Where jobs are held when their process ends: the call, and its number among such calls. An entry is held when
+# it has its number, and its caller does not know; the service waits 8 s for that. The last three renew their claims,
+# which makes uploads and moves of its own.
 HOLDS = {
-    "begun": ("upload", BEGUN), "speech": ("speech", 1), "audio_upload": ("upload", SPEECH),
-    "spoken": ("upload", SPOKEN), "video": ("read", 1), "download": ("output", 1),
-    "final_upload": ("upload", VIDEO), "done": ("upload", DONE),
-    "create": ("create", 1), "created": ("upload", CREATED),
+    "video": ("read", 1), "download": ("output", 1), "final_upload": ("upload", VIDEO),
+    "begun": ("move", ENTRIES[BEGUN]), "spoken": ("move", ENTRIES[SPOKEN]), "done": ("move", ENTRIES[DONE]),
+    "created": ("move", ENTRIES[CREATED]),
+    "audio_upload": ("upload", SPEECH), "create": ("create", 1), "speech": ("speech", 1),
 }  # fmt: skip
 
+HOLD_S = {"create": 4, "created": 7, "done": 7}  # these are awaited whatever happens
 
-HOLD_S = {"create": 4, "created": 2}
+
+def count_files(front: FrontEnd, folder: str) -> int:
+    """How many files a folder of the bucket holds."""
+    return sum(path.startswith(f"pets/{folder}/") for path in front.sandbox.objects)
 
 
-def has_taken_effect(front: FrontEnd, stage: str, stored_before: int) -> bool:
+def has_file_more(front: FrontEnd, folder: str, before: int) -> bool:
+    """Whether a folder of the bucket holds more files than before."""
+    return count_files(front, folder) > before
+
+
+def has_taken_effect(front: FrontEnd, stage: str) -> bool:
     """Whether the call that holds a job at this stage has been carried out by the provider."""
-    stored = (
-        len(front.sandbox.objects) - stored_before
-    )  # the job's record, its speech and its final video
     if stage == "speech":
         return front.sandbox.speeches[f"I am {stage}"] == 1
     if stage in ("create", "video", "download"):
         return bool(front.sandbox.created(prompt=stage))
-    if stage in ("begun", "audio_upload", "final_upload"):
-        return stored >= {"begun": 1, "audio_upload": 2, "final_upload": 3}[stage]
-    if stage == "done":
-        return "answer" in front.record
-    return {"spoken": "audio_url", "created": "prediction_id"}[stage] in front.record["partial"]
+    if stage in ("begun", "spoken"):
+        return front.record.get("claim") == {"begun": "speech", "spoken": "video"}[stage]
+    if stage == "created":
+        return "prediction_id" in front.record["partial"]
+    return "result" in front.record
 
 
 class Resumed(NamedTuple):
-    """Jobs that their process did not finish: their first outcomes, those after a restart, and the records between."""
+    """Jobs that their process did not finish: their first outcomes, those after a restart, and the last entries between."""
 
     sandbox: Sandbox
     first: dict[str, JobOutcome]
@@ -282,7 +344,7 @@ def resumed(request: pytest.FixtureRequest) -> Resumed:
     pace = {
         **PACE,
         "PATIENCE_SECONDS": "8",
-    }  # else a job on a busy machine writes its record once more meanwhile
+    }  # a claim of a killed owner is waited for during 2 s
     with Sandbox() as sandbox, Service({**sandbox.environment(), **pace}, graceful_s=0) as service:
         sandbox.video(short_video())
         forms, fronts = itertools.cycle(FORMS), {}
@@ -304,14 +366,19 @@ async def end_and_send_again(
 
     async with anyio.create_task_group() as tasks:
         for stage, (call, number) in HOLDS.items():
-            wanted, stored_before = len(sandbox.calls(call)) + number, len(sandbox.objects)
+            wanted = len(sandbox.calls(call)) + number
+            folder = {"audio_upload": "audio", "final_upload": "videos"}.get(stage)
+            stored_before = count_files(fronts[stage], folder or "")
             fronts[stage].fault(call, number, "slow", seconds=HOLD_S.get(stage, 60))
             tasks.start_soon(send, stage, resumed.first)
             assert await wait_until(lambda call=call, n=wanted: len(sandbox.calls(call)) >= n), (
                 f"no job at {stage}"
             )
             # The provider has heard of the call; its effect is there a moment later, and only its answer is held.
-            is_done = partial(has_taken_effect, fronts[stage], stage, stored_before)
+            if folder is None:
+                is_done = partial(has_taken_effect, fronts[stage], stage)
+            else:
+                is_done = partial(has_file_more, fronts[stage], folder, stored_before)
             assert await wait_until(is_done), f"the call at {stage} has no effect"
         assert await wait_until(lambda: sandbox.created(prompt="create"))
         await anyio.to_thread.run_sync(service.stop, by)
@@ -339,7 +406,7 @@ def test_a_job_outlives_its_process(resumed: Resumed, stage: str) -> None:
 def test_a_graceful_shutdown_answers_every_job(
     resumed: Resumed, request: pytest.FixtureRequest
 ) -> None:
-    """After SIGTERM every client gets an error and every prediction is in its job record; after SIGKILL no client gets anything."""
+    """After SIGTERM every client gets an error and every prediction is in its job's log; after SIGKILL no client gets anything."""
     if "SIGKILL" in request.node.name:
         assert resumed.first == {}
         return
@@ -350,7 +417,9 @@ def test_a_graceful_shutdown_answers_every_job(
     assert set(resumed.first) == set(HOLDS)
     paid_for = set(HOLDS) - {"begun", "speech", "audio_upload", "spoken"}
     assert {
-        stage for stage, record in resumed.records.items() if "prediction_id" in record["partial"]
+        stage
+        for stage, record in resumed.records.items()
+        if "prediction_id" in record.get("partial", {})
     } == paid_for
 
 
@@ -361,7 +430,7 @@ async def test_a_shutdown_lets_a_job_without_a_client_finish(
     front.service, front.sandbox.video_seconds = start_service(graceful_s=0), 0.3
     await front.leave(SILENT, "json", lambda: front.sandbox.predictions)
     await anyio.to_thread.run_sync(front.service.stop)
-    assert "answer" in front.record
+    assert "result" in front.record
 
 
 # Several instances
@@ -370,39 +439,96 @@ async def test_a_shutdown_lets_a_job_without_a_client_finish(
 async def test_a_fresh_claim_of_another_instance_is_waited_for(
     front: FrontEnd, second: Service
 ) -> None:
-    """The second instance waits until the first has a prediction, and continues with that one."""
+    """The second instance waits until the first has a prediction, and gives the same answer."""
     front.fault("speech", kind="slow", seconds=MEETING_S)
     one, two = await send_together(
         front, replace(front, service=second), when=lambda: front.sandbox.calls("speech")
     )
-    assert (one.status, two.status, one.data["video_url"]) == (200, 200, two.data["video_url"])
+    assert (one.status, two.status, one.text) == (200, 200, two.text)
     assert front.paid_for == (1, 1)
 
 
+async def test_a_claim_is_renewed_while_its_owner_works(front: FrontEnd, second: Service) -> None:
+    """A speech that takes longer than a claim lives is not paid for by the other instance as well."""
+    front.sandbox.fault("speech", "slow", seconds=2.5)  # a claim lives for 1 s here
+    one, two = await send_together(
+        front, replace(front, service=second), when=lambda: front.sandbox.calls("speech")
+    )
+    assert (one.status, two.status, one.text) == (200, 200, two.text)
+    assert front.paid_for == (1, 1)
+    claims = [entry.get("claim") for entry in front.entries]
+    assert claims.count("speech") >= 2
+
+
+async def test_a_stopped_owner_loses_its_claim(front: FrontEnd, start_once: StartService) -> None:
+    """Awake again it pays for no video, and gives the answer of the instance that took over."""
+    stopped = start_once(3)
+    front.sandbox.fault("speech", "slow", seconds=MEETING_S)
+    outcomes: list[JobOutcome] = []
+
+    async def send_to_the_stopped() -> None:
+        outcomes.append(await replace(front, service=stopped).send())
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(send_to_the_stopped)
+        assert await wait_until(lambda: front.sandbox.speeches.total())
+        os.kill(stopped.pid, signal.SIGSTOP)
+        try:
+            outcomes.append(await front.send())
+        finally:
+            os.kill(stopped.pid, signal.SIGCONT)
+    assert [outcome.status for outcome in outcomes] == [200, 200]
+    assert outcomes[0].text == outcomes[1].text
+    assert front.paid_for == (2, 1), "the first speech was being made when its owner stopped"
+
+
 async def test_a_released_claim_is_taken_over_at_once(front: FrontEnd, second: Service) -> None:
-    """An instance whose job failed is not waited for, however fresh its record is."""
+    """An instance whose job failed is not waited for, however fresh its claim is."""
     front.fault("speech", status=401)
     assert (await front.send()).status == 500
     requests_before = len(front.sandbox.requests)
     assert (await replace(front, service=second).send()).status == 200
-    assert [call.call for call in front.sandbox.requests[requests_before:]][:2] == [
-        "storage",
-        "upload",
-    ]
+    calls = [request.call for request in front.sandbox.requests[requests_before:]]
+    assert calls[:4] == ["objects", "storage", "picture", "upload"]
 
 
-async def test_two_instances_that_start_at_once_pay_for_one_video(
-    front: FrontEnd, second: Service
+@both_routes
+async def test_two_instances_that_start_at_once_pay_once(
+    front: FrontEnd, second: Service, path: str
 ) -> None:
-    """Neither sees the other's record: the last to write creates the prediction, the other finds it."""
-    front.sandbox.fault("storage", "slow", times=2, seconds=MEETING_S)  # both find no record
-    front.fault(
-        "public", kind="slow", seconds=2 * MEETING_S
-    )  # one looks again after the other's last note
-    assert [
-        outcome.status for outcome in await send_together(front, replace(front, service=second))
-    ] == [200, 200]
-    assert front.paid_for == (2, 1)
+    """Both find no log, and both claim: one pays for speech and video, the other has its answer."""
+    front.sandbox.fault("objects", "slow", times=2, seconds=MEETING_S)
+    outcomes = await send_together(front, replace(front, service=second), path=path)
+    assert [outcome.status for outcome in outcomes] == [200, 200]
+    assert outcomes[0].text == outcomes[1].text
+    assert front.paid_for == (path == TALKING, 1)
+
+
+@pytest.mark.parametrize("storage_s", [0, 0.05])
+@both_routes
+async def test_double_clicks_spread_over_two_instances(
+    front: FrontEnd, second: Service, path: str, storage_s: float
+) -> None:
+    """However slow the storage is: all succeed, with equal bytes; each key pays for one video and speech."""
+    for call in ("upload", "move", "objects", "storage", "public"):
+        front.sandbox.fault(call, "slow", times=None, seconds=storage_s)
+    outcomes: dict[int, list[JobOutcome]] = {number: [] for number in range(5)}
+
+    async def click(number: int, service: Service) -> None:
+        changes = {"prompt": f"Trick {number}"}
+        if path == TALKING:
+            changes["text"] = f"I am {number}"
+        one = replace(front, service=service, key=f"{front.key}-{number}", changes=changes)
+        outcomes[number].append(await one.send(path))
+
+    async with anyio.create_task_group() as tasks:
+        for number in outcomes:
+            tasks.start_soon(click, number, front.service)
+            tasks.start_soon(click, number, second)
+    for one, two in outcomes.values():
+        assert (one.status, two.status, one.text) == (200, 200, two.text)
+    assert len(front.sandbox.predictions) == len(outcomes)
+    assert [count for count in front.sandbox.speeches.values() if count != 1] == []
 
 
 # What stays rejected
@@ -436,7 +562,7 @@ async def test_a_job_without_a_video_stays_rejected(
 async def test_the_deadline_is_final(
     start_once: StartService, front: FrontEnd, is_recorded: bool
 ) -> None:
-    """The prediction is cancelled and the record has it, so the next request gets a 400."""
+    """The prediction is cancelled and the log has it: the next request is refused in the same words."""
     front.service = start_once(JOB_TIMEOUT_SECONDS="1", RETRY_FIRST_SECONDS="1.2")
     front.sandbox.outcome("never")
     if not is_recorded:  # its write fails, and is retried
@@ -449,15 +575,46 @@ async def test_the_deadline_is_final(
         {"prediction_id": prediction.id},
     )
     outcome = await front.send(SILENT)
-    assert outcome.kind == (400, "provider", False)
-    assert ("ended as canceled" in outcome.data["detail"], front.paid_for) == (True, (0, 1))
+    assert outcome.kind == late.kind
+    assert outcome.data["detail"] == late.data["detail"] == front.record["refusal"]["detail"]
+    assert ("was not done after 1 s" in late.data["detail"], front.paid_for) == (True, (0, 1))
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 410])
+async def test_a_rejected_poll_does_not_refuse_the_job_for_good(
+    front: FrontEnd, start_once: StartService, status: int
+) -> None:
+    """A token or a plan can be put right: the next request delivers the video that was paid for."""
+    front.service = start_once(PATIENCE_SECONDS="0.8")  # 401 and 403 are retried for 0.2 s
+    front.fault("read", status=status, times=None)
+    assert (await front.send(SILENT)).kind == (500, "provider", False)
+    front.sandbox.wire.faults["read"].clear()
+    assert ((await front.send(SILENT)).status, front.paid_for) == (200, (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("path", "status"), [(SILENT, 400), (TALKING, 200)], ids=["silent video", "final video"]
+)
+async def test_a_result_whose_video_has_expired_is_no_answer(
+    front: FrontEnd, path: str, status: int
+) -> None:
+    """An hour later a silent video's URL leads nowhere; a final video in the bucket is still there."""
+    assert (await front.send(path)).status == 200
+    front.grow_old()
+    for _ in range(2):
+        outcome = await front.send(path)
+        assert outcome.status == status
+        assert status == 200 or (
+            outcome.kind == (400, "provider", False) and "has expired" in outcome.data["detail"]
+        )
+    assert front.paid_for == (path == TALKING, 1)
 
 
 @both_forms
 async def test_a_key_belongs_to_one_body_and_one_route(front: FrontEnd, form: str) -> None:
     """Another body or route is rejected by the header's name, while the job runs and after it."""
     front.sandbox.video_seconds = 0.5
-    others: list[dict[str, Any]] = [{"text": "Feed him!"}, {"path": SILENT}, {"seconds": 6}]
+    others: list[dict[str, Any]] = [{"text": "Feed him!"}, {"path": SILENT}, {"seconds": 10}]
 
     async def check_others() -> None:
         for changes in others:
@@ -475,6 +632,63 @@ async def test_a_key_belongs_to_one_body_and_one_route(front: FrontEnd, form: st
     assert front.paid_for == (1, 1)
 
 
+async def test_defaults_written_out_are_the_same_body(front: FrontEnd) -> None:
+    """The same job is replayed, whichever optional fields a front end writes."""
+    first = await front.send()
+    defaults = {"seconds": 6, "resolution": "768p", "model": None, "fit": "shortest"}
+    for changes in (defaults, {"fit": "shortest"}):
+        outcome = await front.send(**changes)
+        assert (outcome.text, outcome.is_replayed) == (first.text, True)
+    assert front.paid_for == (1, 1)
+
+
+# Requests that are refused before anything is paid for, by what the front end sent, or the call that is refused.
+REFUSALS: dict[str, tuple[dict[str, Any], str, int]] = {
+    "body": ({"seconds": 0}, "", 0),
+    "text": ({"text": "x" * 601}, "", 0),
+    "resolution": ({"resolution": "4k"}, "", 0),
+    "model": ({"model": "nobody/nothing"}, "", 0),
+    "picture": ({}, "picture", 404),
+    "speech": ({}, "speech", 400),
+}
+
+
+@pytest.mark.parametrize("is_same_body", [True, False], ids=["the same body", "another body"])
+@pytest.mark.parametrize("refusal", REFUSALS)
+async def test_a_key_is_not_used_up_by_a_refusal_before_payment(
+    front: FrontEnd, refusal: str, is_same_body: bool
+) -> None:
+    """A check leaves no file; the key is good for the same body, and for another one."""
+    changes, call, status = REFUSALS[refusal]
+    if call:
+        front.fault(call, status=status, times=None)
+    for _ in range(2):
+        assert (await front.send(**changes)).status == 400
+    for faults in front.sandbox.wire.faults.values():
+        faults.clear()
+    if refusal != "speech":  # claimed before ElevenLabs refuses it
+        assert [path for path in front.sandbox.objects if "jobs/" in path] == []
+
+    if changes or not is_same_body:
+        changes = {"text": "Feed him!", "seconds": 10}
+    outcome = await front.send(**changes)
+    assert (outcome.status, outcome.is_replayed) == (200, False), outcome.text
+    assert len(front.sandbox.predictions) == 1
+
+
+async def test_a_finished_job_is_replayed_before_any_check(
+    front: FrontEnd, second: Service
+) -> None:
+    """Neither a picture nor a model that is gone by now keeps the answer back."""
+    front.changes = {"model": "wan-video/wan-2.2-i2v-fast"}
+    first = await front.send(SILENT)
+    assert first.status == 200, first.text
+    for call in ("picture", "model"):
+        front.sandbox.fault(call, "status", times=None, status=404)
+    again = await replace(front, service=second).send(SILENT)
+    assert (again.text, again.is_replayed) == (first.text, True)
+
+
 @pytest.mark.parametrize(
     "key", ["", "a b", "x" * 256, "ключ".encode()], ids=["empty", "blank", "long", "not ASCII"]
 )
@@ -484,67 +698,122 @@ async def test_a_malformed_key_is_rejected(front: FrontEnd, key: str | bytes) ->
         outcome = await replace(front, key=key).send(path)
         message = "must be 1 to 255 visible ASCII characters, such as a UUID"
         assert outcome.kind == (400, "validation", False)
-        assert outcome.data["errors"] == [{"loc": ["header", "Idempotency-Key"], "msg": message}]
+        [fault] = outcome.data["errors"]
+        assert (fault["loc"], fault["msg"]) == (["header", "Idempotency-Key"], message)
     assert front.sandbox.requests == []
     assert (await replace(front, key="!~" + "x" * 253).send(SILENT)).status == 200
 
 
-# The job record
+# The job's log
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        pytest.param(
-            None, "application/json is not supported", id="a bucket that takes no such file"
-        ),
-        *(pytest.param(text, "", id=text) for text in ("<html>", "[]", '{"body": "x"}')),
-    ],
-)
 @both_routes
-async def test_an_unusable_job_record_costs_nothing(
-    front: FrontEnd, path: str, content: str | None, words: str
-) -> None:
-    """One that cannot be written, or is not the service's own, is an error before anything is paid for."""
-    if content is None:
-        front.sandbox.buckets["pets"].allowed_mime_types = ["audio/mpeg", "video/mp4"]
-    else:
-        async with service_client(front.sandbox.url) as client:
-            headers = {
-                "Authorization": f"Bearer {KEYS['service']}",
-                "Content-Type": "application/json",
-            }
-            await client.post(
-                f"/storage/v1/object/{front.record_path}", content=content, headers=headers
-            )
-        words = (
-            f"{front.record_path.removeprefix('pets/')} in the bucket is not one of this service's"
-        )
+async def test_a_bucket_that_takes_no_json_costs_nothing(front: FrontEnd, path: str) -> None:
+    """The first entry cannot be written: an error before anything is paid for."""
+    front.sandbox.buckets["pets"].allowed_mime_types = ["audio/mpeg", "video/mp4"]
     outcome = await front.send(path)
     assert (outcome.kind, front.paid_for) == ((500, "resource", False), (0, 0))
-    assert words in outcome.data["detail"]
+    assert "application/json is not supported" in outcome.data["detail"]
 
 
-async def test_a_failed_read_of_the_job_record_is_retried(front: FrontEnd) -> None:
+@pytest.mark.parametrize("content", ["<html>", "[]", '{"body": "x"}'])
+@pytest.mark.parametrize("name", ["/0001.json", ".json"], ids=["entry", "earlier version's"])
+@both_routes
+async def test_an_unusable_file_costs_nothing(
+    front: FrontEnd, path: str, name: str, content: str
+) -> None:
+    """One that is not the service's own is an error before anything is paid for."""
+    await front.store(front.log_path + name, content)
+    outcome = await front.send(path)
+    assert (outcome.kind, front.paid_for) == ((500, "resource", False), (0, 0))
+    assert front.log_path.removeprefix("pets/") + name in outcome.data["detail"]
+    assert "is not one of this service's; remove it" in outcome.data["detail"]
+
+
+FORGERIES: dict[str, dict[str, Any]] = {
+    "script": {"result": {"video_url": "javascript:alert(1)"}},
+    "script in what is done": {"partial": {"video_url": "javascript:alert(1)"}},
+    "local file": {"partial": {"audio_url": "file:///etc/passwd"}},
+    "prediction id": {"partial": {"prediction_id": "../account"}},
+    "long detail": {
+        "refusal": {
+            "http_status": 400,
+            "category": "provider",
+            "provider": "replicate",
+            "detail": "x" * 1_001,
+        }
+    },
+    "owner": {"owner": "somebody"},
+}
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+async def test_a_forged_entry_is_refused(front: FrontEnd, forgery: str) -> None:
+    """Nothing of it is delivered, called or paid for: the bucket is trusted no more than a request."""
+    assert (await front.send(SILENT)).status == 200
+    entry = front.record
+    if forgery != "script":
+        del entry["result"]
+    await front.store(front.entry_paths[-1], {**entry, **FORGERIES[forgery]})
+    calls_before = len(front.sandbox.requests)
+    outcome = await front.send(SILENT)
+    assert outcome.kind == (500, "resource", False)
+    assert "partial" not in outcome.data
+    assert "is not one of this service's" in outcome.data["detail"]
+    calls = [request.call for request in front.sandbox.requests[calls_before:]]
+    assert calls == ["objects", "storage"]
+
+
+async def test_an_entry_that_is_listed_but_missing_pays_for_nothing(front: FrontEnd) -> None:
+    """Nothing found does not mean that nothing was paid for; the next request finds it."""
+    first = await front.send(SILENT)
+    front.sandbox.fault("storage", "status", times=4, status=404)
+    assert (await front.send(SILENT)).kind == (500, "resource", True)
+    assert (await front.send(SILENT)).text == first.text
+    assert front.paid_for == (0, 1)
+
+
+@pytest.mark.parametrize("call", ["objects", "storage"])
+async def test_a_failed_read_of_the_log_is_retried(front: FrontEnd, call: str) -> None:
     """Four attempts are made; then the job ends without having paid for anything."""
-    front.sandbox.fault("storage", "status", times=7, status=503)
+    front.sandbox.fault(call, "status", times=7, status=503)
     assert (await front.send()).kind == (500, "resource", True)
-    assert (len(front.sandbox.calls("storage")), front.paid_for) == (4, (0, 0))
+    assert (len(front.sandbox.calls(call)), front.paid_for) == (4, (0, 0))
     assert ((await front.send()).status, front.paid_for) == (200, (1, 1))
 
 
-async def test_the_content_of_the_job_record(front: FrontEnd) -> None:
+@pytest.mark.parametrize("call", ["upload", "move"])
+@pytest.mark.parametrize("fault", ["lost", "cut"])
+@both_routes
+async def test_an_entry_whose_answer_is_lost_is_written_once(
+    calm: FrontEnd, path: str, call: str, fault: str
+) -> None:
+    """Whether the storage has carried the call out or not, the job goes on, and no number is left out."""
+    calm.fault(call, kind=fault)
+    outcome = await calm.send(path)
+    assert (outcome.status, calm.paid_for) == (200, (path == TALKING, 1))
+    assert len(calm.entries) == (4 if path == TALKING else 3)
+
+
+async def test_the_content_of_the_log(calm: FrontEnd) -> None:
     """Enough to resume, under a name that cannot be guessed; no input of the user and no key."""
+    front = calm
     private = {"text": "A private text", "prompt": "A private prompt"}
-    outcome, stored = await front.send(**private), front.sandbox.objects[front.record_path]
-    assert (stored.content_type, stored.cache_control) == ("application/json", "max-age=0")
-    assert set(front.record) == {"body", "started", "written", "writer", "partial", "answer"}
-    assert front.record["answer"] == outcome.data
-    kept = {name: outcome.data[name] for name in ("audio_url", "video_url")}
-    assert front.record["partial"] == {
-        **kept,
-        "prediction_id": next(iter(front.sandbox.predictions)),
-    }
+    outcome = await front.send(**private)
+    names = [f"{front.log_path}/{number:04}.json" for number in (1, 2, 3, 4)]
+    assert [path for path in front.sandbox.objects if "/jobs/" in path] == names
+    assert [entry.get("claim") for entry in front.entries] == ["speech", "video", None, None]
+
+    audio_url = outcome.data["audio_url"]
+    [prediction_id] = front.sandbox.predictions
+    created = {"audio_url": audio_url, "prediction_id": prediction_id}
+    done = {**created, "video_url": outcome.data["video_url"]}
+    partials = [entry["partial"] for entry in front.entries]
+    assert partials == [{}, {"audio_url": audio_url}, created, done]
+    always = {"entry_id", "owner", "request_digest", "partial"}
+    assert set(front.record) == {*always, "result"}
+    assert front.record["result"] == outcome.data
+
     keys = [
         value
         for name, value in front.sandbox.environment().items()
@@ -557,7 +826,112 @@ async def test_the_content_of_the_job_record(front: FrontEnd) -> None:
         str(front.key),
         *keys,
     ]
-    assert [secret for secret in secrets if secret in stored.read().decode()] == []
+    for path in front.entry_paths:
+        stored = front.sandbox.objects[path]
+        assert stored.content_type == "application/json"
+        assert [secret for secret in secrets if secret in stored.read().decode()] == []
+
+
+async def test_the_order_of_the_uploads(calm: FrontEnd) -> None:
+    """A claim comes before what it pays for, and each entry gets its number before the next step."""
+    await calm.send()
+    steps = [
+        f"{request.call} {request.path.split('/pets/')[-1].partition('/')[0]}"
+        for request in calm.sandbox.requests
+        if request.call in ("upload", "speech", "create")
+    ]
+    assert [step.split()[0] if "upload" not in step else step for step in steps] == [
+        "upload jobs",  # a claim
+        "speech",
+        "upload audio",
+        "upload jobs",  # a claim, with the speech's URL
+        "create",
+        "upload jobs",  # the prediction
+        "upload videos",
+        "upload jobs",  # the result
+    ]
+
+
+@both_routes
+async def test_the_storage_calls_that_a_key_costs(calm: FrontEnd, path: str) -> None:
+    """One list, one read for an earlier version's file, and an upload and a move for each entry."""
+
+    async def calls(key: str | None) -> Counter[str]:
+        calm.sandbox.wire.clear()
+        assert (await replace(calm, key=key).send(path)).status == 200
+        return Counter(request.call for request in calm.sandbox.requests)
+
+    calm.sandbox.reads_to_finish = 1
+    without = await calls(None)
+    entries = 4 if path == TALKING else 3
+    expected = {"objects": 1, "storage": 1, "upload": entries, "move": entries}
+    assert await calls(str(calm.key)) - without == expected
+    assert without.keys().isdisjoint({"objects", "storage", "move", "list"})
+
+
+# Records of earlier versions, which a deploy overlaps
+
+
+async def test_a_legacy_record_with_an_answer_is_replayed(front: FrontEnd) -> None:
+    """The job is done, whichever version did it."""
+    answer = {name: f"https://example.com/{name}" for name in ("audio_url", "video_url")}
+    answer["final_url"] = "https://example.com/final"
+    await front.store_legacy_record(answer=answer, writer="")
+    outcome = await front.send()
+    assert (outcome.is_replayed, front.paid_for) == (True, (0, 0))
+    assert answer.items() <= outcome.data.items(), "what was not recorded then is null"
+
+
+async def test_a_legacy_record_with_a_prediction_is_resumed(front: FrontEnd) -> None:
+    """What an earlier version has paid for is polled and delivered."""
+    first = await replace(front, key=None).send(SILENT)
+    [prediction_id] = front.sandbox.predictions
+    await front.store_legacy_record(SILENT, partial={"prediction_id": prediction_id})
+    outcome = await front.send(SILENT)
+    assert (outcome.status, outcome.data, front.paid_for) == (200, first.data, (0, 1))
+
+
+async def test_a_fresh_legacy_record_is_waited_for(calm: FrontEnd) -> None:
+    """An instance of the earlier version is at work: its answer is the answer."""
+    answer = {"video_url": "https://example.com/video.mp4"}
+    await calm.store_legacy_record(SILENT)
+    outcomes: list[JobOutcome] = []
+
+    async def send() -> None:
+        outcomes.append(await calm.send(SILENT))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(send)
+        assert await wait_until(lambda: len(calm.sandbox.calls("storage")) >= 2)
+        assert outcomes == []
+        await calm.store_legacy_record(SILENT, answer=answer)
+    assert (outcomes[0].data, calm.paid_for) == (answer, (0, 0))
+
+
+async def test_a_stale_legacy_record_is_searched_for(front: FrontEnd) -> None:
+    """Its prediction may not have been recorded: only if it is not found, it is created."""
+    await front.store_legacy_record(SILENT, written=time.time() - 60)
+    assert ((await front.send(SILENT)).status, front.paid_for) == (200, (0, 1))
+    calls = [request.call for request in front.sandbox.requests]
+    assert calls.index("list") < calls.index("create")
+    assert len(front.entries) == 3
+
+
+async def test_an_unrecorded_prediction_of_a_legacy_record_is_found(
+    front: FrontEnd, second: Service
+) -> None:
+    """It was created just before the earlier version's process ended, here by another instance."""
+    first = await replace(front, key=None, service=second).send(SILENT)
+    await front.store_legacy_record(SILENT, written=time.time() - 60)
+    outcome = await front.send(SILENT)
+    assert (outcome.status, outcome.data, front.paid_for) == (200, first.data, (0, 1))
+
+
+async def test_a_legacy_record_belongs_to_one_body(front: FrontEnd) -> None:
+    """Another body is rejected, as with a log."""
+    await front.store_legacy_record(SILENT)
+    outcome = await front.send(SILENT, prompt="The cat sings")
+    assert outcome.kind == (400, "validation", False)
 
 
 # A create whose response is lost
@@ -615,22 +989,8 @@ async def test_a_prediction_missing_from_the_record_is_found(
     """The storage failed from the create on: the next request finds its prediction in Replicate's list."""
     front.service = start_once(PATIENCE_SECONDS="0.8")
     front.fault("upload", 2, status=503, times=None)
-    assert (await front.send(SILENT)).status == 200
+    assert (await front.send(SILENT)).kind == (500, "resource", True)
     assert "prediction_id" not in front.record["partial"]
     front.sandbox.wire.faults["upload"].clear()
     outcome = await front.send(SILENT)
     assert (outcome.status, outcome.is_replayed, front.paid_for) == (200, False, (0, 1))
-
-
-async def test_a_job_taken_over_during_a_slow_speech_pays_for_one_video(
-    front: FrontEnd, start_once: StartService
-) -> None:
-    """The first instance reads the record before it creates a prediction, and uses the other's."""
-    fronts = [
-        replace(front, service=start_once(number, PATIENCE_SECONDS="0.8")) for number in (1, 2)
-    ]
-    front.sandbox.fault("speech", "slow", seconds=1)
-    front.sandbox.video_seconds = 1.0
-    outcomes = await send_together(*fronts, when=lambda: front.sandbox.calls("speech"))
-    assert [outcome.status for outcome in outcomes] == [200, 200]
-    assert len(front.sandbox.predictions) == 1

@@ -46,7 +46,6 @@ REFUSED: dict[str, dict[str, list[Any]]] = {
             "http://[::1",
             "file:///etc/passwd",
             "ftp://example.com/pet.jpg",
-            "data:image/png;base64,iVBORw0KGgo=",
             "javascript:alert(1)",
             "https://example.com\\@127.0.0.1/",
             "https://xn--a/",
@@ -140,10 +139,26 @@ def check_refused(response: httpx.Response, router: respx.MockRouter) -> dict[st
     assert response.status_code == 400, response.text
     assert (body["category"], body["provider"], body["retryable"]) == ("validation", None, False)
     assert body["request_id"] == response.headers["X-Request-ID"]
-    assert set(body) <= {"detail", "category", "provider", "request_id", "retryable", "errors"}
-    assert all(set(fault) == {"loc", "msg"} for fault in body.get("errors", []))
+    assert set(body) <= ERROR_FIELDS
+    assert all(set(fault) == {"loc", "msg", "code", "params"} for fault in body.get("errors", []))
     assert not router.calls
     return body
+
+
+ERROR_FIELDS = {
+    "detail",
+    "category",
+    "code",
+    "provider",
+    "request_id",
+    "retryable",
+    "errors",
+}
+
+
+def places_and_messages(body: dict[str, Any]) -> list[tuple[list[str], str]]:
+    """Where each fault of a request is, and what is said about it."""
+    return [(fault["loc"], fault["msg"]) for fault in body["errors"]]
 
 
 async def check_field_refused(
@@ -153,7 +168,7 @@ async def check_field_refused(
     for path in routes_with(field):
         response = await client.post(path, content=json.dumps(body), headers=JSON_HEADERS)
         refused = check_refused(response, router)
-        assert refused["errors"] == [{"loc": ["body", field], "msg": message}], body
+        assert places_and_messages(refused) == [(["body", field], message)], body
         assert refused["detail"] == f"{field}: {message}."
 
 
@@ -199,7 +214,7 @@ async def test_a_misspelled_field_is_rejected(client, respx_mock, wrong, right):
             path, content=json.dumps({**body, wrong: 10}), headers=JSON_HEADERS
         )
         refused, name = check_refused(response, respx_mock), wrong.replace("\ud83d", "?")
-        assert refused["errors"] == [{"loc": ["body", name], "msg": f"must be called {right}"}]
+        assert places_and_messages(refused) == [(["body", name], f"must be called {right}")]
         assert refused["detail"] == f"{name}: must be called {right}."
 
 

@@ -58,12 +58,12 @@ def connect(service: Service) -> httpx.Client:
 def error_body(response: httpx.Response) -> dict[str, Any]:
     """The body of an error, which must have the one shape and be readable from the page that asked."""
     error: dict[str, Any] = response.json()
-    always = {"detail", "category", "provider", "request_id", "retryable"}
+    always = {"detail", "category", "code", "provider", "request_id", "retryable"}
     assert always <= set(error) <= always | {"partial", "errors"}
     assert error["detail"].strip()
     assert error["request_id"] == response.headers["x-request-id"]
     assert {} not in (error.get("partial"), error.get("errors")), "what is empty is left out"
-    assert all(set(fault) == {"loc", "msg"} for fault in error.get("errors", []))
+    assert all(set(fault) == {"loc", "msg", "code", "params"} for fault in error.get("errors", []))
     assert "access-control-allow-origin" in response.headers
     return error
 
@@ -93,7 +93,8 @@ def test_a_speech_job_has_urls_timings_and_log_lines(
         "/jobs_prompt_tts", json=speech_job(sandbox), headers={"X-Request-ID": "log-lines"}
     )
     answer, [prediction] = response.json(), sandbox.predictions
-    assert list(answer) == ["audio_url", "video_url", "final_url"]
+    seconds = ["audio_seconds", "final_seconds", "cut_seconds"]
+    assert list(answer) == ["audio_url", "video_url", "final_url", *seconds]
     bucket = re.escape(f"{sandbox.url}/storage/v1/object/public/pets")
     assert re.fullmatch(bucket + r"/audio/[0-9a-f-]{36}\.mp3", answer["audio_url"])
     assert re.fullmatch(bucket + r"/videos/[0-9a-f-]{36}\.mp4", answer["final_url"])
@@ -357,7 +358,7 @@ def test_every_error_has_its_category_partial_and_field(
     assert tuple(done) == STAGES[: len(done)], "the failed stage is the last"
     assert not partial or len(done) == (4 if partial == ANIMATED else 3)
     ends = re.findall(
-        rf"request_id={error['request_id']} job outcome=(\w+) ms=\d+ prediction_id=(\w+)\n",
+        rf"request_id={error['request_id']} job outcome=(\w+) ms=\d+ prediction_id=(\w+) code=\w+ detail=",
         service.log,
     )
     made = str(error.get("partial", {}).get("prediction_id"))
@@ -422,7 +423,10 @@ async def test_an_unexpected_exception_reveals_nothing(
     ends = [line for line in log_lines(caplog) if line.startswith("job ")]
     assert len(ends) == (path != "/debug/head")
     assert all(
-        re.fullmatch(r"job outcome=internal ms=\d+ prediction_id=None", line) for line in ends
+        re.fullmatch(
+            r"job outcome=internal ms=\d+ prediction_id=None code=internal detail=.*", line
+        )
+        for line in ends
     )
 
 
@@ -460,7 +464,12 @@ def test_cors_allows_the_configured_origins_only(
     assert anyone["access-control-allow-origin"] == "*"
     assert "access-control-allow-credentials" not in anyone
     exposed = {name.strip() for name in anyone["access-control-expose-headers"].lower().split(",")}
-    assert exposed == {"x-request-id", "server-timing", "idempotency-replayed"}
+    assert exposed == {
+        "x-request-id",
+        "server-timing",
+        "idempotency-replayed",
+        "retry-after",
+    }
 
 
 def test_a_preflight_allows_jobs_from_allowed_origins(guarded_client: httpx.Client) -> None:
@@ -585,14 +594,13 @@ def test_openapi_has_the_limits_of_every_field(contract: dict[str, Any]) -> None
 def test_examples_of_the_docs_work_in_the_sandbox(
     client: httpx.Client, sandbox: Sandbox, contract: dict[str, Any], path: str
 ) -> None:
-    """The request body that /docs shows, from examples and defaults, succeeds."""
+    """The request body that /docs shows, from examples and defaults, succeeds with a picture that exists."""
     schema = contract["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     fields = contract["components"]["schemas"][schema["$ref"].rpartition("/")[2]]["properties"]
     body = {
         name: field["examples"][0] if "examples" in field else field["default"]
         for name, field in fields.items()
     }
-    if path == "/debug/head":  # the project of the example does not exist
-        body["url"] = sandbox.image_url
+    body |= {name: sandbox.image_url for name in ("image_url", "url") if name in body}
     response = client.post(path, json=body)
     assert (response.status_code, response.json().get("status", 200)) == (200, 200), response.text

@@ -27,6 +27,9 @@ DEFAULTS = {
     "TTS_OUTPUT_FORMAT": "mp3_44100_64",
     "TTS_MAX_CHARS": 600,
     "JOB_TIMEOUT_SECONDS": 600,
+    "SERVICE_TOKEN": None,
+    "MAX_VIDEOS_PER_HOUR": None,
+    "ALLOWED_MODELS": None,
     "ELEVEN_BASE_URL": "https://api.elevenlabs.io",
     "REPLICATE_BASE_URL": "https://api.replicate.com",
     "ALLOW_PRIVATE_URLS": False,
@@ -56,6 +59,8 @@ TAKEN: dict[str, dict[str, object]] = {
     "TTS_OUTPUT_FORMAT": {"pcm_16000": "pcm_16000"},
     "TTS_MAX_CHARS": {"1": 1},
     "JOB_TIMEOUT_SECONDS": {"1": 1, "90.5": 90.5, "86400": 86400},
+    "MAX_VIDEOS_PER_HOUR": {"1": 1, "100000": 100_000},
+    "ALLOWED_MODELS": {" a/b , c/d:1 ": "a/b,c/d:1"},
     "ALLOW_PRIVATE_URLS": {"true": True, "FALSE": False, "1": True},
     "POLL_MIN_SECONDS": {"0.01": 0.01, "2": 2},
     "RETRY_FIRST_SECONDS": {"10": 10},
@@ -98,6 +103,10 @@ REFUSED = {
         **{"0": TOO_SMALL, "10m": NOT_A_NUMBER},
         **dict.fromkeys(("86401", "nan", "inf"), OVER_A_DAY),
     },
+    "MAX_VIDEOS_PER_HOUR": {"0": TOO_SMALL},
+    "ALLOWED_MODELS": dict.fromkeys(
+        ("hailuo", "a/b,", "a/b c/d"), "must be owner/name, or several separated by commas"
+    ),
     "ALLOW_PRIVATE_URLS": {"maybe": "Input should be a valid boolean, unable to interpret input"},
     "POLL_MIN_SECONDS": {"0": NOT_POSITIVE, "2.1": "Input should be less than or equal to 2"},
     "RETRY_FIRST_SECONDS": {"-1": NOT_POSITIVE, "10.1": "Input should be less than or equal to 10"},
@@ -181,6 +190,13 @@ def test_a_malformed_key_is_not_shown(text):
     ]
 
 
+def test_a_key_is_not_so_short_that_words_contain_it():
+    """Redacted everywhere, a key of one letter would leave no text readable."""
+    for name in SECRETS:
+        message = f"{name}=(not shown): must have at least 8 characters"
+        assert refusal(name, "k") == message
+
+
 def test_the_text_of_the_settings_has_no_key():
     """Settings that end up in a log or a traceback reveal no key."""
     settings = main.read_settings(SECRETS)
@@ -224,11 +240,12 @@ def test_settings_are_read_once():
 )
 async def test_missing_keys_are_one_warning_at_start(monkeypatch, caplog, unset):
     """One line has every missing variable; without one there is no line."""
-    use_settings(monkeypatch, **dict.fromkeys(unset, ""))
+    use_settings(monkeypatch, SERVICE_TOKEN="a-token-of-the-owner", **dict.fromkeys(unset, ""))
     async with main.lifespan(main.app):
         pass
     expected = f"not set: {', '.join(unset)}; requests that need them are answered 500"
-    assert log_lines(caplog) == ([expected] if unset else [])
+    lines = [line for line in log_lines(caplog) if "SERVICE_TOKEN" not in line]
+    assert lines == ([expected] if unset else [])
 
 
 @pytest.mark.parametrize("model", [None, "kwaivgi/kling-v2.1"])

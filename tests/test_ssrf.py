@@ -170,7 +170,7 @@ NONSENSE = ("http://[::1", "http://xn--a/", "http://\xe4\xb8\x80\xff/")
     ("url", "reason"),
     [
         pytest.param("http://silent.example/", "ConnectError ", id="nobody listens"),
-        *((f"http://{host}/", f"ConnectError {host} has no address") for host in NOWHERE),
+        *((f"http://{host}/", f"ConnectError {host} has no address"[:300]) for host in NOWHERE),
         *(
             pytest.param(f"http://pets.example/{number}", "", id=to)
             for number, to in enumerate(NONSENSE)
@@ -185,7 +185,7 @@ async def test_an_unreachable_url_is_a_failed_resource(
     pets.answers |= {f"/{number}": [redirect(location)] for number, location in enumerate(NONSENSE)}
     answer = await debug_head(client, url)
     assert (answer.status_code, answer.json()["category"]) == (500, "resource")
-    assert answer.json()["detail"].startswith(f"The URL did not answer: {reason}")
+    assert answer.json()["detail"].startswith(f"The URL did not answer: {reason}"[:300])
     assert internet.internal_server.was_never_contacted()
 
 
@@ -301,7 +301,7 @@ async def test_a_name_look_up_counts_as_connecting(
     answered, known = threading.Event(), socket.getaddrinfo
 
     def slow_at_first(*args: Any, **options: Any) -> Any:
-        if not caplog.records:
+        if not any("took too long" in record.getMessage() for record in caplog.records):
             answered.wait(5)
         return known(*args, **options)
 
@@ -310,7 +310,7 @@ async def test_a_name_look_up_counts_as_connecting(
     await in_lifespan(main.download(URL, tmp_path / "video.mp4"))
     answered.set()
 
-    assert "(ConnectTimeout looking up pets.example took too long)" in log_lines(caplog)[0]
+    assert "(ConnectTimeout looking up pets.example took too long)" in "\n".join(log_lines(caplog))
 
 
 # Redirects

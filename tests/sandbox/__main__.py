@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,43 @@ INTRODUCTION = (
     "Not imitated: a real voice (espeak-ng's if installed, else one tone a letter), "
     "a mouth that moves (the picture nods\n"
     "and tilts), prices and plans, webhooks, files that expire by themselves.\n"
+    "Pictures on this machine work here and nowhere else: "
+    "elsewhere they must be on the public internet.\n"
 )
 TEXT = "Hello! I am Rex. I can talk now, and I have a lot to say!"
 PROMPT = "The dog looks into the camera and talks"
 VIDEO_FILE = Path("talking-pet.mp4")
 VIDEO_SECONDS = 2.5
+SPEECH_DELAY_S = 2.0  # with --eleven-slots, so that there is something to wait for
 JOB_TIMEOUT_S = 660.0
 LOG_POLL_S = 0.1  # how often the service's log is checked for new lines
+PERMANENT = 10_000  # as often as a sandbox is asked before it ends
 ERASE_TO_END = "\x1b[K" if sys.stdout.isatty() else ""  # of the line; empty if not on a terminal
+
+
+def reject_uploads_of(sandbox: Sandbox, kind: str) -> None:
+    """Let the bucket take every kind of file that the service uploads but this one."""
+    kinds = ["application/json", "audio/mpeg", "video/mp4"]
+    sandbox.buckets["pets"].allowed_mime_types = [one for one in kinds if one != kind]
+
+
+def mp4_without_video() -> bytes:
+    """A complete MP4 file in which there is nothing to play."""
+    boxes = {b"ftyp": b"isom\0\0\0\0isom", b"moov": b"", b"mdat": bytes(1000)}
+    return b"".join(
+        (8 + len(data)).to_bytes(4, "big") + name + data for name, data in boxes.items()
+    )
+
+
+# How each stage can fail for good, as `--fail` names it.
+FAILURES: dict[str, Callable[[Sandbox], None]] = {
+    "speech": lambda sandbox: sandbox.fault("speech", "status", None, status=401),
+    "audio_upload": lambda sandbox: reject_uploads_of(sandbox, "audio/mpeg"),
+    "video": lambda sandbox: sandbox.outcome("failed", "The picture was flagged", PERMANENT),
+    "download": lambda sandbox: sandbox.video("noise"),
+    "mux": lambda sandbox: sandbox.video(mp4_without_video()),
+    "final_upload": lambda sandbox: reject_uploads_of(sandbox, "video/mp4"),
+}
 
 
 class JobFailed(Exception):
@@ -44,8 +73,18 @@ def main() -> int:
     options = parse_options()
     print(INTRODUCTION)
     with ExitStack() as stack:
-        providers = Sandbox(options.port, video_seconds=VIDEO_SECONDS, tones=False)
+        providers = Sandbox(
+            options.port,
+            video_seconds=options.slow,
+            tones=False,
+            speech_slots=options.eleven_slots,
+            speech_delay_s=SPEECH_DELAY_S if options.eleven_slots else 0.0,
+        )
         sandbox = stack.enter_context(providers)
+        if options.creates_per_minute:
+            sandbox.limits(options.creates_per_minute)
+        if options.fail:
+            FAILURES[options.fail](sandbox)
         service = stack.enter_context(Service(sandbox.environment(), options.service_port))
         sandbox.service_url = service.url
         print(f"providers  {sandbox.url}")
@@ -98,7 +137,9 @@ def stay_up(sandbox: Sandbox, service: Service) -> None:
     """Print the addresses of the page and the documentation, and wait for Ctrl-C."""
     page, docs = f"{sandbox.url}/", f"{service.url}/docs"
     with suppress(KeyboardInterrupt):
-        print(f"\nopen {page} to try more, {docs} to read on; Ctrl-C ends", flush=True)
+        print(f"\nopen {page} to try more, {docs} to read on; Ctrl-C ends")
+        print("(/docs loads its script from a CDN; nothing else needs the internet)")
+        sys.stdout.flush()
         threading.Event().wait()
 
 
@@ -112,6 +153,26 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--text", default=TEXT, help="what the pet says")
     parser.add_argument("--image", help="a picture: a file or a URL")
     parser.add_argument("--model", help="a Replicate model, as owner/name")
+    parser.add_argument(
+        "--slow",
+        type=seconds,
+        default=VIDEO_SECONDS,
+        metavar="SECONDS",
+        help=f"how long a video takes (default: {VIDEO_SECONDS:g})",
+    )
+    parser.add_argument("--fail", choices=FAILURES, help="the stage in which every job fails")
+    parser.add_argument(
+        "--eleven-slots",
+        type=positive,
+        metavar="N",
+        help="speeches that ElevenLabs makes at once; more are refused with 429",
+    )
+    parser.add_argument(
+        "--creates-per-minute",
+        type=positive,
+        metavar="N",
+        help="videos that Replicate begins in a minute; more are refused with 429",
+    )
     parser.add_argument(
         "--verbose",
         action="store_true",
@@ -137,6 +198,20 @@ def port(text: str) -> int:
     if not 0 <= int(text) <= 65_535:
         raise ValueError(text)
     return int(text)
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1 on; argparse reports the ValueError as an invalid one."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Parse a time in seconds; argparse reports the ValueError as an invalid one."""
+    if not 0 <= float(text) <= JOB_TIMEOUT_S:
+        raise ValueError(text)
+    return float(text)
 
 
 def job_of(sandbox: Sandbox, options: argparse.Namespace) -> dict[str, Any]:
@@ -220,6 +295,8 @@ def show_stage(stage: dict[str, Any]) -> None:
         if stage.get("percent") is not None:
             percent = f"{stage['percent']} %"
         status = stage.get("status") or ""
+        if stage.get("ahead") is not None:
+            status += f", {stage['ahead']} ahead"
         print(f"{line}  {status} {percent}{ERASE_TO_END}", end="\r", flush=True)
 
 

@@ -20,6 +20,10 @@ class Behaviour:
     """The exact length of every speech; None: as long as the text takes."""
     tones: bool = True
     """True: one tone per letter, the same everywhere; False: espeak-ng's voice if installed."""
+    speech_delay_s: float = 0.0
+    """Seconds that a speech takes to make."""
+    speech_slots: int | None = None
+    """So many speeches are made at once, as the plan has it, and more are refused; None: any."""
     plan: str = "pro"
     """The ElevenLabs plan: free, starter, creator or pro."""
     output_shape: str = "model"

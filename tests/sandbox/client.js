@@ -1,67 +1,46 @@
 // @ts-check
 /**
- * A client for the service's two job routes, for browsers and Node 20. It is one file without
- * dependencies: copy it.
+ * A client for the service's two job routes, for browsers and Node 20: one file without dependencies.
+ * Copy it, and client.d.ts beside it for TypeScript and for an editor's hints. It is an ES module: a
+ * page loads it with <script type="module">, Node wants `"type": "module"` in package.json, or the
+ * name client.mjs (and client.d.mts).
  *
  *     const key = crypto.randomUUID();
  *     const video = await makeVideo(job, { service, key, onStage: console.log });
  *
- * @typedef {{ image_url: string, prompt: string, seconds?: number, resolution?: string,
- *   model?: string | null }} PromptJob
- * @typedef {PromptJob & { text: string, voice_id: string,
- *   fit?: "shortest" | "video" | "speech" }} SpeechJob
- * @typedef {{ video_url: string, audio_url?: string, final_url?: string }} Video
- * @typedef {"speech" | "audio_upload" | "video" | "download" | "convert" | "mux" | "final_upload"} Stage
- * @typedef {{ stage: Stage, state: "started" | "progress" | "done", seconds: number,
- *   status?: string | null, percent?: number | null }} StageEvent
- * @typedef {{ audio_url?: string | null, video_url?: string | null,
- *   prediction_id?: string | null }} PaidFor
- * @typedef {{ loc: (string | number)[], msg: string }} FieldError
- * @typedef {"configuration" | "validation" | "provider" | "resource" | "internal" |
- *   "network"} Category
- * @typedef {{ detail: string, category: Category, provider?: string | null,
- *   request_id?: string | null, retryable?: boolean, status?: number, partial?: PaidFor | null,
- *   errors?: FieldError[] | null }} Problem
+ * client.d.ts describes the job, the options and the errors.
  *
- * @typedef {object} Options
- * @property {string} service
- *   The service's address, such as https://pets.example.com.
- * @property {string} [key]
- *   The idempotency key, one per job. With a key, the job survives a lost connection and is retried
- *   until it has a result, and only one video is paid for. Without a key, nothing is retried, since
- *   each attempt is paid for, and a lost connection cancels the job.
- * @property {AbortSignal} [signal]
- *   Stops waiting and throws the signal's reason; without a key, it also cancels the job.
- * @property {(stage: StageEvent) => void} [onStage]
- *   Called with the progress. Each attempt of a job with a key starts again with the stages so far.
- * @property {(error: VideoError, seconds: number) => void} [onRetry]
- *   Called before each retry, with its cause and the seconds until then.
- * @property {number} [patience]
- *   Seconds to wait between attempts, in total, before the last error is thrown.
- * @property {number} [silence]
- *   Seconds without a byte, after which the event stream of a job with a key counts as broken.
+ * @typedef {import("./client.js").PromptJob} PromptJob
+ * @typedef {import("./client.js").SpeechJob} SpeechJob
+ * @typedef {import("./client.js").Video} Video
+ * @typedef {import("./client.js").SpeechVideo} SpeechVideo
+ * @typedef {import("./client.js").StageEvent} StageEvent
+ * @typedef {import("./client.js").Problem} Problem
+ * @typedef {import("./client.js").Options} Options
  */
 
 const DEFAULT_PATIENCE_S = 600;
 const DEFAULT_SILENCE_S = 45; // the service sends at least a comment every 15 s
 const MAX_RETRY_DELAY_S = 15;
+const MAX_DETAIL_CHARS = 300; // of what another server says
+const MAX_PAGE_CHARS = 10_000; // of its error page
 
-/**
- * Every way in which a job can fail. `category` comes from the service; it is "network" if the
- * response did not come from the service, or did not arrive.
- */
+/** Every way in which a job can fail. */
 export class VideoError extends Error {
   /** @param {Problem} problem  @param {ErrorOptions} [options] */
   constructor(problem, options) {
     super(problem.detail, options);
     this.name = "VideoError";
+    this.detail = problem.detail;
     this.category = problem.category;
-    this.retryable = problem.retryable === true; // the same job and key may succeed later
+    this.code = problem.code ?? null;
+    this.status = problem.status ?? null;
+    // Who is not signed in has not used up the key: after the sign-in the same job goes on.
+    this.retryable = problem.retryable === true || this.status === 401;
     this.errors = problem.errors ?? []; // the invalid fields: each `loc` ends with a field's name
     this.partial = problem.partial ?? {}; // what is paid for and can still be used
     this.provider = problem.provider ?? null;
     this.requestId = problem.request_id ?? null;
-    this.status = problem.status ?? null;
   }
 }
 
@@ -69,7 +48,7 @@ export class VideoError extends Error {
  * Make a video: with speech if the job has a `text`, or else a silent one, which only has a
  * `video_url`.
  *
- * @overload  @param {SpeechJob} job  @param {Options} options  @returns {Promise<Required<Video>>}
+ * @overload  @param {SpeechJob} job  @param {Options} options  @returns {Promise<SpeechVideo>}
  * @overload  @param {PromptJob} job  @param {Options} options  @returns {Promise<Video>}
  * @param {PromptJob | SpeechJob} job
  * @param {Options} options
@@ -77,7 +56,7 @@ export class VideoError extends Error {
  */
 export async function makeVideo(job, options) {
   const { key, signal, onRetry, patience = DEFAULT_PATIENCE_S } = options;
-  let paid = /** @type {PaidFor} */ ({});
+  let paid = /** @type {import("./client.js").PaidFor} */ ({});
   let waited = 0;
   for (let maxDelay = 1; ; maxDelay = Math.min(2 * maxDelay, MAX_RETRY_DELAY_S)) {
     try {
@@ -89,8 +68,8 @@ export async function makeVideo(job, options) {
       paid = { ...paid, ...error.partial }; // a later attempt may know less than an earlier one
       error.partial = paid;
       const jitter = 0.75 + 0.25 * Math.random(); // so that not all pages retry at the same moment
-      const delay = maxDelay * jitter;
-      if (key == null || !error.retryable || waited + delay > patience) throw error;
+      const delay = Math.max(maxDelay * jitter, retryAfter.get(error) ?? 0);
+      if (key == null || !canRetry(error) || waited + delay > patience) throw error;
 
       onRetry?.(error, delay);
       waited += delay;
@@ -100,45 +79,76 @@ export async function makeVideo(job, options) {
 }
 
 /**
+ * The seconds that a response's Retry-After asks for, by its error.
+ *
+ * @type {WeakMap<VideoError, number>}
+ */
+const retryAfter = new WeakMap();
+
+/**
+ * Whether another attempt may help without the user: signing in needs the user.
+ *
+ * @param {VideoError} error
+ */
+function canRetry({ retryable, status, code }) {
+  return retryable && status !== 401 && code !== "headers_failed";
+}
+
+/**
  * Send the job once.
  *
  * @param {PromptJob | SpeechJob} job  @param {Options} options  @returns {Promise<Video>}
  */
 async function sendJob(job, options) {
-  const request = requestFor(job, options);
+  const request = requestFor(job, options, await furtherHeaders(options));
   try {
     const response = await fetch(request);
     // An early error is plain JSON, and so is everything if a proxy has dropped the Accept header.
     const type = response.headers.get("Content-Type");
-    const isStream = response.body && type?.startsWith("text/event-stream");
+    const isStream = response.ok && response.body && type?.startsWith("text/event-stream");
     return await (isStream ? readStream(response, options) : readJson(response));
   } catch (error) {
     if (error instanceof VideoError) throw error;
     const detail = "The connection failed before the video was ready.";
-    throw new VideoError({ category: "network", retryable: true, detail }, { cause: error });
+    throw networkError({ code: "connection_failed", retryable: true, detail }, error);
+  }
+}
+
+/**
+ * The caller's own headers, asked for anew at each attempt, since a sign-in may expire meanwhile.
+ *
+ * @param {Options} options
+ */
+async function furtherHeaders({ headers }) {
+  try {
+    return typeof headers === "function" ? await headers() : headers;
+  } catch (error) {
+    const detail = `The headers of the job are not known: ${error}`;
+    throw networkError({ code: "headers_failed", retryable: true, detail }, error);
   }
 }
 
 /**
  * The request for a job.
  *
- * @param {PromptJob | SpeechJob} job  @param {Options} options
+ * @param {PromptJob | SpeechJob} job  @param {Options} options  @param {HeadersInit} [further]
  */
-function requestFor(job, { service, key, signal }) {
+function requestFor(job, { service, key, signal, credentials = "same-origin" }, further) {
   const hasSpeech = "text" in job && job.text != null;
   const route = hasSpeech ? "jobs_prompt_tts" : "jobs_prompt_only";
   const canStream = "body" in Response.prototype; // not in React Native
-  const headers = new Headers({ "Content-Type": "application/json" });
-  headers.set("Accept", canStream ? "text/event-stream" : "application/json");
   try {
+    const headers = new Headers(further);
+    headers.set("Content-Type", "application/json");
+    headers.set("Accept", canStream ? "text/event-stream" : "application/json");
     if (key != null) headers.set("Idempotency-Key", key);
     const url = `${service.replace(/\/+$/, "")}/${route}`;
     const body = JSON.stringify(job);
-    return new Request(url, { method: "POST", headers, body, signal: signal ?? null });
+    return new Request(url, { method: "POST", headers, body, credentials, signal: signal ?? null });
   } catch (error) {
-    // The address or the key is invalid: a retry would not help.
+    // The address, the key or a header is invalid: a retry would not help.
     const detail = `The job cannot be sent: ${error}`;
-    throw new VideoError({ category: "validation", detail }, { cause: error });
+    throw new VideoError({ category: "validation", code: "not_sent", detail }, { cause: error });
   }
 }
 
@@ -158,24 +168,68 @@ async function readStream(response, { key, onStage, silence = DEFAULT_SILENCE_S 
   }
   const detail = "The response ended before the video was ready.";
   const request_id = response.headers.get("X-Request-ID");
-  throw new VideoError({ category: "network", retryable: true, detail, request_id });
+  throw networkError({ code: "response_ended", retryable: true, detail, request_id });
 }
 
 /**
- * Read a response that is JSON, or an error page.
+ * Read a response that is JSON, or an error page of another server, such as a proxy.
  *
  * @param {Response} response  @returns {Promise<Video>}
  */
 async function readJson(response) {
   const { ok, status, headers } = response;
-  const body = await response.json().catch(() => null); // a proxy's error page is not JSON
+  const text = await response.text();
+  const body = parsed(text);
   if (ok && body?.video_url) return body;
-  if (body?.category) throw new VideoError({ ...body, status });
 
-  const detail = `A response with status ${status} came, but not from the service.`;
-  const retryable = ok || status >= 500 || status === 408 || status === 429;
-  const request_id = headers.get("X-Request-ID");
-  throw new VideoError({ category: "network", retryable, detail, status, request_id });
+  const error = body?.category
+    ? new VideoError({ ...body, status })
+    : networkError({
+        code: typeof body?.code === "string" ? body.code : "other_server",
+        retryable: ok || status >= 500 || status === 408 || status === 429,
+        detail: detailOf(body, text) || `A response with status ${status}, not from the service.`,
+        status,
+        request_id: headers.get("X-Request-ID"),
+      });
+  const seconds = Number(headers.get("Retry-After")); // or a date: then the usual delay has to do
+  if (seconds > 0) retryAfter.set(error, seconds);
+  throw error;
+}
+
+/**
+ * The value of a JSON text, or null if it is none.
+ *
+ * @param {string} text
+ */
+function parsed(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return null;
+  }
+}
+
+/**
+ * What another server says about its error: a usual field of its JSON, or the words of its page.
+ *
+ * @param {any} body  @param {string} text
+ */
+function detailOf(body, text) {
+  const fields = [body?.detail, body?.message, body?.msg, body?.error?.message, body?.error];
+  const field = fields.find((value) => value && typeof value === "string");
+  if (body != null) return field?.slice(0, MAX_DETAIL_CHARS);
+
+  const page = text.slice(0, MAX_PAGE_CHARS).replace(/<(script|style|title)\b.*?<\/\1>|<[^>]*>/gis, " ");
+  return page.replace(/\s+/g, " ").trim().slice(0, MAX_DETAIL_CHARS);
+}
+
+/**
+ * An error that is not the service's.
+ *
+ * @param {Omit<Problem, "category">} problem  @param {unknown} [cause]
+ */
+function networkError(problem, cause) {
+  return new VideoError({ category: "network", ...problem }, cause ? { cause } : {});
 }
 
 /**

@@ -7,11 +7,13 @@ count as malformed, and the wording for an empty text and for an unknown format 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from starlette.requests import Request
@@ -68,6 +70,7 @@ class ElevenLabs:
     def __init__(self, behaviour: Behaviour, workshop: Workshop) -> None:
         self.behaviour = behaviour
         self.workshop = workshop
+        self.under_way = 0  # speeches that are being made
         self.clear()
 
     def clear(self) -> None:
@@ -89,10 +92,29 @@ class ElevenLabs:
         )
         text = check_text(body)
 
-        audio = await self.make_speech(text, voice_hz, output_format)
+        with self.slot():
+            await asyncio.sleep(self.behaviour.speech_delay_s)
+            audio = await self.make_speech(text, voice_hz, output_format)
         self.made[text] += 1
         # The API reference has no other media type than this one, whatever the format.
         return Response(audio, headers=response_headers(text), media_type="audio/mpeg")
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Hold one of the plan's slots, or refuse the speech if none is free."""
+        slots = self.behaviour.speech_slots
+        if slots is not None and self.under_way >= slots:
+            raise refusal(
+                429,
+                "concurrent_limit_exceeded",
+                f"Too many concurrent requests. Your plan has a maximum of {slots}.",
+                status="too_many_concurrent_requests",
+            )
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
 
     async def make_speech(self, text: str, voice_hz: float, output_format: str) -> bytes:
         """Speak the text, or return what was made of the same text before."""

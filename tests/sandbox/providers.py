@@ -390,6 +390,6 @@ def default_body(call: str, status: int) -> Any:
     """The body of a fault, in the shape of the call's provider."""
     if call == "speech":
         return elevenlabs.default_body(status)
-    if call in ("upload", "public", "storage"):
+    if call in ("upload", "move", "objects", "public", "storage"):
         return supabase.default_body(status)
     return replicate.default_body(status)

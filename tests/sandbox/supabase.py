@@ -2,9 +2,10 @@
 
 The shapes were recorded from supabase/storage 1.70.6 behind the published self-hosted gateway rules
 (2026-11-22). Nearly every refusal is an HTTP 400 whose JSON body holds the real status as a string.
-Guessed from the server's source: the `authenticated` route refuses requests without a key, even for
-a public bucket. Not imitated: multipart uploads, listing, deleting and signing of objects,
-`/object/info`, row-level security beyond "the anonymous key may not write", and the hosted
+A move onto a path succeeds for exactly one caller, as measured there. Guessed from the server's source:
+the `authenticated` route refuses requests without a key, even for a public bucket; what a list or move
+without its fields is answered. Not imitated: multipart uploads, deleting and signing of objects, folders
+and options of a list but `prefix`, `limit` and `offset`, `/object/info`, row-level security beyond "the anonymous key may not write", and the hosted
 platform's cache, which may serve a replaced object's old bytes on its public URL for a minute.
 """
 
@@ -20,6 +21,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from email.utils import formatdate, parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,6 +62,8 @@ class Error(NamedTuple):
 NO_BUCKET = Error("404", "Bucket not found", "Bucket not found", "NoSuchBucket")
 NO_OBJECT = Error("404", "not_found", "Object not found", "NoSuchKey")
 DUPLICATE = Error("409", "Duplicate", "The resource already exists", "KeyAlreadyExists")
+ALREADY_THERE = Error("409", "Duplicate", "The resource already exists", "ResourceAlreadyExists")
+VANISHED = Error("404", "not_found", "The resource was not found", "NoSuchKey")
 TOO_LARGE = Error(
     "413", "Payload too large", "The object exceeded the maximum allowed size", "EntityTooLarge"
 )
@@ -84,6 +88,11 @@ def access_denied(message: str) -> Error:
 def invalid_key(message: str) -> Error:
     """The error for an object's name."""
     return Error("400", "InvalidKey", message, "InvalidKey")
+
+
+def invalid_request(message: str) -> Error:
+    """The error for a JSON body."""
+    return Error("400", "Error", message, "InvalidRequest")
 
 
 def invalid_mime_type(message: str) -> Error:
@@ -227,6 +236,7 @@ class Supabase:
         self.folder = folder
         self.objects: dict[str, StoredObject] = {}
         self.given: dict[str, StoredObject] = {}
+        self.vanish_s = 0.0  # how long an object is missing while it is overwritten
         self.clear()
 
     def give(self, key: str, data: bytes, content_type: str) -> None:
@@ -237,9 +247,11 @@ class Supabase:
 
     def clear(self) -> None:
         """Delete all uploads, and set up the four buckets."""
-        for stored in self.objects.values():
+        for stored in list(self.objects.values()):
             stored.delete_file()
         self.objects = {}
+        self.overwritten_at: dict[str, float] = {}
+        self.vanish_s = 0.0
         self.buckets = {
             "pets": Bucket(),
             "private": Bucket(public=False),
@@ -254,11 +266,15 @@ class Supabase:
         authenticated = storage + "/object/authenticated/{bucket}/{path:path}"
         info = storage + "/object/info/{path:path}"
         plain = storage + "/object/{bucket}/{path:path}"
+        objects = storage + "/object/list/{bucket}"
+        move = storage + "/object/move"
         bucket = storage + "/bucket/{bucket}"
         return [
             Route(public, on("public", self.public), methods=["GET"]),
             Route(authenticated, on("storage", self.authenticated), methods=["GET"]),
             Route(info, on("storage", self.info), methods=["GET"]),
+            Route(objects, on("objects", self.list_objects), methods=["POST"]),
+            Route(move, on("move", self.move), methods=["POST"]),
             Route(plain, on("upload", self.upload), methods=["POST", "PUT"]),
             Route(plain, on("storage", self.plain), methods=["GET"]),
             Route(bucket, on("storage", self.bucket), methods=["GET"]),
@@ -313,7 +329,42 @@ class Supabase:
         self.objects[key] = stored
         if old is not None:
             old.delete_file()
+            self.overwritten_at[key] = time.monotonic()
         return stored
+
+    # Moving and listing
+
+    async def move(self, request: Request) -> Response:
+        """`POST /object/move`: give an object another path, unless something is there."""
+        body = await json_body(request, "bucketId", "sourceKey", "destinationKey")
+        source = f"{body['bucketId']}/{body['sourceKey']}"
+        destination = f"{body['bucketId']}/{body['destinationKey']}"
+        if role_of(request.headers) != "service_role":
+            raise refusal(access_denied("new row violates row-level security policy"))
+        if body["bucketId"] not in self.buckets:
+            raise refusal(NO_BUCKET)
+        check_path(body["bucketId"], body["destinationKey"])
+        if source not in self.objects:
+            raise refusal(NO_OBJECT)
+        if destination in self.objects:
+            raise refusal(ALREADY_THERE)
+
+        stored = self.objects.pop(source)
+        self.objects[destination] = stored
+        moved = {"message": "Successfully moved", "Id": stored.id, "Key": destination}
+        return Json(moved, headers=CORS)
+
+    async def list_objects(self, request: Request) -> Response:
+        """`POST /object/list/{bucket}`: what lies in the folder `prefix`, by name; a missing bucket is empty."""
+        body = await json_body(request, "prefix")
+        if role_of(request.headers) != "service_role":
+            return Json([], headers=CORS)
+        folder = f"{request.path_params['bucket']}/{body['prefix']}".rstrip("/") + "/"
+        names = {key.removeprefix(folder) for key in self.objects if key.startswith(folder)}
+        start = body.get("offset", 0)
+        page = sorted(names)[start : start + body.get("limit", 100)]
+        listed = [list_entry(name, self.objects[folder + name]) for name in page]
+        return Json(listed, headers=CORS)
 
     # Downloading
 
@@ -349,6 +400,9 @@ class Supabase:
     def serve(self, request: Request, key: str) -> Response:
         """Serve an object, or the range of it that was asked for."""
         stored = self.objects.get(key) or self.given.get(key)
+        overwritten_at = self.overwritten_at.get(key)
+        if overwritten_at and time.monotonic() < overwritten_at + self.vanish_s:
+            raise refusal(VANISHED)
         if stored is None:
             raise refusal(NO_OBJECT)
         headers = object_headers(stored, request)
@@ -400,6 +454,18 @@ class Supabase:
 
 
 # Checks
+
+
+async def json_body(request: Request, *required: str) -> dict[str, Any]:
+    """A JSON body with these fields, or a refusal."""
+    try:
+        body = json.loads(await request.body())
+    except ValueError:
+        raise refusal(invalid_request("Body is not valid JSON")) from None
+    for name in required:
+        if not isinstance(body, dict) or not isinstance(body.get(name), str):
+            raise refusal(invalid_request(f"body must have required property '{name}'"))
+    return dict(body)
 
 
 def role_of(headers: Any) -> str:
@@ -500,6 +566,28 @@ def stored_object(
         size=spool.size,
         modified=time.time(),
     )
+
+
+def list_entry(name: str, stored: StoredObject) -> dict[str, Any]:
+    """How a list shows an object."""
+    moment = datetime.fromtimestamp(stored.modified, timezone.utc)
+    written = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return {
+        "name": name,
+        "id": stored.id,
+        "updated_at": written,
+        "created_at": written,
+        "last_accessed_at": written,
+        "metadata": {
+            "eTag": stored.etag,
+            "size": stored.size,
+            "mimetype": stored.content_type,
+            "cacheControl": stored.cache_control,
+            "lastModified": written,
+            "contentLength": stored.size,
+            "httpStatusCode": 200,
+        },
+    }
 
 
 def object_headers(stored: StoredObject, request: Request) -> dict[str, str]:

@@ -14,10 +14,10 @@ import httpx
 import pytest
 
 from tests.sandbox import PortTaken, Service
-from tests.sandbox.__main__ import port
+from tests.sandbox.__main__ import FAILURES, port, positive, seconds
 from tests.sandbox.media import probe
 from tests.sandbox.service import ROOT, ServiceError
-from tests.support.requests import prompt_job
+from tests.support.requests import prompt_job, short_video, speech_job
 
 STAGES = ["speech", "audio upload", "video", "download", "mux", "final upload"]
 
@@ -110,6 +110,47 @@ def test_the_command_only_takes_port_numbers(text):
         port(text)
 
 
+@pytest.mark.parametrize("text", ["-1", "nan", "soon", "1e9"])
+def test_the_command_only_takes_times_that_a_job_can_have(text):
+    """Anything else is refused before anything starts."""
+    with pytest.raises(ValueError, match=text):
+        seconds(text)
+
+
+@pytest.mark.parametrize("stage", FAILURES)
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "k"}], ids=["no key", "a key"])
+def test_every_stage_can_be_made_to_fail(sandbox, service, http, stage, headers):
+    """The job fails at once and for good, in this stage and in no other; so does the next."""
+    sandbox.video(short_video())
+    FAILURES[stage](sandbox)
+    for number in range(2):
+        job = speech_job(sandbox, text=f"Job {number}")
+        keys = {name: f"{stage} {number}".replace(" ", "-") for name in headers}
+        sent = {"Accept": "text/event-stream", **keys}
+        stream = http.post(f"{service.url}/jobs_prompt_tts", json=job, headers=sent).text
+        assert '"retryable":false' in stream.rpartition("event: error")[2]
+        assert re.findall(r'"stage":"(\w+)"', stream)[-1] == stage
+
+
+def test_a_model_without_a_picture_is_refused(sandbox, service, http):
+    """The sandbox has one, so that a front end can see what the service says about it."""
+    job = speech_job(sandbox, model="sandbox/text-to-video")
+    response = http.post(f"{service.url}/jobs_prompt_tts", json=job)
+    assert response.status_code == 400
+    assert "takes no picture" in response.json()["detail"]
+    assert sandbox.speeches == {}
+
+
+@pytest.mark.beside("-m", "tests.sandbox", "--once", "--fail", "video", "--slow", "4")
+def test_the_command_can_be_slow_and_fail(beside):
+    """The video takes as long as asked for, and then fails."""
+    code, output, errors = beside.outcome()
+    assert code == 1, errors
+    assert "The picture was flagged" in output
+    assert "audio upload" in output
+    assert "nowhere else" in output
+
+
 @pytest.mark.beside("-m", "tests.sandbox", "--once", "--verbose", "--text", "Hello!")
 def test_the_command_makes_a_video_without_a_key(beside):
     """It shows each stage, the log and the three URLs, saves the video and ends with 0."""
@@ -156,3 +197,10 @@ def test_the_command_stays_up_until_it_is_interrupted(beside, http):
     assert not log.exists()
     with pytest.raises(httpx.TransportError):
         http.get(service_line.split()[1])
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "ten"])
+def test_a_providers_limit_is_a_number_from_one_on(text):
+    """Anything else is refused before anything starts."""
+    with pytest.raises(ValueError, match=text):
+        positive(text)

@@ -178,3 +178,16 @@ def test_speech_has_the_length_that_a_test_asks_for(sandbox, call):
     sandbox.speech_seconds = 2.5
     speech = speak(call, params=PCM).content
     assert len(speech) == pytest.approx(2 * 16_000 * 2.5, rel=0.01)
+
+
+# The plan's slots
+
+
+def test_a_speech_without_a_free_slot_is_refused(sandbox, call):
+    """With the code that ElevenLabs has for it; a speech that is made gives its slot back."""
+    sandbox.speech_slots = 0
+    refused = speak(call)
+    assert refused.status_code == 429
+    assert refused.json()["detail"]["code"] == "concurrent_limit_exceeded"
+    sandbox.speech_slots = 1
+    assert [speak(call).status_code for _ in range(2)] == [200, 200]

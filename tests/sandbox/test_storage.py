@@ -6,7 +6,9 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.sandbox import supabase
@@ -402,3 +404,51 @@ def test_a_large_object_is_kept_in_a_file(sandbox, call):
 
     sandbox.reset()
     assert list(file.parent.iterdir()) == []
+
+
+# Moving and listing
+
+
+def move(call: Call, source: str, destination: str, bucket: str = "pets") -> httpx.Response:
+    """Move an object with the service key."""
+    body = {"bucketId": bucket, "sourceKey": source, "destinationKey": destination}
+    return call("POST", "/storage/v1/object/move", headers=STORAGE, json=body)
+
+
+def list_names(call: Call, prefix: str, **options: Any) -> list[str]:
+    """The names in a folder, as a list shows them."""
+    body = {"prefix": prefix, **options}
+    response = call("POST", "/storage/v1/object/list/pets", headers=STORAGE, json=body)
+    return [item["name"] for item in response.json()]
+
+
+def test_a_move_onto_one_path_succeeds_once(call):
+    """The loser is refused, and its file is still there; so is a move that is repeated."""
+    upload(call, "pets/new/1")
+    upload(call, "pets/new/2", b"other")
+    assert move(call, "new/1", "log/1").json()["message"] == "Successfully moved"
+    loser = move(call, "new/2", "log/1")
+    assert storage_error(loser) == (400, "409", "The resource already exists")
+    assert loser.json()["code"] == "ResourceAlreadyExists"
+    repeated = move(call, "new/1", "log/1")
+    assert (repeated.status_code, repeated.json()["code"]) == (400, "NoSuchKey")
+    assert list_names(call, "new") == ["2"]
+
+
+def test_a_list_shows_a_folder_by_name(call):
+    """With a limit and an offset; a folder that does not exist is empty."""
+    for name in ("b", "a", "c"):
+        upload(call, f"pets/folder/{name}")
+    assert list_names(call, "folder") == ["a", "b", "c"]
+    assert list_names(call, "folder", limit=1, offset=1) == ["b"]
+    assert list_names(call, "nowhere") == []
+
+
+def test_an_object_can_vanish_while_it_is_overwritten(sandbox, call):
+    """As on a storage without a queue: for a moment it does not exist."""
+    sandbox.supabase.vanish_s = 60
+    upload(call, "pets/a")
+    url = "/storage/v1/object/public/pets/a"
+    assert call("GET", url).status_code == 200
+    upload(call, "pets/a", b"new", x_upsert="true")
+    assert storage_error(call("GET", url)) == (400, "404", "The resource was not found")

@@ -26,6 +26,8 @@ CALLS = (
     "list",
     "cancel",
     "upload",
+    "move",
+    "objects",  # a list of the storage
     "public",
     "output",
     "picture",

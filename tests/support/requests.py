@@ -15,6 +15,14 @@ from tests.sandbox import Sandbox, media
 from tests.sandbox.providers import PET_FILE
 
 STAGES = ("speech", "audio_upload", "video", "download", "mux", "final_upload")
+RESULT_FIELDS = {
+    "audio_url",
+    "video_url",
+    "final_url",
+    "audio_seconds",
+    "final_seconds",
+    "cut_seconds",
+}
 EVENT_STREAM = {"accept": "text/event-stream"}
 
 
