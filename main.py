@@ -197,7 +197,6 @@ FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of an 8K frame ha
 MUX_MAX_BYTES = 200_000_000  # RLIMIT_DATA of a mux: it takes 66 to 77 MB, a 4K video as well
 CONVERT_MAX_BYTES = 450_000_000  # ... of a conversion: it takes 170 to 350 MB
 CONVERT_TIMEOUT_S = 180.0
-CONVERT_NICENESS = 10  # the others' muxes, and the service itself, go first
 MAX_CONVERT_PIXELS = 1920 * 1088
 # Frames a second. A frame that is longer than the speech would not be in the final video at all.
 CONVERT_RATE = "min(60,max(12,source_fps))"
@@ -4116,7 +4115,7 @@ async def convert_video(video: Path, source: VideoFormat, target: Path, with_sou
     arguments = convert_arguments(video, source, target, with_sound)
     try:
         async with app_state().conversion_slot:
-            await run_ffmpeg(arguments, CONVERT_TIMEOUT_S, CONVERT_MAX_BYTES, CONVERT_NICENESS)
+            await run_ffmpeg(arguments, CONVERT_TIMEOUT_S, CONVERT_MAX_BYTES, in_background=True)
         if target.stat().st_size > MAX_DOWNLOAD_BYTES:  # noqa: ASYNC240  ffmpeg has stopped there
             raise ResourceFailed(
                 "The converted video is larger than 100 MB.", code="media_unusable", retryable=False
@@ -4133,7 +4132,10 @@ async def convert_video(video: Path, source: VideoFormat, target: Path, with_sou
 
 
 async def run_ffmpeg(
-    arguments: list[str], timeout_s: float, max_bytes: int = MUX_MAX_BYTES, niceness: int = 0
+    arguments: list[str],
+    timeout_s: float,
+    max_bytes: int = MUX_MAX_BYTES,
+    in_background: bool = False,
 ) -> None:
     """Run ffmpeg to its end; it is killed and reaped however this call ends.
 
@@ -4145,7 +4147,7 @@ async def run_ffmpeg(
     process = await anyio.open_process(
         command, stdin=DEVNULL, stdout=DEVNULL, env={}, start_new_session=True
     )
-    limit_process(process.pid, max_bytes, niceness)
+    limit_process(process.pid, max_bytes, in_background)
     async with process:
         assert process.stderr is not None
         try:
@@ -4164,8 +4166,11 @@ async def run_ffmpeg(
         raise_ffmpeg_error(process.returncode, stderr_tail)
 
 
-def limit_process(pid: int, max_bytes: int, niceness: int) -> None:
-    """Limit the memory of a process that leads its own group, and lower its priority: on Linux.
+def limit_process(pid: int, max_bytes: int, in_background: bool) -> None:
+    """Limit the memory of a process with a session of its own; on Linux only.
+
+    In the background it runs when no other process needs the core: beside one of low priority, other
+    muxes took a quarter longer.
 
     RLIMIT_DATA counts what it can write to. RLIMIT_AS would also count ffmpeg's own 170 MB, and
     64 MB that malloc reserves for each thread: it cannot tell a bomb from a video.
@@ -4173,11 +4178,12 @@ def limit_process(pid: int, max_bytes: int, niceness: int) -> None:
     if sys.platform == "linux":
         with suppress(OSError, ValueError):  # it has ended already, or has a lower limit
             resource.prlimit(pid, resource.RLIMIT_DATA, (max_bytes, max_bytes))
-        if niceness:
+        if in_background:
             with suppress(OSError):
-                os.setpriority(os.PRIO_PGRP, pid, niceness)  # all its threads
+                for thread in os.listdir(f"/proc/{pid}/task"):
+                    os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
                 # Outside of a container a session may count as one, whatever is in it.
-                Path(f"/proc/{pid}/autogroup").write_text(str(niceness), encoding="ascii")
+                Path(f"/proc/{pid}/autogroup").write_text("19", encoding="ascii")
 
 
 def raise_ffmpeg_error(returncode: int | None, stderr_tail: bytes) -> None:
