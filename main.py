@@ -2508,7 +2508,7 @@ def speech_format() -> SpeechFormat:
 
 def speech_demuxer(speech: Path) -> str:
     """Return ffmpeg's name of a speech's format; a resumed job's may be an earlier setting's."""
-    with speech.open("rb") as file:
+    with speech.open("rb", buffering=0) as file:
         start = file.read(4)
     for known in (MP3, WAV, OGG):
         if start.startswith(known.signatures):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ PACE = {
     "PATIENCE_SECONDS": "4",
 }
 StartService = Callable[..., Service]
+TEST_TIMEOUT_S = 300  # a test that takes longer hangs
+REAL_STDERR = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,12 +47,25 @@ def pytest_configure(config: pytest.Config) -> None:
     """Warnings are errors; the marks in use are declared; the files are shared by several processes."""
     config.pluginmanager.register(parallel.Lanes(config))
     config.addinivalue_line("filterwarnings", "error")
+    config.stash[REAL_STDERR] = os.dup(2)  # which is captured later
     config.addinivalue_line(
         "markers", "live: calls the real providers with the keys in the environment (--live)"
     )
     config.addinivalue_line(
         "markers", "beside(*arguments): judges a Python command that runs while other tests do"
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """End the run, with the stack of every thread, when a test hangs."""
+    faulthandler.dump_traceback_later(
+        TEST_TIMEOUT_S, exit=True, file=item.config.stash[REAL_STDERR]
+    )
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 # The slow test files, the slowest last: the other lanes begin there.

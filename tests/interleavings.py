@@ -37,7 +37,7 @@ from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import formatdate
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -260,8 +260,6 @@ def load_service(number: int) -> ModuleType:
     logging.getLogger("talking_pet").removeFilter(module.add_request_id_and_redact)
     module.logger = LOGGER  # type: ignore[attr-defined]
     module.uuid = SimpleNamespace(uuid4=random_uuid)  # type: ignore[attr-defined]
-    folder = partial(tempfile.TemporaryDirectory, dir=MEMORY if MEMORY.is_dir() else None)
-    module.tempfile = SimpleNamespace(TemporaryDirectory=folder)  # type: ignore[attr-defined]
     return module
 
 
@@ -288,6 +286,7 @@ class Process:
         settings = module.read_settings(SETTINGS | self.world.settings)
         module.get_settings = lambda: settings
         module._state = module.AppState(Network(self), asyncio.Semaphore(2))
+        module.tempfile = SimpleNamespace(TemporaryDirectory=self.world.new_folder)
 
     def spawn(self, coro: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run a coroutine as this process's own code."""
@@ -455,6 +454,7 @@ class World:
     moving: Counter[str] = field(default_factory=Counter)
     speeches: list[Speech] = field(default_factory=list)
     videos: dict[str, Video] = field(default_factory=dict)
+    folders: list[tempfile.TemporaryDirectory[str]] = field(default_factory=list)
     is_calm: bool = False  # no more faults
     calls: int = 0
 
@@ -499,6 +499,13 @@ class World:
     def later(self, seconds: float, callback: Callable[..., Any], *args: Any) -> None:
         """Do something after a while, whatever happens to the processes."""
         self.loop.call_later(seconds, callback, *args, context=self.context.copy())
+
+    def new_folder(self, prefix: str) -> tempfile.TemporaryDirectory[str]:
+        """A folder for a job's files, which is removed with the world: its process may be killed."""
+        memory = MEMORY if MEMORY.is_dir() else None
+        folder = tempfile.TemporaryDirectory(prefix=prefix, dir=memory)
+        self.folders.append(folder)
+        return folder
 
     # Processes
 
@@ -1131,6 +1138,8 @@ def run_seed(seed: int, is_traced: bool = False) -> World:
     finally:
         with silence():
             world.loop.close()
+        for folder in world.folders:
+            folder.cleanup()
     return world
 
 

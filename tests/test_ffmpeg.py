@@ -569,10 +569,14 @@ async def started(processes: int = 1, without: int = 0) -> set[int]:
 
 
 @pytest.fixture
-def silent_speech(tmp_path: Path) -> Path:
-    """Speech that never comes to its end, as long as nobody writes into it."""
-    os.mkfifo(tmp_path / "silent")
-    return tmp_path / "silent"
+def silent_speech(tmp_path: Path) -> Iterator[Path]:
+    """Speech that begins and never comes to its end."""
+    path = tmp_path / "silent"
+    os.mkfifo(path)
+    writer = os.open(path, os.O_RDWR)
+    os.write(writer, b"ID3\x04" * 16)
+    yield path
+    os.close(writer)
 
 
 @needs_proc

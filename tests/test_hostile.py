@@ -25,6 +25,7 @@ import pytest
 import main
 from tests.conftest import StartService
 from tests.sandbox import Sandbox, Service
+from tests.support.application import use_settings
 
 pytestmark = pytest.mark.anyio
 

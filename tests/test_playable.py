@@ -528,10 +528,13 @@ async def test_the_system_limits_the_memory_of_every_ffmpeg(endless, zoo, tmp_pa
         assert await limits_of(await running()) == (main.CONVERT_MAX_BYTES, {os.SCHED_IDLE})
         await cancel(conversion)
 
+        writer = os.open(endless, os.O_RDWR)
+        os.write(writer, b"ID3\x04" * 16)  # a speech that begins
         work = main.mux_video_audio(zoo.path("high.mp4"), endless, tmp_path / "final.mp4")
         mux = asyncio.create_task(work)
         assert await limits_of(await running()) == (main.MUX_MAX_BYTES, {os.SCHED_OTHER})
         await cancel(mux)
+        os.close(writer)
 
 
 # Bombs: small files that would take gigabytes
