@@ -344,9 +344,9 @@ class Settings(BaseModel, frozen=True):
 
         The longest first, which may hold another.
         """
-        keys = (self.eleven_api_key, self.replicate_api_token, self.supabase_service_role)
+        keys = (getattr(self, name) for name in SECRET_SETTINGS)
         secrets = [key.get_secret_value() for key in keys if key]
-        return sorted(secrets + self.tokens(), key=len, reverse=True)
+        return sorted({*secrets, *self.tokens()}, key=len, reverse=True)
 
 
 SECRET_SETTINGS = (
@@ -493,11 +493,12 @@ MODEL_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*(:[A-Z
 VOICE_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 SIZE_PATTERN = r"^[A-Za-z0-9]{1,16}$"
 KEY_PATTERN = r"^[!-~]{1,255}$"  # draft-ietf-httpapi-idempotency-key-header leaves it to the server
-PATTERN_MESSAGES = {
-    MODEL_PATTERN: "must be owner/name or owner/name:version",
-    VOICE_PATTERN: "must be up to 64 letters, digits, _ and -",
-    SIZE_PATTERN: "must be a size such as 768p",
-    KEY_PATTERN: "must be 1 to 255 visible ASCII characters, such as a UUID",
+# What errors say instead of a pattern, which is not for people: its name and in words.
+PATTERN_FORMATS = {
+    MODEL_PATTERN: ("model", "must be owner/name or owner/name:version"),
+    VOICE_PATTERN: ("voice_id", "must be up to 64 letters, digits, _ and -"),
+    SIZE_PATTERN: ("size", "must be a size such as 768p"),
+    KEY_PATTERN: ("key", "must be 1 to 255 visible ASCII characters, such as a UUID"),
 }
 UPLOAD_FIRST = (
     "must be the public http(s) URL of a file: upload it first, for example to your storage"
@@ -904,7 +905,15 @@ def add_request_id_and_redact(record: logging.LogRecord) -> bool:
     return True
 
 
+def redact_arguments(record: logging.LogRecord) -> bool:
+    """Keep secrets out of uvicorn's access log, which names query strings."""
+    args = record.args if isinstance(record.args, tuple) else ()
+    record.args = tuple(redact(arg) if isinstance(arg, str) else arg for arg in args)
+    return True
+
+
 logger.addFilter(add_request_id_and_redact)
+logging.getLogger("uvicorn.access").addFilter(redact_arguments)
 
 
 def as_service_error(exc: BaseException) -> ServiceError:
@@ -1412,7 +1421,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         )
         with httpcore_errors_as_httpx():
             response = await pool.handle_async_request(raw_request)
-        # No server is told another one's cookies, and reading them would take long.
+        # No server gets another one's cookies, and reading them would take long.
         headers = [header for header in response.headers if header[0].lower() != b"set-cookie"]
         return httpx.Response(
             response.status,
@@ -2052,7 +2061,7 @@ class LinePlace:
     job: Job
     number: int = field(default_factory=itertools.count().__next__)  # in the order of calls
     turn_began_at: float = 0.0
-    ahead: int | None = None  # as the client was told; None: it is not queued
+    ahead: int | None = None  # in the last event; None: it is not queued
     woken: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -2526,7 +2535,6 @@ async def supabase_upload(
     content: bytes | Path,
     content_type: str,
     retry: RetryPolicy = UPLOAD_RETRY,
-    cache_control: str = IMMUTABLE_CACHE,
     timeout: httpx.Timeout = TIMEOUT,
 ) -> str:
     """Store bytes or a file and return its public URL. Raises ResourceFailed, MissingSetting."""
@@ -2542,7 +2550,7 @@ async def supabase_upload(
         **storage_headers(),
         "Content-Type": content_type,  # without parameters: a bucket may have a list of types
         "Content-Length": str(size),  # the bucket's limits are enforced by it
-        "Cache-Control": cache_control,
+        "Cache-Control": IMMUTABLE_CACHE,
         "x-upsert": "true",  # makes a repeated upload safe
     }
     url = storage_url(path)
@@ -3663,7 +3671,7 @@ async def find_unclaimed_prediction(
 
 
 def create_key(model: VideoModel, values: Mapping[str, Any]) -> str:
-    """Return what two creates have in common whose predictions cannot be told apart."""
+    """Return what two creates have in common whose predictions look the same."""
     return json.dumps([model.name, model.version, values], sort_keys=True)
 
 
@@ -4556,13 +4564,6 @@ VALIDATION_ERRORS: dict[str, tuple[FieldErrorCode, str]] = {
     "value_error": ("not_a_url", ""),  # of check_http_url
     "embedded_file": ("upload_first", ""),
 }
-# What a pattern's own message says besides the pattern, which is not for people.
-FORMAT_NAMES = {
-    MODEL_PATTERN: "model",
-    VOICE_PATTERN: "voice_id",
-    SIZE_PATTERN: "size",
-    KEY_PATTERN: "key",
-}
 
 
 def as_input_error(error: Mapping[str, Any]) -> InputError:
@@ -4579,9 +4580,9 @@ def as_input_error(error: Mapping[str, Any]) -> InputError:
         params = {"max": context["le"]}
     elif code == "not_allowed":
         params = {"allowed": re.findall("'(.*?)'", context["expected"])}
-    elif context.get("pattern") in PATTERN_MESSAGES:
-        message = PATTERN_MESSAGES[context["pattern"]]
-        params = {"format": FORMAT_NAMES[context["pattern"]]}
+    elif context.get("pattern") in PATTERN_FORMATS:
+        format_name, message = PATTERN_FORMATS[context["pattern"]]
+        params = {"format": format_name}
     return InputError(loc=list(error["loc"]), msg=message, code=code, params=params)
 
 

@@ -258,6 +258,7 @@ def load_service(number: int) -> ModuleType:
     finally:
         sys.modules["time"] = real_time
     logging.getLogger("talking_pet").removeFilter(module.add_request_id_and_redact)
+    logging.getLogger("uvicorn.access").removeFilter(module.redact_arguments)
     module.logger = LOGGER  # type: ignore[attr-defined]
     module.uuid = SimpleNamespace(uuid4=random_uuid)  # type: ignore[attr-defined]
     return module
@@ -617,10 +618,10 @@ class World:
 
     def execute(self, call: Call, answer: asyncio.Future[Answer]) -> None:
         """Let the provider do what it is asked for, and send its answer off."""
-        told = getattr(self, f"do_{call.label}")(call)
+        result = getattr(self, f"do_{call.label}")(call)
         if self.is_traced:
             self.log(
-                call.process, f"  ... {call.label} {short(call)} -> {told[0]} {brief(told[1])}"
+                call.process, f"  ... {call.label} {short(call)} -> {result[0]} {brief(result[1])}"
             )
         self.disturb(call, "executed")
         back_s = self.delay_s(call.label)
@@ -629,14 +630,14 @@ class World:
         elif call.fault == "error after":
             self.later(back_s, self.answer, call, answer, INTERNAL)
         elif call.fault != "silent":
-            self.later(back_s, self.answer, call, answer, told)
+            self.later(back_s, self.answer, call, answer, result)
 
-    def answer(self, call: Call, answer: asyncio.Future[Answer], told: Answer) -> None:
+    def answer(self, call: Call, answer: asyncio.Future[Answer], result: Answer) -> None:
         """Hand an answer over."""
         self.disturb(call, "answered")
         if not answer.done():
             call.arrived_at = self.loop.now
-            answer.set_result(told)
+            answer.set_result(result)
 
     def fail(self, call: Call, answer: asyncio.Future[Answer], error: Exception) -> None:
         """End a call without an answer."""
@@ -790,16 +791,16 @@ def short(call: Call) -> str:
     return shorten(call.path[-50:])
 
 
-def brief(told: Any) -> str:
+def brief(content: Any) -> str:
     """What an answer says, for the trace."""
-    if isinstance(told, dict) and "id" in told:
-        return f"{told['id']} {told.get('status', '')}"
-    if isinstance(told, dict) and "results" in told:
-        return " ".join(one["id"] for one in told["results"])
-    if isinstance(told, list):
-        return " ".join(one["name"] for one in told)
-    if isinstance(told, dict):
-        return str(told.get("code") or "")
+    if isinstance(content, dict) and "id" in content:
+        return f"{content['id']} {content.get('status', '')}"
+    if isinstance(content, dict) and "results" in content:
+        return " ".join(one["id"] for one in content["results"])
+    if isinstance(content, list):
+        return " ".join(one["name"] for one in content)
+    if isinstance(content, dict):
+        return str(content.get("code") or "")
     return ""
 
 
@@ -909,12 +910,12 @@ class Network:
         world.send(call, answer)
         world.disturb(call, "sent")
         try:
-            status, told = await answer
+            status, content = await answer
         except asyncio.CancelledError:
             call.is_abandoned = True
             raise
         skew_s = world.storage_skew_s if label in STORAGE_CALLS else world.replicate_skew_s
-        content = told if isinstance(told, bytes) else json.dumps(told).encode()
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
         headers = {
             "date": formatdate(EPOCH + skew_s + world.loop.now, usegmt=True),
             "content-type": "image/jpeg",

@@ -6,7 +6,7 @@ No sentence is checked: a table is found by its headers, a number only as the va
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import pytest
 from fastapi.routing import APIRoute
@@ -197,12 +197,23 @@ def test_readme_has_every_field_of_an_error() -> None:
     assert [name for name in fields if name not in named] == []
 
 
+def json_examples() -> list[dict[str, Any]]:
+    """The JSON that README shows."""
+    blocks = re.findall(r"```json\n(.*?)\n```", README, re.DOTALL)
+    return [json.loads(block) for block in blocks]
+
+
 def test_readme_shows_the_answer_of_a_speech_job() -> None:
     """One of its JSON examples has the fields of the result, in their order."""
-    examples = [
-        json.loads(block) for block in re.findall(r"```json\n(.*?)\n```", README, re.DOTALL)
-    ]
-    assert list(main.SpeechResult.model_fields) in [list(example) for example in examples]
+    assert list(main.SpeechResult.model_fields) in [list(example) for example in json_examples()]
+
+
+def test_readme_shows_the_error_for_a_text_that_is_too_long() -> None:
+    """One of its JSON examples is what the service answers, but for the id."""
+    [example] = [example for example in json_examples() if "detail" in example]
+    with pytest.raises(main.ServiceError) as caught:
+        main.check_text("x" * example["errors"][0]["params"]["got"])
+    assert example == main.error_body(caught.value, example["request_id"], None)
 
 
 def test_architecture_has_every_section_of_the_code() -> None:

@@ -138,7 +138,7 @@ def reset(connection: socket.socket) -> None:
         ),
         pytest.param(b"220 mail.example ESMTP\r\n", id="not HTTP"),
         pytest.param(redirect("http://pets.example/gone.mp4"), id="a redirect to nothing"),
-        pytest.param(redirect("http://[::1"), id="a redirect to nonsense"),
+        pytest.param(redirect("http://[::1"), id="a redirect to an invalid URL"),
     ],
 )
 async def test_a_failed_download_is_retried_from_the_first_byte(

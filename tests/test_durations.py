@@ -253,14 +253,14 @@ async def test_the_length_of_the_speech_is_told_before_the_video_is_paid_for(
     sandbox.fault("create", "status", status=402)
     async with service_client(service.url) as client:
         events = await stream_events(client, "/jobs_prompt_tts", speech_job(sandbox))
-    told = [
+    measured = [
         event.data for event in events if event.name == "stage" and "audio_seconds" in event.data
     ]
-    assert [(one["stage"], one["state"]) for one in told] == [
+    assert [(one["stage"], one["state"]) for one in measured] == [
         ("speech", "done"),
         ("audio_upload", "done"),
     ]
-    assert told[0]["audio_seconds"] == pytest.approx(1.25, abs=0.02)
+    assert measured[0]["audio_seconds"] == pytest.approx(1.25, abs=0.02)
     assert sandbox.predictions == {}
 
 
@@ -298,7 +298,7 @@ async def test_a_model_that_speaks_itself_cuts_nothing(
 
 
 def test_an_answer_of_an_earlier_version_has_no_lengths() -> None:
-    """A log that was written before they were told is still an answer."""
+    """A log that was written before it had them is still an answer."""
     urls = {
         name: f"https://files.example/{name}" for name in ("audio_url", "video_url", "final_url")
     }

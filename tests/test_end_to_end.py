@@ -176,7 +176,7 @@ LOOKS = [  # the response, the picture's URL if another one, and a part of the e
     ),
     ("403, as a page", reply(403, content_type="text/html"), "", ""),
     ("503", reply(503), "", ""),
-    ("a redirect to nonsense", redirect("http://[::1"), "", ""),
+    ("a redirect to an invalid URL", redirect("http://[::1"), "", ""),
     ("a redirect to another port", redirect("http://pets.example:8080/pet.jpg"), "", ""),
     ("no such name", PET, "http://nowhere.example/pet.jpg", "its host does not exist"),
 ]

@@ -373,7 +373,7 @@ async def test_a_look_up_that_failed_for_now_passes(
 
 @pytest.mark.anyio
 async def test_a_picture_inside_a_network_has_a_code(online: httpx.AsyncClient) -> None:
-    """It is told apart from a picture that is missing."""
+    """It is not taken for a picture that is missing."""
     error = await refused(online, {**JOB, "image_url": "http://192.168.1.2/pet.jpg"})
     assert error["code"] == "private_url"
     assert field_errors(error) == [("image_url", "private_url", {})]
@@ -491,7 +491,7 @@ FAILURES: list[tuple[Any, ...]] = [
     ("throttled", answers("model", 429, SLOW_DOWN), KLING, "provider_throttled", []),
     ("5xx", answers("speech", 503), {}, "provider_failed", []),
     ("no answer", spoil("speech", "cut"), {}, "provider_failed", []),
-    ("nonsense", spoil("speech", "nonsense"), {}, "provider_failed", []),
+    ("malformed", spoil("speech", "malformed"), {}, "provider_failed", []),
     ("a large speech", spoil("speech", "endless"), {}, "speech_too_large", []),
     ("storage", answers("upload", 503), {}, "storage_failed", []),
     ("bucket", answers("public", 400, NOT_YOURS), {}, "bucket_not_public", []),

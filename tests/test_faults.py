@@ -63,7 +63,7 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lost": ("lost", {}),
     "502 before it": ("behind", {}),
     "halfway": ("halfway", {}),
-    "nonsense": ("nonsense", {}),
+    "malformed": ("malformed", {}),
     "empty": ("empty", {}),
     "endless": ("endless", {}),
     "slow": ("slow", {"seconds": 3}),
@@ -91,7 +91,7 @@ cut               | ends   | 4            | 4           | ends   | on    | on   
 lost              | ends   | 4            | 4           | found  | on    | on     | on
 502 before it     | 3      | 4            | 4           | found  | on    | on     | on
 halfway           | ends   | 4            | 4           | found  | on    | on     | on
-nonsense          | ends   | 4            | ends        | ends   | on    | ends   | on
+malformed         | ends   | 4            | ends        | ends   | on    | ends   | on
 empty             | ends   | 4            | ends        | ends   | on    | ends   | on
 endless           | ends   | ends         | ends        | ends   | ends  | ends   | ends
 slow              | late   | late         | late        | late   | late  | late   | late
@@ -107,11 +107,11 @@ STATUS_400 = {
     ("speech", "endless"),
 }  # about the request's own content
 NOT_A_VIDEO = {
-    ("video", "nonsense"),
+    ("video", "malformed"),
     ("video", "empty"),
 }  # the download goes well, but what Replicate made is none
 NOT_THE_SPEECH = {
-    ("speech file", "nonsense"),
+    ("speech file", "malformed"),
     ("speech file", "empty"),
 }  # something else at its address
 NOT_PUBLIC = {("speech file", "404"), ("speech file", "400 for 403")}  # the bucket

@@ -173,6 +173,17 @@ def test_each_token_is_a_secret_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert main.redact(f"{TOKENS[1]} and {TOKENS[0]}") == "*** and ***"
 
 
+async def test_a_token_in_a_query_string_is_not_in_the_access_log(
+    start_service: StartService,
+) -> None:
+    """Whoever sends it in the wrong place does not show it to all who read the log."""
+    service = start_service(SERVICE_TOKEN=TOKENS[0])
+    async with service_client(service) as client:
+        await client.get("/health", params={"token": TOKENS[0], "other": "shown"})
+    await wait_until(lambda: "/health?token=***&other=shown" in service.log)
+    assert TOKENS[0] not in service.log
+
+
 def test_a_malformed_token_stops_the_start_and_is_not_shown() -> None:
     """The message names the variable alone."""
     with pytest.raises(ValueError, match=r"SERVICE_TOKEN=\(not shown\)") as caught:

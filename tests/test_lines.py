@@ -101,7 +101,7 @@ def simulated() -> dict[str, dict[str, Any]]:
 def test_a_crowd_on_a_virtual_clock(
     simulated: dict[str, dict[str, Any]], crowd: str, served: int, most_s: float, refusals: int
 ) -> None:
-    """All are served soon and with few refusals; who would come too late is told so long before."""
+    """All are served soon and with few refusals; who would come too late is refused long before."""
     measured = simulated[crowd]
     assert measured["outcomes"]["done"] >= served
     assert "past the deadline" not in measured["outcomes"]
@@ -411,9 +411,9 @@ class EventStream:
 
     @property
     def queued(self) -> list[int]:
-        """How many were ahead, as told so far."""
-        told = [data for _, data in self.events if data.get("status") == "queued"]
-        return [data["ahead"] for data in told]
+        """How many were ahead, by the events so far."""
+        queued = [data for _, data in self.events if data.get("status") == "queued"]
+        return [data["ahead"] for data in queued]
 
     def disconnect(self) -> None:
         """Close the connection."""
@@ -542,7 +542,7 @@ def test_who_disconnects_leaves_the_line_at_once(
 
 
 def test_a_job_in_line_ends_with_the_service(sandbox: Sandbox, start_service: StartService) -> None:
-    """At the end of the process it leaves the line, and its client is told."""
+    """At the end of the process it leaves the line, and its client gets an error."""
     sandbox.fault("speech", "status", times=None, status=429, headers={"Retry-After": "60"})
     service = start_service(graceful_s=1)
     stream = EventStream(service, speech_job(sandbox))

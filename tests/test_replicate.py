@@ -503,7 +503,7 @@ async def test_a_cancel_is_retried(monkeypatch, replicate, caplog, failures, wor
 ON_ITS_WAY: list[tuple[Any, ...]] = [
     ("made", httpx.Response(201, json=prediction("starting")), 1),
     ("refused", httpx.Response(402), 0),
-    ("nonsense", httpx.Response(201, content=b"noise"), 1),
+    ("malformed", httpx.Response(201, content=b"noise"), 1),
     ("cut", httpx.ReadError("reset"), 1),
 ]
 

@@ -275,8 +275,8 @@ ERRORS: list[tuple[Any, ...]] = [
         None,
     ),
     (
-        "nonsense",
-        spoil("speech", "nonsense"),
+        "malformed",
+        spoil("speech", "malformed"),
         {},
         "500 provider elevenlabs again",
         "without speech",

@@ -47,7 +47,7 @@ def plan_faults(sandbox: Sandbox) -> None:
     sandbox.video(requests.short_video())
     for call in ("speech", "upload", "public", "create", "list", "read", "output"):
         sandbox.fault(call, "status", times=2, status=429, headers={"retry-after": "0"})
-        for kind in ("cut", "halfway", "lost", "behind", "html", "html", "nonsense", "empty"):
+        for kind in ("cut", "halfway", "lost", "behind", "html", "html", "malformed", "empty"):
             sandbox.fault(call, kind)
         sandbox.fault(call, "status", times=2, status=403)
     # A refused HEAD; the GET that follows is not read to its end.

@@ -243,7 +243,7 @@ def video(
 
 
 def picture_demuxer(picture: bytes) -> str:
-    """The ffmpeg demuxer for this picture, told by its first bytes."""
+    """The ffmpeg demuxer for this picture, known by its first bytes."""
     for start, demuxer in PICTURE_DEMUXERS.items():
         if picture.startswith(start):
             return demuxer

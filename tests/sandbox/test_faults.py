@@ -185,7 +185,7 @@ def test_a_response_can_be_slow(sandbox, call):
 @pytest.mark.parametrize(
     ("kind", "content"),
     [
-        pytest.param("nonsense", b'["unexpected"]', id="nonsense"),
+        pytest.param("malformed", b'["unexpected"]', id="malformed"),
         pytest.param("empty", b"", id="empty"),
     ],
 )

@@ -273,7 +273,7 @@ async def lose_response(exchange: Exchange, details: Mapping[str, Any]) -> None:
 
 
 async def replace_response(exchange: Exchange, details: Mapping[str, Any]) -> None:
-    """The call is carried out, but a gateway responds: with an HTML 502 unless told otherwise."""
+    """The call is carried out, but a gateway responds: with an HTML 502 by default."""
     await exchange.answer(discard)
     gateway_details = {"status": 502, **details}
     if "body" in details:
@@ -354,7 +354,7 @@ async def respond_without_end(exchange: Exchange, details: Mapping[str, Any]) ->
 FAULTS: dict[str, Callable[[Exchange, Mapping[str, Any]], Awaitable[None]]] = {
     "status": fail_with_status,
     "html": fail_with_html,
-    "nonsense": fail_with_invalid_body,
+    "malformed": fail_with_invalid_body,
     "empty": fail_with_empty_body,
     "cut": cut_before_call,
     "lost": lose_response,
