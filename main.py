@@ -55,7 +55,7 @@ from itertools import islice
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar, get_args
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import anyio
 import anyio.lowlevel
@@ -197,6 +197,7 @@ FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of an 8K frame ha
 MUX_MAX_BYTES = 200_000_000  # RLIMIT_DATA of a mux: it takes 66 to 77 MB, a 4K video as well
 CONVERT_MAX_BYTES = 450_000_000  # ... of a conversion: it takes 170 to 350 MB
 CONVERT_TIMEOUT_S = 180.0
+BACKGROUND_NICENESS = 19  # of a conversion: the others' muxes, and the service itself, go first
 MAX_CONVERT_PIXELS = 1920 * 1088
 # Frames a second. A frame that is longer than the speech would not be in the final video at all.
 CONVERT_RATE = "min(60,max(12,source_fps))"
@@ -340,13 +341,14 @@ class Settings(BaseModel, frozen=True):
         return self.service_token.get_secret_value().split(",") if self.service_token else []
 
     def secrets(self) -> list[str]:
-        """Return every secret that is set, each token singly.
+        """Return every secret that is set, each token singly, also as it stands in a URL.
 
         The longest first, which may hold another.
         """
         keys = (getattr(self, name) for name in SECRET_SETTINGS)
-        secrets = [key.get_secret_value() for key in keys if key]
-        return sorted({*secrets, *self.tokens()}, key=len, reverse=True)
+        secrets = [key.get_secret_value() for key in keys if key] + self.tokens()
+        quoted = [quote(secret, safe="") for secret in secrets]
+        return sorted({*secrets, *quoted}, key=len, reverse=True)
 
 
 SECRET_SETTINGS = (
@@ -1458,6 +1460,13 @@ class ModelLookup(NamedTuple):
 
 
 @dataclass
+class PaidCall:
+    """A call that costs money, unless it turns out to be free."""
+
+    is_free: bool = False
+
+
+@dataclass
 class VideoBudget:
     """The videos of the last hour, by Job.name, of which there may be MAX_VIDEOS_PER_HOUR.
 
@@ -1487,25 +1496,33 @@ class VideoBudget:
         detail = f"The service makes at most {limit} videos an hour; try again later."
         raise SpendingLimitReached(detail, retry_after_s)
 
-    def pay(self, job_name: str) -> None:
-        """Count a job's video, whose create is sent now. Raises SpendingLimitReached."""
-        self.reserve(job_name)
-        if job_name in self.reserved:
-            self.reserved.remove(job_name)
-            self.paid_at[job_name] = time.monotonic()
+    @contextmanager
+    def counting(self, job_name: str) -> Iterator["PaidCall"]:
+        """Count a job's video while a call for it is made, which the caller may call free.
 
-    def keep_reserved(self, job_name: str) -> None:
-        """Reserve a video again whose create was refused for now."""
-        if self.paid_at.pop(job_name, None) is not None:
-            self.reserved.add(job_name)
+        One that was free keeps its video reserved: it may be repeated. Raises
+        SpendingLimitReached.
+        """
+        self.reserve(job_name)
+        if job_name not in self.reserved:  # it counts already, or there is no limit
+            yield PaidCall()
+            return
+
+        self.reserved.remove(job_name)
+        self.paid_at[job_name] = time.monotonic()
+        call = PaidCall()
+        try:
+            yield call
+        except NOT_SENT:
+            call.is_free = True
+            raise
+        finally:
+            if call.is_free and self.paid_at.pop(job_name, None) is not None:
+                self.reserved.add(job_name)
 
     def release(self, job_name: str) -> None:
         """Give back what a job has reserved and not used."""
         self.reserved.discard(job_name)
-
-    def refund(self, job_name: str) -> None:
-        """Forget a video that was certainly not created."""
-        self.paid_at.pop(job_name, None)
 
 
 @dataclass
@@ -2327,11 +2344,9 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str, job: Job | None = None)
 async def speech_exchange(job: Job, request: httpx.Request, max_bytes: int) -> ProviderResponse:
     """Make one attempt, which may come long after the claim. Raises ClaimLost."""
     await confirm_claim(job)
-    budget = app_state().video_budget
-    budget.pay(job.name)
-    response = await send_once(request, max_bytes)
-    if response.status >= 400:  # nothing was paid for
-        budget.keep_reserved(job.name)
+    with app_state().video_budget.counting(job.name) as call:
+        response = await send_once(request, max_bytes)
+        call.is_free = response.status >= 400
     return response
 
 
@@ -3452,6 +3467,8 @@ async def replicate_video_from_prompt(
             await asyncio.sleep(0)  # a job that was cancelled meanwhile ends here
             kind = video_kind(model, values)
             prediction = await wait_for_prediction(prediction, job, kind)
+    except ClaimLost:  # another instance may use the prediction
+        raise
     except BaseException:
         if job.partial.prediction_id and (job.log is None or job.past_deadline()):
             await cancel_prediction(job.partial.prediction_id)
@@ -3497,12 +3514,10 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
             return prediction
         raise invalid_response("replicate", "a prediction; one may have been created")
     except ProviderRefused as exc:
-        refund_video(job)
         map_replicate_field_errors(model, exc)
         raise
     except ProviderFailed as exc:
         if was_not_created(exc):
-            refund_video(job)
             raise
         logger.warning("searching for a prediction whose create failed: %s", exc.detail)
         # Without a key nobody comes back for it: what is found is cancelled even if nobody waits.
@@ -3513,12 +3528,6 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
         if found:
             return found
         raise
-
-
-def refund_video(job: Job) -> None:
-    """Give the hour's video back, unless the job has paid for its speech."""
-    if job.partial.audio_url is None:
-        app_state().video_budget.refund(job.name)
 
 
 async def search_after_lost_create(
@@ -3538,8 +3547,13 @@ def was_not_created(error: ProviderFailed) -> bool:
     if isinstance(error, ProviderBusy):
         return True
     if error.response:
-        return error.response.status < 500 and error.response.status not in (200, 201, 202, 408)
+        return is_rejection(error.response.status)
     return isinstance(error.__cause__, NOT_SENT)
+
+
+def is_rejection(status: int) -> bool:
+    """Return whether Replicate's answer to a create says that nothing was created."""
+    return status < 500 and status not in (200, 201, 202, 408)
 
 
 def map_replicate_field_errors(model: VideoModel, error: ServiceError) -> None:
@@ -3600,14 +3614,12 @@ async def create_exchange(
     cancel.
     """
     await confirm_claim(job)
-    budget = app_state().video_budget
-    budget.pay(job.name)
     creates = app_state().creates_in_flight
     creates[key] += 1
     try:
-        response = await send_despite_cancellation(request, max_bytes)
-        if is_throttled(response) and job.partial.audio_url is None:
-            budget.keep_reserved(job.name)
+        with app_state().video_budget.counting(job.name) as call:
+            response = await send_despite_cancellation(request, max_bytes)
+            call.is_free = is_rejection(response.status)
         prediction = parse_prediction(response.payload)
         if prediction:
             claim_prediction(job, prediction.id)
@@ -4177,8 +4189,8 @@ async def run_ffmpeg(
 def limit_process(pid: int, max_bytes: int, in_background: bool) -> None:
     """Limit the memory of a process with a session of its own; on Linux only.
 
-    In the background it runs when no other process needs the core: beside one of low priority, other
-    muxes took a quarter longer.
+    In the background it has the lowest priority. SCHED_IDLE would be lower still, but then it may
+    get no time at all, not even to end when it is killed.
 
     RLIMIT_DATA counts what it can write to. RLIMIT_AS would also count ffmpeg's own 170 MB, and
     64 MB that malloc reserves for each thread: it cannot tell a bomb from a video.
@@ -4189,9 +4201,10 @@ def limit_process(pid: int, max_bytes: int, in_background: bool) -> None:
         if in_background:
             with suppress(OSError):
                 for thread in os.listdir(f"/proc/{pid}/task"):
-                    os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
+                    os.setpriority(os.PRIO_PROCESS, int(thread), BACKGROUND_NICENESS)
                 # Outside of a container a session may count as one, whatever is in it.
-                Path(f"/proc/{pid}/autogroup").write_text("19", encoding="ascii")
+                autogroup = Path(f"/proc/{pid}/autogroup")
+                autogroup.write_text(str(BACKGROUND_NICENESS), encoding="ascii")
 
 
 def raise_ffmpeg_error(returncode: int | None, stderr_tail: bytes) -> None:
@@ -4477,7 +4490,8 @@ class BodyLimitMiddleware:
             with anyio.move_on_after(give_up_at - time.monotonic()) as scope:
                 message = await receive()
             if scope.cancelled_caught:
-                raise HTTPException(400, f"The body did not come in within {BODY_TIMEOUT_S:g} s")
+                detail = f"The body did not come in within {BODY_TIMEOUT_S:g} s"
+                raise HTTPException(400, detail, {"Connection": "close"})
             is_complete = not message.get("more_body")
             received.extend(message.get("body", b""))
             if len(received) > MAX_REQUEST_BYTES:
@@ -5437,7 +5451,7 @@ def check_text(text: str) -> None:
 async def check_job(body: JobPromptOnly, job: Job, has_speech: bool = False) -> VideoModel:
     """Refuse, before anything is paid for, what cannot succeed; return the requested model."""
     if job.partial.prediction_id:  # paid for under the settings and the schema of then
-        return await find_model(body.model)
+        return await find_paid_model(body.model)
     check_allowed_model(body.model or DEFAULT_MODEL)
     model = await find_model(body.model)
     audio_url = EXAMPLE_AUDIO_URL if has_speech else None  # the speech's own URL is not known yet
@@ -5445,10 +5459,21 @@ async def check_job(body: JobPromptOnly, job: Job, has_speech: bool = False) -> 
     app_state().create_line.check_turn(job)
     if has_speech and job.partial.audio_url is None:
         app_state().speech_line.check_turn(job)
-    await check_picture(body.image_url)
     if job.search_from is None:  # else it may be paid for
+        await check_picture(body.image_url)
         app_state().video_budget.reserve(job.name)
     return model
+
+
+async def find_paid_model(name: str | None) -> VideoModel:
+    """Find the model of a prediction that exists. Raises ProviderFailed, ResourceFailed.
+
+    If Replicate does not know the model just now, the prediction is not given up for that.
+    """
+    try:
+        return await find_model(name)
+    except ProviderRefused as exc:
+        raise ProviderFailed(exc.detail, "replicate", retryable=True) from exc
 
 
 async def make_speech(body: JobPromptTTS, job: Job, target: Path) -> str:

@@ -69,8 +69,8 @@ CPU_OVER_FFMPEG = (
     1.7  # of bare ffmpeg's, which takes some 65 ms on a voice: 45 ms beside it are ours
 )
 OWN_CPU_MS = 45.0  # a core does twenty jobs a second, if ffmpeg runs elsewhere
-READS = 30.0  # a video; Replicate's own client makes two a second
-LATE_S = 0.3  # its 0.25 s, and no more than one reads so much less often for
+READS = 55.0  # a video; Replicate's own client makes two a second
+LATE_S = 0.35  # its 0.25 s, and no more than one reads so much less often for
 LINE_TIME = 1.5  # of the best possible: the line finds out by refusals what the plan allows
 LINE_REFUSED = (
     299.0  # 300 speeches at once: at worst all but ten, before the first refusal is known

@@ -177,10 +177,12 @@ async def test_a_token_in_a_query_string_is_not_in_the_access_log(
     start_service: StartService,
 ) -> None:
     """Whoever sends it in the wrong place does not show it to all who read the log."""
-    service = start_service(SERVICE_TOKEN=TOKENS[0])
+    service = start_service(SERVICE_TOKEN=TOKENS[0], ELEVEN_API_KEY="a/part+of=it")
     async with service_client(service) as client:
         await client.get("/health", params={"token": TOKENS[0], "other": "shown"})
+        await client.get("/health?quoted=a%2Fpart%2Bof%3Dit")
     await wait_until(lambda: "/health?token=***&other=shown" in service.log)
+    await wait_until(lambda: "/health?quoted=***" in service.log)
     assert TOKENS[0] not in service.log
 
 
@@ -263,20 +265,49 @@ async def test_jobs_at_the_same_time_do_not_pay_for_speech_in_vain(
 
 
 @pytest.mark.parametrize(
-    ("call", "status"),
+    ("path", "call", "status"),
     [
-        pytest.param("speech", 401, id="speech refused"),
+        pytest.param("/jobs_prompt_tts", "speech", 401, id="speech refused"),
+        pytest.param("/jobs_prompt_only", "create", 422, id="create refused"),
     ],
 )
 async def test_what_was_not_paid_for_does_not_count(
-    sandbox_environ: Sandbox, monkeypatch: pytest.MonkeyPatch, call: str, status: int
+    sandbox_environ: Sandbox, monkeypatch: pytest.MonkeyPatch, path: str, call: str, status: int
 ) -> None:
-    """A job that fails before its video exists leaves the video to the next one."""
+    """A job that fails before anything is paid for leaves its video to the next one."""
+    body = speech_request(sandbox_environ) if "tts" in path else video_request(sandbox_environ)
     sandbox_environ.fault(call, "status", status=status)
     async with application(monkeypatch, MAX_VIDEOS_PER_HOUR="1") as client:
         for expected in (False, True):
-            response = await client.post("/jobs_prompt_tts", json=speech_request(sandbox_environ))
+            response = await client.post(path, json=body)
             assert (response.status_code == 200) is expected, response.text
+
+
+async def test_an_outage_does_not_use_the_hour_up(
+    sandbox_environ: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A speech that could not even be asked for has cost nothing."""
+    nobody = {"ELEVEN_BASE_URL": "http://127.0.0.1:9", "PATIENCE_SECONDS": "0.4"}
+    async with application(monkeypatch, MAX_VIDEOS_PER_HOUR="1", **nobody) as client:
+        for _ in range(2):
+            response = await client.post("/jobs_prompt_tts", json=speech_request(sandbox_environ))
+            assert response.status_code == 500, response.text
+
+
+async def test_a_body_that_does_not_come_ends_its_connection(
+    sandbox_environ: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends a byte a second does not hold a connection for hours."""
+
+    async def slow_body() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(5)
+
+    monkeypatch.setattr(main, "BODY_TIMEOUT_S", 0.1)
+    async with application(monkeypatch) as client:
+        response = await client.post("/jobs_prompt_only", content=slow_body())
+    assert (response.status_code, response.headers["connection"]) == (400, "close")
+    assert response.json()["detail"].startswith("The body did not come in within 0.1 s")
 
 
 async def test_a_job_that_resumes_or_is_replayed_counts_once(
@@ -305,8 +336,8 @@ def test_a_video_counts_for_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(main.SpendingLimitReached):
         budget.reserve("next")
     budget.paid_at["earlier"] -= 1
-    budget.pay("next")
-    assert list(budget.paid_at) == ["next"]
+    with budget.counting("next"):
+        assert list(budget.paid_at) == ["next"]
 
 
 @pytest.mark.parametrize("model", [MODEL, "minimax/hailuo-02:abc", "minimax/hailuo-2"])
@@ -1002,9 +1033,10 @@ def test_a_key_counts_again_when_its_hour_is_over(monkeypatch: pytest.MonkeyPatc
     """A job that creates a second video after an hour takes another one of this hour."""
     use_settings(monkeypatch, MAX_VIDEOS_PER_HOUR="1")
     budget = main.VideoBudget()
-    budget.pay("a-job")
-    budget.paid_at["a-job"] -= main.SPENDING_WINDOW_S
-    budget.pay("a-job")
+    with budget.counting("a-job"):
+        budget.paid_at["a-job"] -= main.SPENDING_WINDOW_S
+    with budget.counting("a-job"):
+        pass
     with pytest.raises(main.SpendingLimitReached):
         budget.reserve("another-job")
 
@@ -1013,12 +1045,25 @@ def test_a_video_that_was_refused_for_now_stays_reserved(monkeypatch: pytest.Mon
     """A job that leaves the line has paid for nothing."""
     use_settings(monkeypatch, MAX_VIDEOS_PER_HOUR="1")
     budget = main.VideoBudget()
-    budget.pay("a-job")
-    budget.keep_reserved("a-job")
+    with budget.counting("a-job") as call:
+        call.is_free = True
     with pytest.raises(main.SpendingLimitReached):
         budget.reserve("another-job")
     budget.release("a-job")
     budget.reserve("another-job")
+
+
+def test_a_free_call_does_not_erase_an_earlier_payment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to a create was lost; the next create of the same key is refused."""
+    use_settings(monkeypatch, MAX_VIDEOS_PER_HOUR="1")
+    budget = main.VideoBudget()
+    with suppress(httpx.ReadError), budget.counting("a-job"):
+        raise httpx.ReadError("lost")
+    with budget.counting("a-job") as call:
+        call.is_free = True
+    budget.release("a-job")
+    with pytest.raises(main.SpendingLimitReached):
+        budget.reserve("another-job")
 
 
 async def test_look_ups_without_a_thread_leave_room_for_later_ones(

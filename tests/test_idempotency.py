@@ -1034,3 +1034,33 @@ async def test_a_resumed_job_is_not_judged_by_todays_settings(
     )
     outcome = await replace(front, service=stricter).send()
     assert (outcome.status, front.paid_for) == (200, (1, 1)), outcome.text
+
+
+async def test_a_model_that_is_missing_for_a_moment_does_not_refuse_a_paid_video(
+    front: FrontEnd, start_once: StartService
+) -> None:
+    """The look-up of another process gets a 404: the job may be sent again, and its video is delivered."""
+    front.changes = {"model": "wan-video/wan-2.2-i2v-fast"}
+    front.fault("read", status=401, times=None)
+    assert (await front.send(SILENT)).status == 500
+    front.sandbox.wire.faults["read"].clear()
+
+    front.sandbox.fault("model", "status", status=404)
+    second, third = start_once(number=2), start_once(number=3)
+    assert (await replace(front, service=second).send(SILENT)).kind == (500, "provider", True)
+    outcome = await replace(front, service=third).send(SILENT)
+    assert (outcome.status, front.paid_for) == (200, (0, 1)), outcome.text
+
+
+async def test_a_video_that_may_exist_is_not_refused_for_its_picture(
+    front: FrontEnd, start_once: StartService
+) -> None:
+    """The answer to the create was lost, and the picture's URL has expired since: the video is found."""
+    front.service = start_once(PATIENCE_SECONDS="0.8")
+    front.fault("create", kind="lost")
+    front.sandbox.fault("list", "status", times=None, status=500)
+    assert (await front.send(SILENT)).status == 500
+    front.sandbox.wire.faults["list"].clear()
+    front.sandbox.fault("picture", "status", times=None, status=404)
+    outcome = await front.send(SILENT)
+    assert (outcome.status, front.paid_for) == (200, (0, 1)), outcome.text

@@ -507,7 +507,7 @@ async def test_one_conversion_runs_at_a_time_and_no_mux_waits_for_it(
 
 
 async def limits_of(pids: list[int]) -> tuple[int, set[int]]:
-    """The bytes that a process may write to, once it is limited, and how its threads are scheduled."""
+    """The bytes that a process may write to, once it is limited, and how nice its threads are."""
     [pid] = pids
     deadline = time.monotonic() + 20
     limit = None
@@ -517,7 +517,7 @@ async def limits_of(pids: list[int]) -> tuple[int, set[int]]:
         text = Path(f"/proc/{pid}/limits").read_text()
         limit = re.search(r"Max data size +(\d+)", text)
     threads = Path(f"/proc/{pid}/task").iterdir()
-    return int(limit[1]), {os.sched_getscheduler(int(thread.name)) for thread in threads}
+    return int(limit[1]), {os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in threads}
 
 
 @needs_proc
@@ -525,14 +525,14 @@ async def test_the_system_limits_the_memory_of_every_ffmpeg(endless, zoo, tmp_pa
     """Mux and conversion each have a limit of their own; a conversion lets all others go first."""
     async with main.lifespan(main.app):
         conversion = convert(endless)
-        assert await limits_of(await running()) == (main.CONVERT_MAX_BYTES, {os.SCHED_IDLE})
+        assert await limits_of(await running()) == (main.CONVERT_MAX_BYTES, {19})
         await cancel(conversion)
 
         writer = os.open(endless, os.O_RDWR)
         os.write(writer, b"ID3\x04" * 16)  # a speech that begins
         work = main.mux_video_audio(zoo.path("high.mp4"), endless, tmp_path / "final.mp4")
         mux = asyncio.create_task(work)
-        assert await limits_of(await running()) == (main.MUX_MAX_BYTES, {os.SCHED_OTHER})
+        assert await limits_of(await running()) == (main.MUX_MAX_BYTES, {0})
         await cancel(mux)
         os.close(writer)
 
