@@ -2819,7 +2819,7 @@ class VideoModel:
     fields: dict[str, Property]
     required: tuple[str, ...]
 
-    @property
+    @cached_property
     def speech_field(self) -> str | None:
         """The field for speech, if the model makes a video that speaks by itself."""
         for name, prop in self.fields.items():
@@ -2828,7 +2828,7 @@ class VideoModel:
                 return name
         return None
 
-    @property
+    @cached_property
     def picture_field(self) -> str | None:
         """The field for the first picture; a deprecated one only if there is no other."""
 
@@ -2843,7 +2843,7 @@ class VideoModel:
         names = [name for name, prop in self.fields.items() if is_first_picture(name, prop)]
         return min(names, key=preference, default=None)
 
-    @property
+    @cached_property
     def prompt_field(self) -> str | None:
         """The field for the prompt: the shortest such name."""
         for name in sorted(self.fields, key=len):

@@ -34,9 +34,10 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import date
+from http.client import HTTPConnection
 from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -465,24 +466,45 @@ class Client:
         status = re.match(rb"HTTP/1.1 (\d+)", answer)
         return int(status[1]) if status else 0, time.monotonic() - started
 
-    async def health_ms(self, milliseconds: list[float]) -> None:
-        """Ask /health for ever, noting how long each answer takes."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.service.port)
-        try:
-            while True:
-                started = time.monotonic()
-                writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                await reader.readuntil(b'{"ok":true}')
-                milliseconds.append((time.monotonic() - started) * 1000)
-                await asyncio.sleep(HEALTH_EVERY_S)
-        finally:
-            writer.close()
-
     async def memory(self, samples: list[tuple[float, float]]) -> None:
         """Sample the memory of the service and of its children, in MB, without end."""
         while True:
             samples.append((memory_mb(self.service.pid), ffmpeg_mb(self.service.pid)))
             await asyncio.sleep(SAMPLE_S)
+
+
+@contextmanager
+def watched_health(service: Service) -> Iterator[list[float]]:
+    """How many milliseconds each answer of /health took meanwhile, known at the end.
+
+    A process of its own asks: the load's own event loop is busy.
+    """
+    milliseconds: list[float] = []
+    context = multiprocessing.get_context("spawn")
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=ask_health, args=(theirs, service.port), daemon=True)
+    process.start()
+    pipe.recv()
+    try:
+        yield milliseconds
+    finally:
+        pipe.send(None)
+        milliseconds.extend(pipe.recv())
+        process.join()
+
+
+def ask_health(pipe: Connection, port: int) -> None:
+    """Ask /health until something comes through the pipe; send back how long each answer took."""
+    milliseconds: list[float] = []
+    connection = HTTPConnection("127.0.0.1", port)
+    pipe.send(None)
+    while not pipe.poll(HEALTH_EVERY_S):
+        started = time.monotonic()
+        connection.request("GET", "/health")
+        connection.getresponse().read()
+        milliseconds.append((time.monotonic() - started) * 1000)
+    pipe.send(milliseconds)
+    connection.close()
 
 
 # The measurements
@@ -548,12 +570,13 @@ class Bench:
 
     def crowd(self) -> Iterator[Row]:
         """Many speech jobs at once, and /health meanwhile."""
-        count, health_ms = self.sizes.crowd, list[float]()
+        count = self.sizes.crowd
         self.prepare(self.sizes.short_s)
         with self.fresh() as service:
             client = self.client(service)
             one_s = asyncio.run(client.jobs(1)).wall_s
-            load = asyncio.run(client.jobs(count, beside=client.health_ms(health_ms)))
+            with watched_health(service) as health_ms:
+                load = asyncio.run(client.jobs(count))
         name = f"{count} speech jobs at once"
         yield Row("crowd", f"{name}: not answered", load.failed, 0)
         note = spoken(f"{load.wall_s:.1f} s over {one_s:.1f} s")
@@ -599,14 +622,15 @@ class Bench:
 
     def convert(self) -> Iterator[Row]:
         """A speech job whose video not every browser plays, as cv2.VideoWriter writes it."""
-        samples, health_ms = list[tuple[float, float]](), list[float]()
+        samples = list[tuple[float, float]]()
         plan = media.VideoPlan(self.sizes.video_s, self.sizes.video_lines, format="mp4v")
         self.prepare(self.sizes.short_s, video=media.video(PET_FILE.read_bytes(), plan))
         with self.fresh() as service:
             client = self.client(service)
             load = asyncio.run(client.jobs(1, beside=client.memory(samples)))
             ffmpeg_s = cpu_s(service.pid)[1]
-            again = asyncio.run(client.jobs(1, beside=client.health_ms(health_ms)))
+            with watched_health(service) as health_ms:
+                again = asyncio.run(client.jobs(1))
         name = f"A job that converts {self.sizes.video_s:g} s of {self.sizes.video_lines}p"
         note = f"{load.wall_s:.1f} s"
         yield Row("convert", f"{name}: not answered", load.failed + again.failed, 0, note=note)
@@ -685,10 +709,10 @@ class Bench:
         self, provider: str, count: int, with_speech: bool = False
     ) -> tuple[Load, int, list[float]]:
         """Send jobs at once: what came of them, how many calls were refused, and how long /health took in ms."""
-        health_ms: list[float] = []
         with self.fresh() as service:
             client = self.client(service)
-            load = asyncio.run(client.jobs(count, with_speech, beside=client.health_ms(health_ms)))
+            with watched_health(service) as health_ms:
+                load = asyncio.run(client.jobs(count, with_speech))
             found = re.findall(rf"the line at {provider} is gone: .*refusals=(\d+)", service.log)
         return load, sum(map(int, found)), health_ms
 

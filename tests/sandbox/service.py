@@ -81,6 +81,7 @@ class Service:
         command = [sys.executable, "-m", "uvicorn", "main:app"]
         command += ["--host", "127.0.0.1", "--port", str(self.port)]
         command += ["--timeout-graceful-shutdown", str(self.graceful_s)]
+        command += ["--backlog", "64"]  # as in render.yaml
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
