@@ -197,7 +197,7 @@ FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of an 8K frame ha
 MUX_MAX_BYTES = 200_000_000  # RLIMIT_DATA of a mux: it takes 66 to 77 MB, a 4K video as well
 CONVERT_MAX_BYTES = 450_000_000  # ... of a conversion: it takes 170 to 350 MB
 CONVERT_TIMEOUT_S = 180.0
-BACKGROUND_NICENESS = 19  # of a conversion: the others' muxes, and the service itself, go first
+BACKGROUND_NICENESS = 10  # of a conversion: the others' muxes, and the service itself, go first
 MAX_CONVERT_PIXELS = 1920 * 1088
 # Frames a second. A frame that is longer than the speech would not be in the final video at all.
 CONVERT_RATE = "min(60,max(12,source_fps))"
@@ -4189,8 +4189,8 @@ async def run_ffmpeg(
 def limit_process(pid: int, max_bytes: int, in_background: bool) -> None:
     """Limit the memory of a process with a session of its own; on Linux only.
 
-    In the background it has the lowest priority. SCHED_IDLE would be lower still, but then it may
-    get no time at all, not even to end when it is killed.
+    In the background it gets a tenth of a core that others need. Less would let it starve: a
+    process with SCHED_IDLE may not even get the time to end when it is killed.
 
     RLIMIT_DATA counts what it can write to. RLIMIT_AS would also count ffmpeg's own 170 MB, and
     64 MB that malloc reserves for each thread: it cannot tell a bomb from a video.

@@ -525,7 +525,7 @@ async def test_the_system_limits_the_memory_of_every_ffmpeg(endless, zoo, tmp_pa
     """Mux and conversion each have a limit of their own; a conversion lets all others go first."""
     async with main.lifespan(main.app):
         conversion = convert(endless)
-        assert await limits_of(await running()) == (main.CONVERT_MAX_BYTES, {19})
+        assert await limits_of(await running()) == (main.CONVERT_MAX_BYTES, {10})
         await cancel(conversion)
 
         writer = os.open(endless, os.O_RDWR)
@@ -626,7 +626,7 @@ async def test_a_bomb_ends_within_the_limits(bomb, most_bytes, zoo, tmp_path):
     began = time.monotonic()
     work = asyncio.create_task(finish(source, zoo.speech, tmp_path))
     assert await peak_bytes(work) < most_bytes + 30_000_000  # of ffmpeg's own code
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     if work.exception():
         assert isinstance(work.exception(), main.ResourceFailed)
 
