@@ -27,7 +27,7 @@ PACE = {
     "PATIENCE_SECONDS": "4",
 }
 StartService = Callable[..., Service]
-TEST_TIMEOUT_S = 300  # a test that takes longer hangs
+TEST_TIMEOUT_S = 900  # a test that takes longer hangs
 REAL_STDERR = pytest.StashKey[int]()
 
 
