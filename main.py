@@ -533,7 +533,7 @@ ModelName = Annotated[
     StringConstraints(strict=True, strip_whitespace=True, max_length=200, pattern=MODEL_PATTERN),
 ]
 
-# What other services call our fields. Ignored, they would buy a video of the wrong length.
+# What other services call our fields. Ignored, they would pay for a video of the wrong length.
 OTHER_NAMES = {
     "image_url": (
         "image img photo picture pic portrait url image_uri image_link img_url photo_url picture_url"
@@ -1471,8 +1471,8 @@ class VideoBudget:
     """The videos of the last hour, by Job.name, of which there may be MAX_VIDEOS_PER_HOUR.
 
     A job reserves its video before it pays for anything, so that none pays for a speech in vain;
-    a speech that was paid for counts as its video, else clients that leave would buy speech
-    without end.
+    a speech that was paid for counts as its video, else clients that leave would make it pay
+    for speech without end.
     """
 
     reserved: set[str] = field(default_factory=set)

@@ -470,7 +470,7 @@ def test_a_conversion_is_shown_when_there_is_one(page: Page) -> None:
     ]
 
 
-def test_words_that_do_not_fit_are_told_before_anything_is_charged(page: Page) -> None:
+def test_words_that_do_not_fit_are_announced_before_anything_is_charged(page: Page) -> None:
     """The page estimates their length, and one click lets the video end with them."""
     page.fill("#text", "Walk! " * 50)
     expect(page.locator("#fit-hint")).to_be_empty()
@@ -497,7 +497,7 @@ def test_words_that_do_not_fit_are_told_before_anything_is_charged(page: Page) -
         ("speech", ""),
     ],
 )
-def test_a_speech_that_will_be_cut_is_told_when_it_is_made(
+def test_a_speech_that_will_be_cut_is_announced_when_it_is_made(
     page: Page, sandbox: Sandbox, fit: str, warning: str
 ) -> None:
     """Its length is known before the video is made; while the page tries again, the text stays."""
@@ -509,7 +509,9 @@ def test_a_speech_that_will_be_cut_is_told_when_it_is_made(
     expect(page.locator("#cut")).to_have_text(warning)
 
 
-def test_a_speech_that_was_cut_is_told_and_all_of_it_offered(page: Page, sandbox: Sandbox) -> None:
+def test_a_speech_that_was_cut_is_announced_and_all_of_it_offered(
+    page: Page, sandbox: Sandbox
+) -> None:
     """The button only changes the form: another video is charged."""
     urls = dict.fromkeys(("audio_url", "video_url", "final_url"), sandbox.image_url)
     respond(page, sse("result", **urls, audio_seconds=9.0, final_seconds=6.0, cut_seconds=3.5))
@@ -523,7 +525,7 @@ def test_a_speech_that_was_cut_is_told_and_all_of_it_offered(page: Page, sandbox
     assert sandbox.calls("speech") == []
 
 
-def test_a_picture_that_is_not_there_is_told(page: Page, sandbox: Sandbox) -> None:
+def test_a_picture_that_is_not_there_is_reported(page: Page, sandbox: Sandbox) -> None:
     """At the field and in place of the picture, until there is one."""
     page.fill("#image_url", f"{sandbox.url}/pictures/gone.jpg")
     page.locator("#image_url").blur()

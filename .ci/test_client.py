@@ -561,7 +561,7 @@ def test_headers_are_asked_for_at_each_attempt(
 def test_a_function_for_headers_that_fails_keeps_the_job(
     make_video: Caller, stand_in: Proxy, keyword: str
 ) -> None:
-    """Its error is told at once, nothing is sent, and the key can be used again."""
+    """Its error is thrown at once, nothing is sent, and the key can be used again."""
     code = f"{keyword}() => {{ throw new Error('the session is over'); }}"
     outcome = make_video(JOB, stand_in.url, {"headersCode": code}, key=KEY)
     assert (outcome.error["code"], outcome.error["retryable"]) == ("headers_failed", True)
@@ -689,7 +689,7 @@ STREAM = (
     "event: nothing\n\n"
     "data\rdata: old\r\r"
     "data: a:b\n\r\n"
-    "event: cut off\ndata: never told\n"
+    "event: cut off\ndata: never sent\n"
 )  # fmt: skip
 EVENTS = [
     {"event": "stage", "data": '{"stage":\n "über 🐶"}'},

@@ -90,13 +90,13 @@ def test_a_job_gives_a_trace(
         for span in collector.spans
         if span.kind == Span.SPAN_KIND_SERVER and "jobs" in span.name
     ]
-    told = {attribute.key: attribute.value for attribute in job.attributes}
+    attributes = {attribute.key: attribute.value for attribute in job.attributes}
     assert job.name == "POST /jobs_prompt_tts"
     assert job.trace_id.hex() == TRACE_ID
-    assert told["http.route"].string_value == "/jobs_prompt_tts"
-    assert told["http.response.status_code"].int_value == 200
+    assert attributes["http.route"].string_value == "/jobs_prompt_tts"
+    assert attributes["http.response.status_code"].int_value == 200
     assert any(span.parent_span_id == job.span_id for span in collector.spans), (
-        "what happened inside is told as well"
+        "what happened inside is traced as well"
     )
     for name in ("ELEVEN_API_KEY", "REPLICATE_API_TOKEN", "SUPABASE_SERVICE_ROLE"):
         assert sandbox.environment()[name] not in str(collector.spans)

@@ -155,9 +155,9 @@ async def test_a_disconnect_cancels_a_job_without_a_key(
         lambda: " job outcome=client_disconnected ms=" in running.service.log[log_before:], 1
     )
     assert time.monotonic() - left_at < (1.5 if stage == "create" else 1.0)
-    bought = len(sandbox.requests)
+    request_count = len(sandbox.requests)
     await anyio.sleep(0.08)  # four reads
-    assert len(sandbox.requests) == bought
+    assert len(sandbox.requests) == request_count
     assert len(sandbox.calls("cancel")) == (stage in ("create", "video"))
     assert len(videos) == (stage in MADE)
 

@@ -36,7 +36,7 @@ def encoded(*options: str) -> bytes:
 
 
 @pytest.mark.parametrize("output_format", media.FORMATS)
-def test_the_length_of_speech_is_told_in_every_output_format(
+def test_the_length_of_speech_is_given_in_every_output_format(
     output_format: str, tmp_path: Path
 ) -> None:
     """It is what ffmpeg plays, to a hundredth of a second."""
@@ -245,7 +245,7 @@ async def test_the_answer_tells_what_is_cut(
 
 
 @pytest.mark.anyio
-async def test_the_length_of_the_speech_is_told_before_the_video_is_paid_for(
+async def test_the_length_of_the_speech_is_given_before_the_video_is_paid_for(
     service: Service, sandbox: Sandbox
 ) -> None:
     """The end of the speech stage carries it; no other kind of event does."""

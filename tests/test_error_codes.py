@@ -546,7 +546,7 @@ async def send_twice(service: Service, body: dict[str, Any], key: str) -> list[d
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("outcome", ["failed", "canceled", "aborted"])
-async def test_a_failed_prediction_is_told_the_same_again(
+async def test_a_failed_prediction_is_refused_the_same_way_again(
     service: Service, sandbox: Sandbox, outcome: str
 ) -> None:
     """The code tells a front end to drop its key."""
@@ -558,7 +558,7 @@ async def test_a_failed_prediction_is_told_the_same_again(
 
 
 @pytest.mark.anyio
-async def test_a_deadline_is_told_the_same_again(
+async def test_a_deadline_is_refused_the_same_way_again(
     start_service: StartService, sandbox: Sandbox
 ) -> None:
     """The video was cancelled: with this key there will be none."""
@@ -571,7 +571,9 @@ async def test_a_deadline_is_told_the_same_again(
 
 
 @pytest.mark.anyio
-async def test_an_expired_video_is_told_the_same_again(service: Service, sandbox: Sandbox) -> None:
+async def test_an_expired_video_is_refused_the_same_way_again(
+    service: Service, sandbox: Sandbox
+) -> None:
     """It was paid for, was not fetched within the hour, and is gone."""
     sandbox.fault("output", "status", status=403)
     body, key = speech_job(sandbox), "codes-expired"

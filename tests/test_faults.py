@@ -24,7 +24,7 @@ from tests.support.requests import RESULT_FIELDS, service_client, short_video, s
 # How many services have which deadline in seconds: enough for the video, for the whole job, and plenty.
 INSTANCES = {1: 2, 2: 1, 60: 2}
 PACE = {"POLL_MIN_SECONDS": "0.005", "RETRY_FIRST_SECONDS": "0.005", "PATIENCE_SECONDS": "1.2"}
-SPOKEN, BOUGHT = frozenset({"audio_url"}), frozenset({"audio_url", "video_url", "prediction_id"})
+SPOKEN, PAID_FOR = frozenset({"audio_url"}), frozenset({"audio_url", "video_url", "prediction_id"})
 
 
 class Place(NamedTuple):
@@ -43,8 +43,8 @@ PLACES = {
     "speech file": Place("public", "audio_upload", "resource", None, SPOKEN),
     "create": Place("create", "video", "provider", "replicate", SPOKEN),
     "read": Place("read", "video", "provider", "replicate", SPOKEN | {"prediction_id"}),
-    "video": Place("output", "download", "resource", None, BOUGHT),
-    "final upload": Place("upload", "final_upload", "resource", "supabase", BOUGHT),
+    "video": Place("output", "download", "resource", None, PAID_FOR),
+    "final upload": Place("upload", "final_upload", "resource", "supabase", PAID_FOR),
 }
 
 FAULTS: dict[str, tuple[str, dict[str, Any]]] = {

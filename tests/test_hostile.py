@@ -811,7 +811,7 @@ async def test_the_headers_of_redirects_are_bounded_together(
     assert response.json().get("status", 500) == status, response.text
 
 
-async def test_a_foreign_banner_is_told_in_a_few_printable_words(
+async def test_a_foreign_banner_is_shown_in_a_few_printable_words(
     hostile: StartHostile, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What is no HTTP comes back as at most 300 characters, in the answer as in the log."""
