@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import builtins
 import heapq
 import importlib.util
 import json
@@ -242,21 +243,19 @@ def random_uuid() -> uuid.UUID:
 @lru_cache(maxsize=MAX_PROCESSES)
 def load_service(number: int) -> ModuleType:
     """Load main.py once more, with globals and a clock of its own."""
-    import main  # so that all libraries have the real clock
-
-    path = str(Path(main.__file__))
+    path = str(Path(__file__).parent.parent / "main.py")
     spec = importlib.util.spec_from_file_location(f"service_{number}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     clock = Clock()
-    real_time = sys.modules["time"]
+
+    def import_with_clock(name: str, *args: Any) -> Any:
+        return clock if name == "time" else builtins.__import__(name, *args)
+
+    module.__dict__["__builtins__"] = {**vars(builtins), "__import__": import_with_clock}
     sys.modules[module.__name__] = module  # pydantic looks types up there
-    sys.modules["time"] = clock  # type: ignore[assignment]
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.modules["time"] = real_time
+    spec.loader.exec_module(module)
     logging.getLogger("talking_pet").removeFilter(module.add_request_id_and_redact)
     logging.getLogger("uvicorn.access").removeFilter(module.redact_arguments)
     module.logger = LOGGER  # type: ignore[attr-defined]

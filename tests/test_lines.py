@@ -443,7 +443,7 @@ def speech_job(sandbox: Sandbox) -> dict[str, Any]:
 
 def test_the_client_sees_how_many_are_ahead(sandbox: Sandbox, service: Service) -> None:
     """Events of the stage say `queued`, until the turn comes; the job then goes on as ever."""
-    sandbox.fault("speech", "status", status=429, headers={"Retry-After": "1"})
+    sandbox.fault("speech", "status", status=429, headers={"Retry-After": "3"})
     first = EventStream(service, speech_job(sandbox))
     wait_until(lambda: first.queued)
     second = EventStream(service, speech_job(sandbox))

@@ -104,6 +104,8 @@ class OtherLane:
         for line in lines:
             data = json.loads(line)
             report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+            if report.skipped and isinstance(report.longrepr, list):
+                report.longrepr = tuple(report.longrepr)  # JSON knows no tuples
             self.config.hook.pytest_runtest_logreport(report=report)
             reports.append(report)
 
