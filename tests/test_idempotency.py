@@ -304,6 +304,8 @@ HOLDS = {
 }  # fmt: skip
 
 HOLD_S = {"create": 4, "created": 7, "done": 7}  # these are awaited whatever happens
+MAX_SETUP_S = 6.0  # so that the first of them is still held; a busy machine may need several tries
+MAX_TRIES = 6
 
 
 def count_files(front: FrontEnd, folder: str) -> int:
@@ -336,11 +338,23 @@ class Resumed(NamedTuple):
     first: dict[str, JobOutcome]
     again: dict[str, JobOutcome]
     records: dict[str, dict[str, Any]]
+    setup_s: float = (
+        0.0  # from the first job that is held for seconds only to the end of the process
+    )
 
 
 @pytest.fixture(scope="module", params=[signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
 def resumed(request: pytest.FixtureRequest) -> Resumed:
     """End a process that holds a job at every stage, and send the same requests to the next one."""
+    for _ in range(MAX_TRIES):
+        resumed = resume_jobs(request.param)
+        if resumed.setup_s < MAX_SETUP_S:
+            break
+    return resumed
+
+
+def resume_jobs(by: int) -> Resumed:
+    """Try it once."""
     pace = {
         **PACE,
         "PATIENCE_SECONDS": "8",
@@ -351,7 +365,7 @@ def resumed(request: pytest.FixtureRequest) -> Resumed:
         for stage in HOLDS:
             changes = {"prompt": stage, "text": f"I am {stage}"}
             fronts[stage] = FrontEnd(sandbox, service, str(uuid.uuid4()), next(forms), changes)
-        return anyio.run(end_and_send_again, sandbox, fronts, service, request.param)
+        return anyio.run(end_and_send_again, sandbox, fronts, service, by)
 
 
 async def end_and_send_again(
@@ -366,6 +380,8 @@ async def end_and_send_again(
 
     async with anyio.create_task_group() as tasks:
         for stage, (call, number) in HOLDS.items():
+            if stage == "begun":
+                began_at = time.monotonic()
             wanted = len(sandbox.calls(call)) + number
             folder = {"audio_upload": "audio", "final_upload": "videos"}.get(stage)
             stored_before = count_files(fronts[stage], folder or "")
@@ -381,6 +397,7 @@ async def end_and_send_again(
                 is_done = partial(has_file_more, fronts[stage], folder, stored_before)
             assert await wait_until(is_done), f"the call at {stage} has no effect"
         assert await wait_until(lambda: sandbox.created(prompt="create"))
+        resumed = resumed._replace(setup_s=time.monotonic() - began_at)
         await anyio.to_thread.run_sync(service.stop, by)
     resumed.records.update((stage, front.record) for stage, front in fronts.items())
     await anyio.to_thread.run_sync(service.start)
