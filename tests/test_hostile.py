@@ -259,9 +259,12 @@ async def test_jobs_at_the_same_time_do_not_pay_for_speech_in_vain(
     assert sorted(response.status_code for response in responses) == [200, 429, 429, 429, 429]
     assert len(sandbox_environ.calls("speech")) == 1
     waits = {
-        response.headers.get("retry-after") for response in responses if response.status_code == 429
+        float(response.headers["retry-after"])
+        for response in responses
+        if response.status_code == 429
     }
-    assert waits == {str(main.RETRY_RESERVED_S)}
+    # The video is reserved until the speech is asked for; from then on it counts for an hour.
+    assert waits <= {main.RETRY_RESERVED_S, main.SPENDING_WINDOW_S}
 
 
 @pytest.mark.parametrize(
@@ -1010,6 +1013,9 @@ async def test_only_the_first_names_of_a_body_are_compared(
         assert response.status_code == status, response.text
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, reason="SIGHUP is ignored, as under nohup"
+)
 async def test_hangup_ends_the_process_as_sigterm_does(
     sandbox: Sandbox, start_service: StartService
 ) -> None:
