@@ -19,6 +19,7 @@ from tests.sandbox import Sandbox, Service
 from tests.sandbox.service import ROOT, SETTINGS
 from tests.support import parallel
 from tests.support.application import running_application, use_settings
+from tests.support.ffmpeg import children
 
 PACE = {
     "POLL_MIN_SECONDS": "0.02",
@@ -180,6 +181,13 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application, which runs in this process for the tests of one module."""
     async with running_application() as client:
         yield client
+
+
+@pytest.fixture
+def _no_child_left() -> Iterator[None]:
+    """Fail a test that leaves an ffmpeg behind, running or not reaped."""
+    yield
+    assert children() == set()  # where there is no /proc: always
 
 
 # Commands that mostly wait for seconds run while other tests of their file do

@@ -16,12 +16,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import imageio_ffmpeg  # type: ignore[import-untyped]
 import pytest
 
 import main
-from tests.support import network, processes
+from tests.support import network
 from tests.support.application import in_lifespan
+from tests.support.ffmpeg import FFMPEG, children, ffmpeg
 from tests.support.network import reply
 from tests.support.processes import needs_proc
 
@@ -29,29 +29,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("_no_child_left")]
 
 serve = network.serve
 
-FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 CANNOT_USE = "Video and speech could not be put together; ffmpeg cannot use one of them."
 NO_VIDEO = "What the model made is not an MP4 video."
 BREAKS_OFF = "The video that the model made is cut off."
 SPEECH_HZ, VIDEO_HZ = 440, 1000  # the tones of our speech, and of a video that brings its own sound
-
-
-def ffmpeg(*arguments: object) -> "subprocess.CompletedProcess[bytes]":
-    """Run ffmpeg to its end; the test fails if it does."""
-    command = [FFMPEG, "-hide_banner", "-nostdin", "-y", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, check=True, timeout=60)
-
-
-def children() -> set[int]:
-    """The ffmpeg processes that this one has started and not yet reaped."""
-    return set(processes.children(os.getpid(), "ffmpeg"))
-
-
-@pytest.fixture
-def _no_child_left() -> Iterator[None]:
-    """Fail a test that leaves an ffmpeg behind, running or not reaped."""
-    yield
-    assert children() == set()  # where there is no /proc: always
 
 
 async def mux(video: Path, speech: Path, final: Path, fit: main.Fit = "shortest") -> None:

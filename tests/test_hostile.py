@@ -25,7 +25,7 @@ import pytest
 import main
 from tests.conftest import StartService
 from tests.sandbox import Sandbox, Service
-from tests.support.application import use_settings
+from tests.support.application import set_variables, use_settings
 
 pytestmark = pytest.mark.anyio
 
@@ -43,9 +43,7 @@ async def application(
     monkeypatch: pytest.MonkeyPatch, **variables: str
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application, which runs in this process with these settings."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    main.get_settings.cache_clear()
+    set_variables(monkeypatch, **variables)
     async with main.lifespan(main.app):
         transport = httpx.ASGITransport(main.app, raise_app_exceptions=False)
         async with httpx.AsyncClient(

@@ -25,6 +25,7 @@ import main
 from tests.conftest import StartService
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.service import ROOT
+from tests.support.application import set_variables
 
 REQUEST = httpx.Request("POST", "http://provider")
 WAIT_S = 15.0
@@ -201,7 +202,7 @@ async def test_a_slot_is_never_lost_to_a_cancelled_job(
 ) -> None:
     """Cancelled at each step of its call, in line or under way, a job leaves room for all others."""
     # Who is not woken would look by itself only after the test has failed.
-    use_settings(monkeypatch, PATIENCE_SECONDS="600")
+    set_variables(monkeypatch, PATIENCE_SECONDS="600")
     monkeypatch.setattr(main, "LINE_STEP_S", 2 * WAIT_S)
     for step in range(60):
         line, slots = main.ProviderLine("elevenlabs"), Slots(2)
@@ -260,7 +261,7 @@ async def test_the_first_in_line_asks_when_the_provider_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Not before, and the others behind it."""
-    use_settings(monkeypatch)
+    set_variables(monkeypatch)
     line, asked_at = main.ProviderLine("replicate"), list[float]()
 
     async def refuse_once(request: httpx.Request, max_bytes: int) -> main.ProviderResponse:
@@ -298,7 +299,7 @@ async def test_who_would_come_too_late_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch, pause_s: float, ahead: int, left_s: float, retry_after_s: float
 ) -> None:
     """By the line's present speed, here one in a second, or by the provider's own word."""
-    use_settings(monkeypatch, JOB_TIMEOUT_SECONDS="600")
+    set_variables(monkeypatch, JOB_TIMEOUT_SECONDS="600")
     now = time.monotonic()
     line = main.ProviderLine("elevenlabs")
     line.pace = main.Pace(1, 1)
@@ -318,13 +319,6 @@ async def test_who_would_come_too_late_is_refused_at_once(
 
 
 # The calls that wait in line
-
-
-def use_settings(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
-    """Change settings of this process."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    main.get_settings.cache_clear()
 
 
 HAILUO = "https://api.replicate.com/v1/models/minimax/hailuo-02/predictions"

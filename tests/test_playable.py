@@ -5,47 +5,25 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import imageio_ffmpeg  # type: ignore[import-untyped]
 import pytest
 
 import main
 from tests.sandbox import Sandbox, Service, media
-from tests.support import processes
 from tests.support.application import in_lifespan
+from tests.support.ffmpeg import children, ffmpeg
 from tests.support.processes import needs_proc
 from tests.support.requests import EVENT_STREAM, read_events, service_client, speech_job
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("_no_child_left")]
 
-FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 FPS = 12
 SECONDS = 1.0
 SPEECH_HZ = 330.0
 CUT_OFF = "The video that the model made is cut off."
-
-
-def ffmpeg(*arguments: object) -> "subprocess.CompletedProcess[bytes]":
-    """Run ffmpeg to its end; the test fails if it does."""
-    command = [FFMPEG, "-hide_banner", "-nostdin", "-y", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, check=True, timeout=60)
-
-
-def children() -> set[int]:
-    """The ffmpeg processes that this one has started and not yet reaped."""
-    return set(processes.children(os.getpid(), "ffmpeg"))
-
-
-@pytest.fixture
-def _no_child_left() -> Iterator[None]:
-    """Fail a test that leaves an ffmpeg behind, running or not reaped."""
-    yield
-    assert children() == set()  # where there is no /proc: always
 
 
 # The zoo: one test picture in every kind of file that models hand over

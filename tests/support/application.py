@@ -25,11 +25,17 @@ Result = TypeVar("Result")
 FAST = {"POLL_MIN_SECONDS": "0.0001", "RETRY_FIRST_SECONDS": "0.0001", "PATIENCE_SECONDS": "0.4"}
 
 
-def use_settings(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
-    """Set a complete configuration with short waits and these changes; an empty string unsets a variable."""
-    for name, value in {**SECRETS, "SUPABASE_URL": SUPABASE_URL, **FAST, **variables}.items():
+def set_variables(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """Change settings of this process; an empty string unsets a variable."""
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     main.get_settings.cache_clear()
+
+
+def use_settings(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """Set a complete configuration with short waits and these changes."""
+    complete = {**SECRETS, "SUPABASE_URL": SUPABASE_URL, **FAST, **variables}
+    set_variables(monkeypatch, **complete)
 
 
 @asynccontextmanager
