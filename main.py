@@ -5334,7 +5334,7 @@ async def sse_stream(job: Job, first_chunk: bytes | None, events: Events) -> Asy
     job.unsubscribe(events)
 
     if isinstance(job.result, ServiceError):
-        body = error_body(job.result, job.request_id, job)
+        body = error_body(job.result, current_request_id.get(), job)
         body["status"] = job.result.http_status
         data = json.dumps(body, separators=(",", ":"), ensure_ascii=False)
         yield format_sse_event(event="error", data_str=data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import AsyncIterator
@@ -270,6 +271,29 @@ async def test_an_error_event_ends_the_stream(
         assert re.fullmatch("[0-9a-f]{32}", each.pop("request_id"))
         each["partial"] = sorted(each.get("partial", ()))
     assert error == body
+
+
+async def test_an_error_event_names_the_request_that_it_answers(
+    client: httpx.AsyncClient, sandbox: Sandbox
+) -> None:
+    """Two requests share a job that fails: each finds its own X-Request-ID in the error event."""
+    sandbox.fault("speech", "slow", seconds=0.5)
+    sandbox.outcome("failed", "No face.")
+    errors = {}
+
+    async def send(request_id: str) -> None:
+        headers = {**EVENT_STREAM, "Idempotency-Key": "one-job", "X-Request-ID": request_id}
+        response = await client.post("/jobs_prompt_tts", json=speech_job(sandbox), headers=headers)
+        errors[request_id] = json.loads(response.text.rpartition("data: ")[2])
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(send, "first")
+        tasks.start_soon(send, "second")
+    assert {request_id: error["request_id"] for request_id, error in errors.items()} == {
+        "first": "first",
+        "second": "second",
+    }
+    assert len(sandbox.predictions) == 1
 
 
 async def test_an_invalid_request_is_answered_in_json(
