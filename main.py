@@ -1826,6 +1826,42 @@ async def read_response(response: httpx.Response, max_bytes: int) -> ProviderRes
     )
 
 
+class FailedAttempts:
+    """How often and how long the attempts of one call have failed.
+
+    Outcomes with equal budgets count together.
+    """
+
+    def __init__(self) -> None:
+        self._attempts: Counter[RetryBudget] = Counter()
+        self._first_failed_at: dict[RetryBudget, float] = {}  # time.monotonic()
+
+    def next_delay_s(self, retry: RetryPolicy, attempt: Attempt) -> float | None:
+        """Count an attempt; return the seconds until the next one, or None if it was the last."""
+        budget = retry.budget_for(attempt)
+        if budget is None:
+            return None
+        now = time.monotonic()
+        self._attempts[budget] += 1
+        failing_s = now - self._first_failed_at.setdefault(budget, now)
+
+        asked_s = None
+        if isinstance(attempt, ProviderResponse):
+            asked_s = attempt.retry_after_s(time.time())
+        return retry_delay_s(retry, budget, self._attempts[budget], failing_s, asked_s)
+
+    def log(self, request: httpx.Request, attempt: Attempt, delay_s: float) -> None:
+        """Log a failed attempt that is going to be repeated."""
+        logger.warning(
+            "%s %s attempt=%d failed (%s), retry in %.1f s",
+            request.method,
+            request.url.host,
+            self._attempts.total(),
+            describe(attempt),
+            delay_s,
+        )
+
+
 async def send_with_retry(
     method: str,
     url: str,
@@ -1840,36 +1876,16 @@ async def send_with_retry(
     `request_options` are those of httpx's build_request. Raises httpx.RequestError if the last
     attempt had no response.
     """
-    # Outcomes with an equal budget count together.
-    attempts: Counter[RetryBudget] = Counter()
-    first_failed_at: dict[RetryBudget, float] = {}
+    failures = FailedAttempts()
     while True:
         request = app_state().http.build_request(method, url, **request_options)
         attempt = await attempt_exchange(exchange, request, max_bytes)
         if retry.in_line and is_throttled(attempt):
             continue
-        budget = retry.budget_for(attempt)
-        if budget is None:
-            break
-
-        attempts[budget] += 1
-        first_failed_at.setdefault(budget, time.monotonic())
-        failing_s = time.monotonic() - first_failed_at[budget]
-        asked_s = None
-        if isinstance(attempt, ProviderResponse):
-            asked_s = attempt.retry_after_s(time.time())
-        delay_s = retry_delay_s(retry, budget, attempts[budget], failing_s, asked_s)
+        delay_s = failures.next_delay_s(retry, attempt)
         if delay_s is None:
             break
-
-        logger.warning(
-            "%s %s attempt=%d failed (%s), retry in %.1f s",
-            method,
-            request.url.host,
-            attempts.total(),
-            describe(attempt),
-            delay_s,
-        )
+        failures.log(request, attempt, delay_s)
         await asyncio.sleep(delay_s)
 
     if isinstance(attempt, httpx.RequestError):
