@@ -652,7 +652,7 @@ class Bench:
             refused = service.log.count("failed (429")
         name = f"{count} videos at once, Replicate's limits"
         yield Row("pace", f"{name}: not answered", load.failed, 0)
-        yield Row("pace", f"{name}: answers 429", refused, REFUSED)
+        yield Row("pace", f"{name}: responses 429", refused, REFUSED)
         note = f"{load.wall_s:.1f} s over {video_s:g} s"
         yield Row(
             "pace", f"{name}: time over the video's", load.wall_s / video_s, PACED_TIME, note=note
@@ -674,11 +674,11 @@ class Bench:
             LINE_TIME,
             note=note,
         )
-        yield Row("line", f"{name}: answers 429", refused, LINE_REFUSED)
+        yield Row("line", f"{name}: responses 429", refused, LINE_REFUSED)
 
         self.prepare(sizes.line_creates_s, creates_per_minute=600)
         load, refused, health_ms = self.crowd_in_line("replicate", sizes.line_creates)
-        name = f"{sizes.line_creates} videos at once, 600 a minute"
+        name = f"{sizes.line_creates} videos at once, 600 creates a minute"
         yield Row("line", f"{name}: not answered", load.failed, 0)
         yield Row(
             "line",
@@ -688,7 +688,7 @@ class Bench:
             "s",
             f"videos of {sizes.line_creates_s:g} s",
         )
-        yield Row("line", f"{name}: answers 429", refused, CREATES_REFUSED)
+        yield Row("line", f"{name}: responses 429", refused, CREATES_REFUSED)
         note = f"of {len(health_ms)}; p99 {percentile(health_ms, 99):.0f} ms"
         yield Row(
             "line",
@@ -701,9 +701,11 @@ class Bench:
 
         self.prepare(sizes.line_creates_s, creates_per_minute=6)
         load, refused, _ = self.crowd_in_line("replicate", sizes.line_low)
-        name = f"{sizes.line_low} videos at once, 6 a minute"
+        name = f"{sizes.line_low} videos at once, 6 creates a minute"
         yield Row("line", f"{name}: not answered", load.failed, 0)
-        yield Row("line", f"{name}: answers 429", refused, LOW_REFUSED, note=f"{load.wall_s:.1f} s")
+        yield Row(
+            "line", f"{name}: responses 429", refused, LOW_REFUSED, note=f"{load.wall_s:.1f} s"
+        )
 
     def crowd_in_line(
         self, provider: str, count: int, with_speech: bool = False
@@ -734,7 +736,7 @@ class Bench:
             statistics.mean(one.late_s for one in later),
         )
         note = f"mean of {len(later)}; {statistics.mean(one.reads for one in first):.0f} of the first {len(first)}"
-        yield Row("reads", f"{name}: reads each", reads, READS, note=note)
+        yield Row("reads", f"{name}: polls of each", reads, READS, note=note)
         note = f"mean; most {max(one.late_s for one in later):.2f} s"
         yield Row("reads", f"{name}: known after its end", late_s, LATE_S, "s", note)
 

@@ -56,6 +56,6 @@ def test_a_smoke_run_measures_every_row(beside: BackgroundCommand) -> None:
     assert all(
         row["measured"] > 0
         for row in rows
-        if row["what"].endswith(("reads each", "known after its end"))
+        if row["what"].endswith(("polls of each", "known after its end"))
     )
     assert "cores" in report["measured_on"]
