@@ -231,7 +231,8 @@ def constant(value: object, text: str) -> str | None:
     if isinstance(value, bool):
         return str(not value)
     if isinstance(value, (int, float)):
-        return str(value * 2 if isinstance(value, float) or value >= 1000 else value + 1)
+        is_large = value >= 1000 or (isinstance(value, float) and value > 0)
+        return str(value * 2 if is_large else value + 1)
     is_policy = isinstance(value, str) and WORD.fullmatch(value) and text[0] in "\"'"
     return f"{text[:-1]}x{text[-1]}" if is_policy else None
 

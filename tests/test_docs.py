@@ -55,6 +55,18 @@ def find_table(text: str, *headers: str) -> Table:
     return table
 
 
+def test_each_share_says_what_it_is_by_default() -> None:
+    """The seconds beside a share of PATIENCE_SECONDS are those of its default."""
+    lines = (ROOT / "main.py").read_text(encoding="utf-8").splitlines()
+    patience_s = main.Settings.model_fields["patience_seconds"].default
+    shares = [line for line in lines if re.match(r"\w+_SHARE = .*# \d+:", line)]
+    assert len(shares) == 8
+    for line in shares:
+        name, seconds = line.partition(" ")[0], re.search(r"# (\d+):", line)
+        assert seconds is not None
+        assert getattr(main, name) * patience_s == int(seconds[1]), name
+
+
 def default_of(name: str) -> str:
     """A setting's default as people write it."""
     default = main.Settings.model_fields[name].default

@@ -94,6 +94,7 @@ UNREADABLE = {
     "a cut head of Opus": b"OggS\0" + bytes(23) + b"OpusHead",
     "ID3 alone": b"ID3\x03\0\0\x7f\x7f\x7f\x7f",
     "text": b"no speech at all",
+    "a frame of no stated bitrate": b"\xff\xfb\x00\x00" + bytes(400),
 }
 
 

@@ -430,12 +430,15 @@ async def test_an_address_that_is_not_fetched_has_a_code(online: httpx.AsyncClie
 
 @pytest.mark.anyio
 async def test_a_missing_setting_has_a_code(
-    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is for the owner of the service, not for the user."""
+    """It is for the owner of the service, not for the user, and stands in the log once."""
     use_settings(monkeypatch, ELEVEN_API_KEY="")
-    response = await client.post("/jobs_prompt_tts", json=JOB)
-    assert (response.status_code, response.json()["code"]) == (500, "missing_setting")
+    for headers in ({}, {"Idempotency-Key": "a-key"}):
+        caplog.clear()
+        response = await client.post("/jobs_prompt_tts", json=JOB, headers=headers)
+        assert (response.status_code, response.json()["code"]) == (500, "missing_setting")
+        assert caplog.text.count("code=missing_setting") == 1
 
 
 # Jobs that go wrong
@@ -458,6 +461,10 @@ ODD_INPUT = {
     "detail": "- no",
     "invalid_fields": [{"field": "input.first_frame_image", "description": "No face"}],
 }
+NO_PROMPT = {
+    "detail": "- input: prompt is required",
+    "invalid_fields": [{"field": "input", "description": "prompt is required"}],
+}
 SLOW_DOWN = {"detail": "Slow down."}
 NOT_YOURS = {"statusCode": "403", "message": "Not yours"}
 
@@ -475,6 +482,13 @@ FAILURES: list[tuple[Any, ...]] = [
         {},
         "content_rejected",
         [("image_url", "rejected", {})],
+    ),
+    (
+        "a missing prompt",
+        answers("create", 422, NO_PROMPT),
+        {},
+        "content_rejected",
+        [("prompt", "rejected", {})],
     ),
     (
         "no such model",

@@ -269,6 +269,7 @@ async def test_jobs_at_the_same_time_do_not_pay_for_speech_in_vain(
     ("path", "call", "status"),
     [
         pytest.param("/jobs_prompt_tts", "speech", 401, id="speech refused"),
+        pytest.param("/jobs_prompt_tts", "speech", 400, id="text refused"),
         pytest.param("/jobs_prompt_only", "create", 422, id="create refused"),
     ],
 )

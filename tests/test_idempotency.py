@@ -21,6 +21,7 @@ import anyio.to_thread
 import httpx
 import pytest
 
+import main
 from tests import conftest
 from tests.conftest import StartService
 from tests.sandbox import Sandbox, Service
@@ -465,9 +466,14 @@ async def test_a_fresh_claim_of_another_instance_is_waited_for(
     assert front.paid_for == (1, 1)
 
 
-async def test_a_claim_is_renewed_while_its_owner_works(front: FrontEnd, second: Service) -> None:
-    """A speech that takes longer than a claim lives is not paid for by the other instance as well."""
+@pytest.mark.parametrize("renewals_fail", [0, 1])
+async def test_a_claim_is_renewed_while_its_owner_works(
+    front: FrontEnd, second: Service, renewals_fail: int
+) -> None:
+    """A speech that takes longer than a claim lives is paid for once, also if a renewal fails."""
     front.sandbox.fault("speech", "slow", seconds=2.5)  # a claim lives for 1 s here
+    if renewals_fail:
+        front.fault("upload", number=2, status=403)
     one, two = await send_together(
         front, replace(front, service=second), when=lambda: front.sandbox.calls("speech")
     )
@@ -779,6 +785,23 @@ async def test_a_forged_entry_is_refused(front: FrontEnd, forgery: str) -> None:
     assert "is not one of this service's" in outcome.data["detail"]
     calls = [request.call for request in front.sandbox.requests[calls_before:]]
     assert calls == ["objects", "storage"]
+
+
+@pytest.mark.parametrize(
+    ("created_at", "age_s"),
+    [
+        pytest.param("1970-01-01T00:00:10Z", 90.0, id="a date"),
+        pytest.param("1970-01-01T01:00:10+01:00", 90.0, id="of another zone"),
+        pytest.param("1970-01-01T00:00:10", 0.0, id="of no zone"),
+        pytest.param("1970-01-01T00:10:00Z", 0.0, id="in the future"),
+        pytest.param("yesterday", 0.0, id="no date"),
+        pytest.param(None, 0.0, id="nothing"),
+    ],
+)
+def test_an_entry_of_unknown_age_is_young(created_at: str | None, age_s: float) -> None:
+    """Its owner is waited for rather than replaced."""
+    assert main.age_of(created_at, 100.0) == age_s
+    assert main.age_of(created_at, None) == 0.0
 
 
 async def test_an_entry_that_is_listed_but_missing_pays_for_nothing(front: FrontEnd) -> None:

@@ -281,6 +281,25 @@ async def test_the_first_in_line_asks_when_the_provider_said(
     assert asked_at[2] >= asked_at[1]
 
 
+@pytest.mark.anyio
+@pytest.mark.usefixtures("settings")
+async def test_a_new_line_begins_with_the_first_backoff() -> None:
+    """How often calls were refused in the line before does not count."""
+    line = main.ProviderLine("replicate")
+    answers = iter([429, 429, 429, 201] * 2)
+
+    async def answer(request: httpx.Request, max_bytes: int) -> main.ProviderResponse:
+        return provider_response(next(answers))
+
+    for _ in range(2):
+        place = main.LinePlace(line, main.Job("-"))
+        await main.exchange_in_line(place, answer, REQUEST, 0)
+        assert line.refusals_in_a_row == 1
+        for _ in range(3):
+            await main.exchange_in_line(place, answer, REQUEST, 0)
+        assert is_gone(line)
+
+
 BUSY = [  # seconds that the provider asks, jobs before, what the job has left in seconds, the refusal
     ("in time", 0, 10, 60, None),
     ("the line is too long", 0, 100, 60, 40),

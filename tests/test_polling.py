@@ -105,6 +105,12 @@ def test_known_durations_save_polls_and_lateness(durations, reads, late_s):
     assert reached.late_s <= min(late_s, 0.9 * unknowing.late_s)
 
 
+def test_small_steps_begin_when_a_video_is_due():
+    """At 0.8 of the shortest known duration, not a step later."""
+    assert main.poll_delay_s(32.0, 1, [40.0]) == pytest.approx(0.012 * 40)
+    assert main.poll_delay_s(31.0, 1, [40.0]) == pytest.approx(1.0)
+
+
 def test_one_known_duration_is_enough():
     """With a single known duration the polls are as few, and less than a second late."""
     polls, late_s = averages(simulate(around(60, 0.1), kept=1))

@@ -567,6 +567,10 @@ def test_openapi_has_json_events_and_the_key_of_a_job(contract: dict[str, Any], 
     )
     assert [name for name, _ in events] == ["stage", "result"]
     assert [json.loads(data) for _, data in events][-1] == content["application/json"]["example"]
+    parts = content["text/event-stream"]["x-itemSchema"]["properties"]["data"]["contentSchema"]
+    result = {"/jobs_prompt_only": "VideoResult", "/jobs_prompt_tts": "SpeechResult"}[path]
+    names = [part["$ref"].rpartition("/")[2] for part in parts["anyOf"]]
+    assert names == ["StageEvent", result, "ErrorEvent"]
     [key] = operation["parameters"]
     assert (key["name"], key["in"], key["required"]) == ("Idempotency-Key", "header", False)
     assert "one video is paid for" in key["description"]

@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
+import httpcore
 import httpx
 import pytest
 
@@ -311,6 +313,58 @@ async def test_a_name_look_up_counts_as_connecting(
     answered.set()
 
     assert "(ConnectTimeout looking up pets.example took too long)" in "\n".join(log_lines(caplog))
+
+
+async def test_a_name_that_is_found_after_the_end_disturbs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its thread ends in silence although the event loop that asked for it is closed."""
+    answered, threads = threading.Event(), list[threading.Thread]()
+
+    def slow(*args: Any, **options: Any) -> list[Any]:
+        threads.append(threading.current_thread())
+        answered.wait(5)
+        return []
+
+    async def ask_in_vain() -> None:
+        with anyio.move_on_after(0.05):
+            await main.DnsResolver().resolve("pets.example", 80)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    await asyncio.to_thread(asyncio.run, ask_in_vain())
+    answered.set()
+    threads[0].join(5)
+    assert not threads[0].is_alive()
+
+
+# The guard itself
+
+
+class LostGuard(httpcore.AsyncConnectionPool):
+    """A pool of an httpcore that no longer knows `network_backend`."""
+
+    def __init__(self, *args: Any, network_backend: Any = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+
+
+class EverywhereAnswered(httpcore.AsyncConnectionPool):
+    """A pool that has an answer from every address."""
+
+    def __init__(self, *args: Any, network_backend: Any = None, **options: Any) -> None:
+        answers = httpcore.AsyncMockBackend([b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"])
+        super().__init__(*args, network_backend=answers, **options)
+
+
+@pytest.mark.parametrize("pool", [LostGuard, EverywhereAnswered])
+async def test_the_start_fails_without_the_guard(
+    monkeypatch: pytest.MonkeyPatch, pool: type[httpcore.AsyncConnectionPool]
+) -> None:
+    """Whether the connection to an inside address fails there or is answered."""
+    use_settings(monkeypatch)
+    monkeypatch.setattr(httpcore, "AsyncConnectionPool", pool)
+    with pytest.raises(RuntimeError, match="SSRF guard"):
+        async with main.lifespan(main.app):
+            pass
 
 
 # Redirects
