@@ -95,47 +95,52 @@ logger = logging.getLogger("talking_pet")
 # ---- Limits and timings --------------------------------------------------------------------------
 
 MAX_REQUEST_BYTES = 64 * 1024
-BODY_START_S = 1.0  # the start of a body that is too large is waited for: it may say what is wrong
-BODY_TIMEOUT_S = 30.0  # for a whole body: who sends slower holds up to 150 kB of memory
+BODY_START_S = 1.0  # reads the start of a body that is too large, for a more exact error
+BODY_TIMEOUT_S = 30.0  # to receive a whole body; one on its way holds up to 150 kB of memory
 MAX_SPEECH_BYTES = 9_500_000
 MAX_DOWNLOAD_BYTES = 100_000_000  # a final video has no more either
 MAX_RESPONSE_BYTES = 2_000_000  # of a provider's JSON; the largest model schemas have some 100 kB
 MAX_PREDICTION_BYTES = 1_000_000  # of one prediction with its whole log
 MAX_LIST_BYTES = 8_000_000  # of a list of a hundred predictions
-MAX_JSON_VALUES = 100_000  # of one body: they take some 20 ms, in which nothing else runs, and 7 MB
+# In one JSON body. Parsing so many takes 7 MB, and blocks the event loop for some 20 ms.
+MAX_JSON_VALUES = 100_000
 MAX_URL_CHARS = 4_096
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
 MAX_ERROR_CHARS = 1_000  # of an error's text as a client gets it, whoever wrote it
 MAX_LOG_CHARS = 20_000  # of one line of the log, its traceback included
-CHUNK_BYTES = 128 * 1024  # to and from disk at a time: each chunk takes a turn of a thread
+CHUNK_BYTES = 128 * 1024  # of one read or write on disk; each is one call in a worker thread
 
-# What is read of a model's schema and output, which anybody may publish, and of its video.
-MAX_SCHEMA_PARTS = 4  # of one property: an enum stands behind one, a nullable value behind two
-MAX_SCHEMA_DEPTH = 4
+# Untrusted input: a model's schema and output (anybody may publish a model), and media files.
+MAX_SCHEMA_PARTS = 4  # subschemas of one property; an enum takes one, a nullable value two
+MAX_SCHEMA_DEPTH = 4  # nested levels of $ref, allOf, anyOf and oneOf
 MAX_SCHEMA_FIELDS = 300  # well-known models have up to fifteen
-MAX_NAME_CHARS = 100  # of one of its fields
-MAX_ENUM_VALUES = 100  # of one of its fields, and of a default that is a list or an object
-MAX_VALUE_CHARS = 2_000  # of a default; an enum's values are shorter
+MAX_NAME_CHARS = 100  # of a field's name, type or format, or of one value of its enum
+MAX_ENUM_VALUES = 100  # in one enum, or in a default that is a list or an object
+MAX_VALUE_CHARS = 2_000  # of a default
 MAX_DESCRIPTION_CHARS = 300
-MAX_NUMBER = 1e15  # larger ones bound nothing
+MAX_NUMBER = 1e15  # larger numbers in a schema are ignored
 MAX_FIELD_ERRORS = 20  # that Replicate reports about one input
 MAX_NAMED_FIELDS = 10  # of a model, in the `params` of one error
 MAX_OUTPUT_VALUES = 1_000  # the video's URL is among the first few
-MAX_MP3_GAPS = 1_000  # places in a speech where a frame is looked for
+MAX_MP3_GAPS = (
+    1_000  # bytes of a speech that are no frame, after which the next one is searched for
+)
 MAX_MP4_TRACKS = 100
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
 MAX_MP4_INDEX_BYTES = 1_000_000  # of `moov`; the video's description is near its start
-MAX_FORMAT_BYTES = 64 * 1024  # at the start of a file, from which its format is known
+MAX_FORMAT_BYTES = 64 * 1024  # read from the start of a file to recognise its format
 
-# Seconds of silence on a connection, not of a whole call.
+# httpx timeouts: seconds without a byte on the connection, not of a whole call.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
-SPEECH_TIMEOUT = httpx.Timeout(120.0, connect=10.0)  # ElevenLabs responds when all is spoken
+SPEECH_TIMEOUT = httpx.Timeout(
+    120.0, connect=10.0
+)  # ElevenLabs responds once the whole speech is made
 CREATE_TIMEOUT = httpx.Timeout(20.0, connect=10.0)  # Replicate responds at once
 ENTRY_TIMEOUT = httpx.Timeout(8.0)  # a small file; a claim is retried before its lease ends
 
-# Seconds of a whole call, however slowly its response comes in.
+# Seconds of a whole call, until its response is read.
 MAX_CREATE_S = 30.0
-CREATE_GRACE_S = 5.0  # of it, for a job that was cancelled meanwhile
+CREATE_GRACE_S = 5.0  # a job that is cancelled still waits so long for the response
 MAX_LOOKUP_S = 60.0  # of a model, with its retries
 
 # Retry and wait limits as fractions of PATIENCE_SECONDS; beside each its default in seconds.
@@ -143,24 +148,25 @@ PAID_SHARE = 1.0  # 120: retries of an upload or download after the video is pai
 MAX_WAIT_SHARE = 1 / 4  # 30: the longest single wait between two attempts
 CANCEL_SHARE = 1 / 4  # 30: cancelling a prediction
 REJECTED_POLL_SHARE = 1 / 4  # 30: polls that are answered 401, 403 or 404
-LEASE_SHARE = 1 / 4  # 30: how long another instance counts as working after its last write
-DRAIN_SHARE = 1 / 6  # 20: jobs with a key at the end of the process
-SEARCH_SHARE = 1 / 12  # 10: the search for a prediction whose create had no response
-MAX_SEARCH_SHARE = 1 / 4  # 30: the same, however slowly the list of predictions comes in
+LEASE_SHARE = 1 / 4  # 30: a claim whose owner has written nothing for so long may be taken over
+DRAIN_SHARE = 1 / 6  # 20: jobs with a key may end by themselves at shutdown
+SEARCH_SHARE = 1 / 12  # 10: the search for a prediction after the response to its create was lost
+MAX_SEARCH_SHARE = 1 / 4  # 30: the whole of that search, slow responses included
 MAX_BACKOFF_S = 8.0  # 0.5 s, 1 s, 2 s, 4 s, 8 s, 8 s, ... from RETRY_FIRST_SECONDS on
 
 # Graceful shutdown, whatever PATIENCE_SECONDS is. Render kills the process 40 s after uvicorn's own
-# grace period (render.yaml), so the two waits together stay below that.
+# grace period (render.yaml), so SHUTDOWN_WAIT_S must be less than that.
 SHUTDOWN_WAIT_S = 25.0  # for all jobs to end
-MAX_DRAIN_S = 20.0  # of it, for jobs with a key to end by themselves
-MAX_RECORD_SAVE_S = 4.0  # for a job that was stopped to write its last entry
-MAX_RESULT_WRITE_S = 20.0  # for a result to be written, also after the deadline
+MAX_DRAIN_S = 20.0  # of SHUTDOWN_WAIT_S: after it, jobs with a key are cancelled
+MAX_RECORD_SAVE_S = 4.0  # to write the last log entry of a job that failed or was stopped
+MAX_RESULT_WRITE_S = 20.0  # to write a result's log entry, also after the deadline
+MAX_CLEANUP_S = 20.0  # to remove a job's folder
 
 # Lines at the providers (see ProviderLine).
-MAX_CREATES = 64  # at once: each takes a moment, and the handshakes of more would hold up /health
-PROBE_ROUNDS = 8  # successes for each call under way, after a refusal, before one more goes at once
-LINE_SPEED_S = 120.0  # of turns, by which a wait is estimated: providers' limits are by minute
-LINE_STEP_S = 2.0  # between two looks at a job in line: its event, its deadline
+MAX_CREATES = 64  # at once: the TLS handshakes of more would delay /health
+PROBE_ROUNDS = 8  # after a refusal: successes for each call under way before one more may start
+LINE_SPEED_S = 120.0  # a wait is estimated from the calls of so long: limits are by the minute
+LINE_STEP_S = 2.0  # how often a job in line checks its place and its deadline
 MAX_BUSY_S = 3_600.0  # the longest Retry-After of our own
 
 # Polling (see poll_delay_s).
@@ -171,52 +177,55 @@ DUE_SHARE = 0.8  # of the shortest recent duration: from there on the video is e
 EARLY_SHARE = 0.1  # of the shortest recent duration: a wait before the video is expected
 DUE_STEP_SHARE = 0.012  # of the shortest recent duration: a wait once the video is expected
 DUE_STEP_MAX_S = 0.65
-# Of one process; Replicate allows 3,000 calls (docs rate-limits, 2026-11-22), and each of the
-# look-ups below may take four.
+# Of one process. Replicate allows 3,000 calls a minute (documentation on rate limits, 2026-11-22);
+# each of the model look-ups below may take four.
 MAX_POLLS_PER_MINUTE = 2_400
 MAX_LOOKUPS_PER_MINUTE = 30  # of models that this process does not know
 UNKNOWN_MODEL_TTL_S = 60.0
 MAX_DURATION_KINDS = 500
 
 MIN_CANCEL_AFTER_S = 5  # the least that Replicate's Cancel-After takes (changelog 2025-10-16)
-CLOCK_TOLERANCE_S = 5.0  # a Date header has whole seconds, and arrives late
-MAX_LOG_ENTRIES = 1_000  # of one job: it writes four, and one every ten seconds of a claim
+CLOCK_TOLERANCE_S = 5.0  # a Date header has whole seconds, and arrives with a delay
+MAX_LOG_ENTRIES = (
+    1_000  # of one job: it writes four, and one every ten seconds while it holds a claim
+)
 VIDEO_URL_LIFETIME_S = 3_600.0  # of Replicate's URLs
 MAX_LIST_PAGES = 10  # of a hundred predictions each
 MAX_CLAIMED_PREDICTIONS = 10_000  # prediction ids that a process remembers as taken
 MODEL_TTL_S = 600.0
 MAX_MODELS = 100
-MAX_FPS = 1_000.0  # of a model; one beyond has a schema that nobody means
+MAX_FPS = 1_000.0  # a higher frame rate in a model's schema is ignored
 DEFAULT_FPS = 24.0  # where a model counts frames and names no rate
 
 SPEECH_OFFSET_MS = 500  # the speech starts half a second in
-CUT_TOLERANCE_S = 0.1  # streams end with a whole frame: less than this is not cut off
+CUT_TOLERANCE_S = 0.1  # streams end with a whole frame: a smaller difference is not reported
 FFMPEG_TIMEOUT_S = 60.0
 MAX_FFMPEG = 4  # at once, and no more than cores: each takes some 50 MB
 FFMPEG_MAX_ALLOC_BYTES = 64_000_000  # one allocation; a plane of an 8K frame has less
 MUX_MAX_BYTES = 200_000_000  # RLIMIT_DATA of a mux: it takes 66 to 77 MB, a 4K video as well
 CONVERT_MAX_BYTES = 450_000_000  # ... of a conversion: it takes 170 to 350 MB
 CONVERT_TIMEOUT_S = 180.0
-BACKGROUND_NICENESS = 10  # of a conversion: the others' muxes, and the service itself, go first
+BACKGROUND_NICENESS = 10  # of a conversion: muxes and the service itself get the processor first
 MAX_CONVERT_PIXELS = 1920 * 1088
-# Frames a second. A frame that is longer than the speech would not be in the final video at all.
+# ffmpeg's expression for the frames a second of a converted video. At least 12: a frame longer than
+# the speech would be missing from the final video.
 CONVERT_RATE = "min(60,max(12,source_fps))"
 
 HEAD_TIMEOUT_S = 10.0
 PICTURE_TIMEOUT_S = 3.0
-MAX_HEADS = 8  # remote files that are looked at for /debug/head at once
-MAX_PICTURE_CHECKS = 100  # ... and for jobs
-MAX_HEAD_BYTES = 32 * 1024  # that the servers of one remote file may send before its body
-READ_BYTES = 4 * 1024  # of them at a time, so that little is read beyond the headers
+MAX_HEADS = 8  # remote files checked at once for /debug/head
+MAX_PICTURE_CHECKS = 100  # pictures checked at once for jobs
+MAX_HEAD_BYTES = 32 * 1024  # received for one remote file before its body, redirects included
+READ_BYTES = 4 * 1024  # of one read before the body, so that little of the body is read
 MAX_REDIRECTS = 5
-MAX_DNS_LOOKUPS = 16  # at once, of names that strangers gave
+MAX_DNS_LOOKUPS = 16  # at once, of host names in untrusted URLs, for each guarded pool
 MAX_ADDRESSES = 4  # of one name that are tried
 
 MAX_MISSPELLED = 50  # names in a body that are compared with ours
 SPENDING_WINDOW_S = 3_600.0  # of MAX_VIDEOS_PER_HOUR
-RETRY_RESERVED_S = 60  # Retry-After while jobs under way hold the last videos of the hour
-MACOS_DESCRIPTORS = 10_240  # the most that macOS takes, where it names no hard limit
-ACCEPT_LOG_S = 60.0  # between two lines of the log that say that there are no descriptors
+RETRY_RESERVED_S = 60  # Retry-After while running jobs have reserved the last videos of the hour
+MACOS_DESCRIPTORS = 10_240  # the most that macOS allows if there is no hard limit
+ACCEPT_LOG_S = 60.0  # between two log lines about missing file descriptors
 
 # ---- Settings ------------------------------------------------------------------------------------
 
@@ -241,7 +250,7 @@ def check_http_url(value: str) -> str:
 
 
 def check_base_url(value: str) -> str:
-    """Return the URL as httpx writes it, without a slash at its end. Raises ValueError."""
+    """Return the URL as httpx writes it, without a trailing slash. Raises ValueError."""
     with suppress(ValueError):
         url = httpx.URL(check_http_url(value))
         if not (url.userinfo or url.query or url.fragment):
@@ -250,7 +259,7 @@ def check_base_url(value: str) -> str:
 
 
 def check_origins(value: str) -> str:
-    """Return origins without a slash at their end.
+    """Return the origins without trailing slashes.
 
     Raises ValueError unless each is `*` or an origin.
     """
@@ -325,10 +334,7 @@ class Settings(BaseModel, frozen=True):
     keepalive_seconds: Annotated[float, Field(gt=0, le=15)] = 10
 
     def required(self, name: str) -> str:
-        """Return a setting that a call cannot do without.
-
-        Raises MissingSetting naming the variable.
-        """
+        """Return a required setting. Raises MissingSetting naming the variable."""
         value = getattr(self, name)
         if value is None:
             raise MissingSetting(f"The service is not set up for this: set {name.upper()}.")
@@ -337,13 +343,13 @@ class Settings(BaseModel, frozen=True):
         return str(value)
 
     def tokens(self) -> list[str]:
-        """Return the tokens that SERVICE_TOKEN lists; empty: none is needed."""
+        """Return the tokens in SERVICE_TOKEN; none is required if the list is empty."""
         return self.service_token.get_secret_value().split(",") if self.service_token else []
 
     def secrets(self) -> list[str]:
-        """Return every secret that is set, each token singly, also as it stands in a URL.
+        """Return every secret that is set, each token by itself, plain and percent-encoded.
 
-        The longest first, which may hold another.
+        The longest come first, because a long one may contain a short one.
         """
         keys = (getattr(self, name) for name in SECRET_SETTINGS)
         secrets = [key.get_secret_value() for key in keys if key] + self.tokens()
@@ -389,9 +395,9 @@ def read_settings(environment: Mapping[str, str | None]) -> Settings:
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """Return the settings: the environment, then `.env` beside this file.
+    """Return the settings, from the environment and from `.env` beside this file.
 
-    Ends the process if malformed.
+    The environment wins. A malformed value ends the process.
     """
     env_file = Path(__file__).with_name(".env")
     try:
@@ -415,8 +421,7 @@ def patience_s(share: float) -> float:
 
 Provider = Literal["elevenlabs", "replicate", "supabase"]
 Category = Literal["configuration", "validation", "provider", "resource", "internal"]
-# What went wrong with the request as a whole and with one of its fields; the codes in both lists
-# first.
+# SharedCode: codes that an error as a whole (ErrorCode) and one field (FieldErrorCode) can have.
 SharedCode = Literal[
     "key_reused",
     "unknown_model",
@@ -425,7 +430,7 @@ SharedCode = Literal[
     "not_a_picture",
     "private_url",
 ]
-# Stable: front ends translate by them. Each has a name of its own in the contract.
+# Stable: front ends translate by them. TypeAliasType names them in /openapi.json.
 ErrorCode = TypeAliasType(
     "ErrorCode",
     Literal[
@@ -478,7 +483,7 @@ FieldErrorCode = TypeAliasType(
         "rejected",
     ],
 )
-# What a message says, to be filled into a translation of it: {"max": 600, "got": 659}.
+# The values in a message, for front ends that translate it: {"max": 600, "got": 659}.
 ErrorParams = dict[str, str | int | float | list[Any]]
 Stage = Literal["speech", "audio_upload", "video", "download", "convert", "mux", "final_upload"]
 StageState = Literal["started", "progress", "done"]
@@ -495,7 +500,7 @@ MODEL_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*(:[A-Z
 VOICE_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 SIZE_PATTERN = r"^[A-Za-z0-9]{1,16}$"
 KEY_PATTERN = r"^[!-~]{1,255}$"  # draft-ietf-httpapi-idempotency-key-header leaves it to the server
-# What errors say instead of a pattern, which is not for people: its name and in words.
+# For each pattern: the format's name, and the message that is shown instead of the pattern.
 PATTERN_FORMATS = {
     MODEL_PATTERN: ("model", "must be owner/name or owner/name:version"),
     VOICE_PATTERN: ("voice_id", "must be up to 64 letters, digits, _ and -"),
@@ -508,9 +513,7 @@ UPLOAD_FIRST = (
 
 
 def refuse_embedded_file(value: Any) -> Any:
-    """Raise PydanticCustomError if a URL is the file itself, or leads into the client's own
-    browser.
-    """
+    """Return the value. Raises PydanticCustomError if it is a `data:` or `blob:` URL."""
     if isinstance(value, str) and re.match(r"\s*(data|blob):", value, re.IGNORECASE):
         raise PydanticCustomError("embedded_file", UPLOAD_FIRST)
     return value
@@ -519,7 +522,7 @@ def refuse_embedded_file(value: Any) -> Any:
 UrlText = Annotated[str, StringConstraints(strict=True, max_length=MAX_URL_CHARS)]
 HttpUrl = Annotated[
     UrlText,
-    BeforeValidator(refuse_embedded_file),  # however long it is
+    BeforeValidator(refuse_embedded_file),  # before its length is checked
     AfterValidator(check_http_url),
     Field(json_schema_extra={"format": "uri"}),
 ]
@@ -533,7 +536,8 @@ ModelName = Annotated[
     StringConstraints(strict=True, strip_whitespace=True, max_length=200, pattern=MODEL_PATTERN),
 ]
 
-# What other services call our fields. Ignored, they would pay for a video of the wrong length.
+# Other services' names for our fields. They are refused: if `duration` were ignored, a video of the
+# wrong length would be paid for.
 OTHER_NAMES = {
     "image_url": (
         "image img photo picture pic portrait url image_uri image_link img_url photo_url picture_url"
@@ -572,7 +576,7 @@ class JobPromptOnly(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def reject_misspelled_fields(cls, body: Any) -> Any:
-        """Reject fields that are nearly one of ours; all others are ignored.
+        """Reject misspelled and other common names of our fields; ignore other unknown fields.
 
         Raises InvalidInput.
         """
@@ -607,8 +611,9 @@ class JobPromptTTS(JobPromptOnly):
     voice_id: VoiceId = Field(description="ElevenLabs voice", examples=["JBFqnCBsd6RMkjVDRZzb"])
     fit: Fit = Field(
         "shortest",
-        description="What ends the clip. shortest: whichever ends first; video: the video, then "
-        "silence if it is longer than the speech; speech: the speech, the video repeats until then",
+        description="Where the clip ends. shortest: with the shorter of video and speech; video: "
+        "with the video, silent after a shorter speech; speech: with the speech, repeating a "
+        "shorter video",
     )
 
 
@@ -636,8 +641,8 @@ class SpeechResult(BaseModel):
     final_seconds: float | None = Field(default=None, description="Length of the final video")
     cut_seconds: float | None = Field(
         default=None,
-        description="Seconds of speech that are not heard, because the video ends before; 0: none."
-        " All three are null where they are unknown",
+        description="Seconds of speech that are not heard because the video ends first; 0: none."
+        " All three are null if they are unknown",
     )
 
 
@@ -650,7 +655,7 @@ class HeadResult(BaseModel):
 
 
 class PartialResult(BaseModel):
-    """What a failed job has made, and paid for, already."""
+    """What a failed job had made, and paid for, before it failed."""
 
     audio_url: str | None = None
     video_url: str | None = None
@@ -660,14 +665,12 @@ class PartialResult(BaseModel):
 
 
 class InputError(BaseModel):
-    """One invalid field: where it is, such as `["body", "voice_id"]`, and what is expected
-    there.
-    """
+    """One invalid field: its place, such as `["body", "voice_id"]`, and what was expected."""
 
     loc: list[str | int]
     msg: str
     code: FieldErrorCode
-    params: ErrorParams = Field(description="What the message says; too_long: `max` and `got`")
+    params: ErrorParams = Field(description="The values in the message; too_long: `max` and `got`")
 
 
 class ErrorBody(BaseModel):
@@ -679,14 +682,14 @@ class ErrorBody(BaseModel):
     provider: Provider | None = None
     request_id: str
     retryable: bool = Field(
-        description="The same request, with its Idempotency-Key, can succeed later as it is"
+        description="Whether the same request, with its Idempotency-Key, can succeed later"
     )
     partial: PartialResult | None = None
     errors: list[InputError] | None = None
 
 
 class ErrorEvent(ErrorBody):
-    """The `error` event that ends a stream: the body of an error, and what its status would be."""
+    """The `error` event that ends a stream: the body of an error, and its HTTP status."""
 
     status: int
 
@@ -696,14 +699,17 @@ class StageEvent(BaseModel):
 
     stage: Stage
     state: StageState
-    seconds: float = Field(description="since the stage started")
+    seconds: float = Field(description="Seconds since the stage started")
     status: str | None = Field(
-        default=None, description="of the prediction, in the stage video; queued: waits in line"
+        default=None,
+        description="The prediction's status, in the stage video; queued: waits in line",
     )
     ahead: int | None = Field(
-        default=None, description="how many calls are before it in line, while it is queued"
+        default=None, description="Calls before it in line, while it is queued"
     )
-    percent: int | None = Field(default=None, description="of the video, where the model logs it")
+    percent: int | None = Field(
+        default=None, description="Progress of the video, if the model logs it"
+    )
     audio_seconds: float | None = Field(
         default=None, description="Length of the speech, once it is known"
     )
@@ -712,15 +718,15 @@ class StageEvent(BaseModel):
 # ---- Errors --------------------------------------------------------------------------------------
 #
 # ServiceError              500 internal       anything unforeseen
-#   MissingSetting          500 configuration  a variable is unset that this request needs
+#   MissingSetting          500 configuration  a setting that this request needs is not set
 #   InvalidInput            400 validation     the request can never succeed as it is
-#     Unauthorized          401 validation     it carries none of the tokens of SERVICE_TOKEN
-#     BlockedUrl            400 validation     the URL leads to where the service must not go
-#       PrivateAddress      400 validation     ... to an address inside a network
+#     Unauthorized          401 validation     it has no valid token of SERVICE_TOKEN
+#     BlockedUrl            400 validation     the service does not fetch this URL
+#       PrivateAddress      400 validation     the URL leads to an address that is not public
 #   ProviderRefused         400 provider       ElevenLabs or Replicate reject the request's content
 #   ProviderFailed          500 provider       ElevenLabs or Replicate fail, or reject our key or plan
 #     ProviderBusy          500 provider       the line at a provider is too long for the job's deadline
-#   SpeechTooLarge          400 resource       the speech is larger than the service carries
+#   SpeechTooLarge          400 resource       the speech has more than MAX_SPEECH_BYTES
 #   ResourceFailed          500 resource       storage, a download, this machine, or unusable media
 #     SpendingLimitReached  429 resource       MAX_VIDEOS_PER_HOUR videos were paid for
 
@@ -728,9 +734,9 @@ class StageEvent(BaseModel):
 class ServiceError(Exception):
     """An error returned to the client; the base class is an internal 500.
 
-    `detail` is safe to show. `response` is the provider's, if there was one. `errors` name the
-    invalid fields of the request. `code` says more exactly than the class what happened. `headers`
-    are the response's.
+    `detail` contains no secret and may be shown. `response` is the provider's, if there was one.
+    `errors` name the invalid fields of the request. `code` is more exact than the class. `headers`
+    are added to the HTTP response.
     """
 
     http_status: int = 500
@@ -769,7 +775,7 @@ class ServiceError(Exception):
         code: FieldErrorCode = "rejected",
         params: ErrorParams | None = None,
     ) -> None:
-        """Add what is wrong with one field of the request; by default a provider rejects it."""
+        """Add an error of one field of the request; by default a provider has rejected it."""
         loc: list[str | int] = [place, redact(name)]
         self.errors.append(
             InputError(
@@ -779,7 +785,7 @@ class ServiceError(Exception):
 
 
 class MissingSetting(ServiceError):
-    """A variable is unset that this request needs."""
+    """A setting that this request needs is not set."""
 
     category = "configuration"
     code: ErrorCode = "missing_setting"
@@ -796,7 +802,7 @@ class InvalidInput(ServiceError):
 
 
 class Unauthorized(InvalidInput):
-    """The request carries none of the tokens of SERVICE_TOKEN."""
+    """The request has no valid token of SERVICE_TOKEN."""
 
     http_status = 401
     code = "unauthorized"
@@ -804,13 +810,13 @@ class Unauthorized(InvalidInput):
 
 
 class BlockedUrl(InvalidInput):
-    """The URL leads to where the service must not go."""
+    """The service does not fetch this URL."""
 
     code: ErrorCode = "blocked_url"
 
 
 class PrivateAddress(BlockedUrl):
-    """The URL leads to an address of this machine or of a network inside."""
+    """The URL leads to an address that is not on the public internet."""
 
     code: ErrorCode = "private_url"
 
@@ -832,7 +838,7 @@ class ProviderFailed(ServiceError):
 
 
 class ProviderBusy(ProviderFailed):
-    """The line at a provider is too long for the job's deadline; nothing was asked for."""
+    """The line at a provider is too long for the job's deadline; no call was made."""
 
     code = "busy"
 
@@ -842,7 +848,7 @@ class ProviderBusy(ProviderFailed):
 
 
 class SpeechTooLarge(ServiceError):
-    """The speech is larger than the service carries."""
+    """The speech has more than MAX_SPEECH_BYTES."""
 
     http_status = 400
     category = "resource"
@@ -886,8 +892,9 @@ def invalid_field(
 
 
 def redact(text: str) -> str:
-    """Return the text without this service's secrets, and without lone surrogates, which no
-    JSON allows.
+    """Return the text with secrets replaced by `***`, and lone surrogates by `?`.
+
+    A lone surrogate cannot be encoded, and would make the response or log line fail.
     """
     for secret in get_settings().secrets():
         text = text.replace(secret, "***")
@@ -898,9 +905,9 @@ def add_request_id_and_redact(record: logging.LogRecord) -> bool:
     """Start a log line with its request id, keep secrets out of it, and bound its length."""
     prefix = f"request_id={current_request_id.get()} "
     line = record.getMessage()
-    if not line.startswith(prefix):  # it does where this file was imported twice
+    if not line.startswith(prefix):  # it does if this module was imported twice
         line = redact(prefix + line)
-    if len(line) > MAX_LOG_CHARS:  # a traceback says most at its end
+    if len(line) > MAX_LOG_CHARS:  # both ends are kept: a traceback's last lines say most
         line = f"{line[: MAX_LOG_CHARS // 2]} ... {line[-MAX_LOG_CHARS // 2 :]}"
     record.msg = line
     record.args = ()
@@ -908,7 +915,7 @@ def add_request_id_and_redact(record: logging.LogRecord) -> bool:
 
 
 def redact_arguments(record: logging.LogRecord) -> bool:
-    """Keep secrets out of uvicorn's access log, which names query strings."""
+    """Redact uvicorn's access log, whose lines contain query strings."""
     args = record.args if isinstance(record.args, tuple) else ()
     record.args = tuple(redact(arg) if isinstance(arg, str) else arg for arg in args)
     return True
@@ -934,8 +941,8 @@ def as_service_error(exc: BaseException) -> ServiceError:
 Events = asyncio.Queue[StageEvent | None]  # None: there are no more
 CancelReason = Literal["client_disconnected", "shutdown"]
 
-# Whose failure it is when a stage does not end in time; None: the checks, where a model is looked
-# up.
+# The provider to name when a stage passes the deadline. None: the checks before the first stage, in
+# which a model is looked up.
 STAGE_PROVIDERS: dict[Stage | None, Provider] = {
     None: "replicate",
     "speech": "elevenlabs",
@@ -964,11 +971,11 @@ class Job:
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)  # around its work
     cancel_reason: CancelReason | None = None
     result: BaseModel | ServiceError | None = None
-    replayed: bool = False  # the result is an earlier request's
+    replayed: bool = False  # the result was read from the job log
     # Only with an Idempotency-Key:
     log: "JobLog | None" = None
     search_from: float | None = None  # since when it may have an unrecorded prediction (monotonic)
-    search_s: float = 0.0  # how long that one may still be on its way
+    search_s: float = 0.0  # how long Replicate may not list that one yet
 
     @contextmanager
     def stage(self, name: Stage) -> Iterator[None]:
@@ -987,7 +994,7 @@ class Job:
             logger.info("stage=%s outcome=%s ms=%.0f", name, outcome, seconds * 1000)
 
         self.emit("done")
-        self.current_stage = None  # after a failure it stays: cancellation_error() names it
+        self.current_stage = None  # kept after a failure, for cancellation_error()
 
     def emit(
         self,
@@ -996,9 +1003,9 @@ class Job:
         percent: int | None = None,
         ahead: int | None = None,
     ) -> None:
-        """Send an event to all subscribers, and keep it for those who join.
+        """Send an event to all subscribers, and keep it for later ones.
 
-        Of progress, only the last.
+        Of progress events in a row, only the last is kept.
         """
         event = StageEvent(
             stage=self.current_stage or "video",
@@ -1036,7 +1043,7 @@ class Job:
         self.scope.cancel()
 
     def finish(self) -> None:
-        """Log the outcome, and release all who wait."""
+        """Log the outcome, and end the events of every subscriber."""
         outcome: str = "ok"
         reason = ""
         if isinstance(self.result, ServiceError):
@@ -1071,8 +1078,8 @@ class Job:
         limit_s = get_settings().job_timeout_seconds
         limit = f"The job was not done after {limit_s:g} s"
         detail = f"{limit} and was ended in the stage {stage or 'check'}."
-        # The prediction of a job with a key was cancelled: sent again, the request would
-        # find it so.
+        # The prediction was cancelled: with a key, the same request would find it cancelled
+        # again.
         is_final = bool(self.log and self.partial.prediction_id and stage == "video")
         if provider in ("elevenlabs", "replicate"):
             return ProviderFailed(detail, provider, code="deadline", retryable=not is_final)
@@ -1082,7 +1089,7 @@ class Job:
 def error_body(error: ServiceError, request_id: str, job: Job | None) -> dict[str, Any]:
     """Return the body of an error (see ErrorBody).
 
-    `partial` and `errors` only if they hold something.
+    `partial` and `errors` are left out if they are empty.
     """
     body: dict[str, Any] = {
         "detail": error.detail,
@@ -1103,12 +1110,12 @@ def error_body(error: ServiceError, request_id: str, job: Job | None) -> dict[st
 # ---- HTTP transport and SSRF protection ----------------------------------------------------------
 #
 # Every outgoing request passes GuardedTransport. The owner's own addresses (both APIs, the
-# storage) are trusted. Every other URL, a redirect's as well, is checked by its form
+# storage) are trusted. Every other URL, also a redirect's, is checked without a look-up first
 # (check_public_url) and then connected to by PublicOnlyBackend, which resolves the name once,
 # checks each address, and connects to the checked address itself.
 
-# Addresses that ipaddress.is_global lets pass in one Python version or another, or that lead
-# inside.
+# Networks that some Python versions call global (ipaddress.is_global), or that lead to internal
+# services.
 BLOCKED_NETWORKS = [
     ipaddress.ip_network("100.64.0.0/10"),  # carrier-grade NAT
     ipaddress.ip_network("168.63.129.16/32"),  # the host of a virtual machine in Azure
@@ -1122,18 +1129,15 @@ BLOCKED_NETWORKS = [
     ipaddress.ip_network("2002::/16"),  # 6to4, an IPv4 address inside
     ipaddress.ip_network("3fff::/20"),  # documentation
 ]
-GLOBAL_UNICAST = ipaddress.ip_network(
-    "2000::/3"
-)  # without mapped, compatible and NAT64 forms of IPv4
+# IPv6 without the mapped, compatible and NAT64 forms of IPv4.
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 PRIVATE_ADDRESS_DETAIL = "The URL leads to an address that is not public."
 
-# Keys of a request's `extensions` that choose its connection pool.
-USER_SUPPLIED = (
-    "talking_pet_user_supplied"  # a URL that anybody may ask for: no job waits for its pool
-)
-NEW_CONNECTION = (
-    "talking_pet_new_connection"  # must not be sent twice, so not on a stale connection
-)
+# Keys of a request's `extensions` that choose its connection pool. USER_SUPPLIED: a URL from a client
+# has a pool of its own, so that it cannot delay jobs. NEW_CONNECTION: what must not be sent twice must
+# not fail on a stale connection.
+USER_SUPPLIED = "talking_pet_user_supplied"
+NEW_CONNECTION = "talking_pet_new_connection"
 
 
 def is_public(address: str) -> bool:
@@ -1148,7 +1152,7 @@ def is_public(address: str) -> bool:
 
 
 def check_public_url(url: httpx.URL) -> None:
-    """Refuse a URL by its form alone; names are resolved later.
+    """Check a URL's scheme, host, port and user info; its name is resolved later.
 
     Raises BlockedUrl saying what is wrong.
     """
@@ -1158,8 +1162,8 @@ def check_public_url(url: httpx.URL) -> None:
     if not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", host):
         raise BlockedUrl("The URL's host is not a plain name or address.")
 
-    # As browsers do: a host that ends in a number is an IPv4 address, and only its plain form
-    # is taken.
+    # As in browsers, a host whose last part is a number is an IPv4 address. Octal, hexadecimal
+    # and shortened forms are refused.
     is_v4 = re.fullmatch(r"(.*\.)?(\d+|0[xX][0-9A-Fa-f]*)", host)
     if is_v4 and not re.fullmatch(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){3}", host):
         raise PrivateAddress("The URL's address is not written in its plain form.")
@@ -1175,14 +1179,14 @@ def check_public_url(url: httpx.URL) -> None:
 
 
 def is_trusted(url: httpx.URL) -> bool:
-    """Return whether a URL is the owner's own (an API, the storage).
+    """Return whether a URL belongs to one of the owner's APIs or the storage.
 
-    Any is with ALLOW_PRIVATE_URLS.
+    With ALLOW_PRIVATE_URLS every URL is trusted.
     """
     settings = get_settings()
     if settings.allow_private_urls:
         return True
-    if ".." in unquote(str(url)):  # left encoded by httpx, it could lead out of the base URL
+    if ".." in unquote(str(url)):  # httpx keeps %2e%2e, which a server may decode
         return False
     storage_url = f"{settings.supabase_url}/storage/v1/object"
     bases = (settings.eleven_base_url, settings.replicate_base_url, storage_url)
@@ -1192,9 +1196,8 @@ def is_trusted(url: httpx.URL) -> bool:
 class DnsResolver:
     """Name look-ups in daemon threads of their own, at most MAX_DNS_LOOKUPS at once.
 
-    getaddrinfo blocks and cannot be cancelled. A stranger's slow name holds up neither the
-    threads that files need nor the end of the process, which waits for every thread that is not
-    a daemon.
+    getaddrinfo blocks and cannot be cancelled. With daemon threads of its own, a slow look-up
+    neither takes a thread that files need nor delays the end of the process.
     """
 
     def __init__(self) -> None:
@@ -1208,7 +1211,7 @@ class DnsResolver:
 
         def finish(addresses: list[str], error: Exception | None) -> None:
             self._free_threads.release()
-            if resolved.done():  # nobody waits any more
+            if resolved.done():  # the caller was cancelled
                 return
             if error is None:
                 resolved.set_result(addresses)
@@ -1234,14 +1237,12 @@ class DnsResolver:
         return await resolved
 
 
-# What the servers of a remote file may still send before its body, redirects included; in bytes.
+# Bytes that may still be received for one remote file before its body, redirects included.
 head_bytes_left: ContextVar[float] = ContextVar("head_bytes_left", default=MAX_HEAD_BYTES)
 
 
 class MeteredStream(httpcore.AsyncNetworkStream):
-    """A connection to a server that a stranger, or a model, has named: it may send
-    `head_bytes_left`.
-    """
+    """A connection to an untrusted server, from which at most `head_bytes_left` are read."""
 
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
         self._stream = stream
@@ -1249,7 +1250,7 @@ class MeteredStream(httpcore.AsyncNetworkStream):
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Return the next few bytes.
 
-        Raises httpcore.RemoteProtocolError once there were too many.
+        Raises httpcore.RemoteProtocolError once `head_bytes_left` is used up.
         """
         bytes_left = head_bytes_left.get()
         if bytes_left <= 0:
@@ -1325,9 +1326,9 @@ class PublicOnlyBackend(httpcore.AnyIOBackend):
 
 @lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
-    """Return the trusted certificates, SSL_CERT_FILE and SSL_CERT_DIR honoured.
+    """Return the trusted certificates; SSL_CERT_FILE and SSL_CERT_DIR are honoured.
 
-    Loading takes some 15 ms.
+    They are kept: loading them takes some 15 ms.
     """
     return httpx.create_ssl_context(trust_env=True)
 
@@ -1338,7 +1339,7 @@ def connection_pool(
     """Return a pool, without proxies, whose connections `backend` makes.
 
     The number of connections is not limited: each waiting job may need one. Ten idle ones are
-    enough for 40 polls a second, and httpcore looks at each of them twice a request.
+    enough for 40 polls a second; more would slow httpcore, which looks at each twice a request.
     """
     return httpcore.AsyncConnectionPool(
         ssl_context=tls_context(),
@@ -1382,8 +1383,9 @@ class HttpcoreStream(httpx.AsyncByteStream):
 
 
 class GuardedTransport(httpx.AsyncBaseTransport):
-    """Sends each request through a pool: two for the owner's own addresses, two guarded ones
-    for all others.
+    """Sends each request through one of four connection pools.
+
+    Two serve the owner's own addresses; two, which connect to public addresses only, all others.
     """
 
     def __init__(self) -> None:
@@ -1423,7 +1425,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         )
         with httpcore_errors_as_httpx():
             response = await pool.handle_async_request(raw_request)
-        # No server gets another one's cookies, and reading them would take long.
+        # Cookies are dropped: they are never sent back, and reading them would take long.
         headers = [header for header in response.headers if header[0].lower() != b"set-cookie"]
         return httpx.Response(
             response.status,
@@ -1433,13 +1435,13 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         )
 
     async def check_guard(self) -> None:
-        """Raise RuntimeError unless both guarded pools refuse an inside address."""
+        """Raise RuntimeError unless both guarded pools refuse a loopback address."""
         for pool in (self.public, self.user_supplied):
             try:
                 await pool.request("GET", "http://127.0.0.1:9/")  # the discard port: nobody listens
             except PrivateAddress:
                 continue
-            except Exception as exc:  # it has tried to connect
+            except Exception as exc:  # any other error: it has tried to connect
                 raise RuntimeError("The SSRF guard is not in place.") from exc
             raise RuntimeError("The SSRF guard is not in place.")
 
@@ -1453,7 +1455,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
 
 
 class ModelLookup(NamedTuple):
-    """A model that is being looked up or was, and when it is to be looked up again."""
+    """A running or finished look-up of a model, and when it expires."""
 
     task: "asyncio.Task[VideoModel]"
     expires_at: float  # time.monotonic()
@@ -1470,16 +1472,16 @@ class PaidCall:
 class VideoBudget:
     """The videos of the last hour, by Job.name, of which there may be MAX_VIDEOS_PER_HOUR.
 
-    A job reserves its video before it pays for anything, so that none pays for a speech in vain;
-    a speech that was paid for counts as its video, else clients that leave would make it pay
-    for speech without end.
+    A job reserves its video before it pays for anything, so that no speech is paid for without
+    a video to follow. A speech that was paid for counts as the job's video: otherwise clients
+    that disconnect after it could cause any number of paid speeches.
     """
 
     reserved: set[str] = field(default_factory=set)
     paid_at: dict[str, float] = field(default_factory=dict)  # time.monotonic(), the oldest first
 
     def reserve(self, job_name: str) -> None:
-        """Keep a video for a job, unless it has one. Raises SpendingLimitReached."""
+        """Reserve a video for a job, unless it has one. Raises SpendingLimitReached."""
         limit = get_settings().max_videos_per_hour
         now = time.monotonic()
         while self.paid_at and next(iter(self.paid_at.values())) <= now - SPENDING_WINDOW_S:
@@ -1497,10 +1499,10 @@ class VideoBudget:
         raise SpendingLimitReached(detail, retry_after_s)
 
     @contextmanager
-    def counting(self, job_name: str) -> Iterator["PaidCall"]:
-        """Count a job's video while a call for it is made, which the caller may call free.
+    def counting(self, job_name: str) -> Iterator[PaidCall]:
+        """Count a job's video while a paid call is made; the caller sets `is_free` if it was not.
 
-        One that was free keeps its video reserved: it may be repeated. Raises
+        After a free call the video is only reserved again, as the call may be repeated. Raises
         SpendingLimitReached.
         """
         self.reserve(job_name)
@@ -1531,7 +1533,7 @@ class AppState:
 
     http: httpx.AsyncClient
     ffmpeg_slots: asyncio.Semaphore
-    conversion_slot: asyncio.Semaphore = field(  # of its own: no mux waits for a conversion
+    conversion_slot: asyncio.Semaphore = field(  # apart, so that no mux waits for a conversion
         default_factory=lambda: asyncio.Semaphore(1)
     )
     speech_line: "ProviderLine" = field(default_factory=lambda: ProviderLine("elevenlabs"))
@@ -1553,7 +1555,7 @@ class AppState:
     recent_durations: dict[str, deque[float]] = field(default_factory=dict)  # seconds, by kind
     models: dict[str, ModelLookup] = field(default_factory=dict)  # by the name that was asked for
     unknown_models: dict[str, ModelLookup] = field(default_factory=dict)
-    lookups_at: deque[float] = field(  # time.monotonic() of those that count
+    lookups_at: deque[float] = field(  # time.monotonic() of look-ups of models not known yet
         default_factory=lambda: deque(maxlen=MAX_LOOKUPS_PER_MINUTE)
     )
     video_budget: VideoBudget = field(default_factory=VideoBudget)
@@ -1577,7 +1579,7 @@ async def open_app_state() -> AsyncIterator[AppState]:
     """
     transport = GuardedTransport()
     await transport.check_guard()
-    headers = {"Accept-Encoding": "identity"}  # nothing is unpacked: a small body stays small
+    headers = {"Accept-Encoding": "identity"}  # no compression, so that a small body stays small
     async with httpx.AsyncClient(transport=transport, timeout=TIMEOUT, headers=headers) as http:
         ffmpeg_slots = asyncio.Semaphore(min(os.cpu_count() or 1, MAX_FFMPEG))
         yield AppState(http, ffmpeg_slots)
@@ -1615,9 +1617,7 @@ class ProviderResponse:
 
     @cached_property
     def payload(self) -> Any:
-        """The body as JSON values; None if it is not JSON, or of more values than the
-        service reads.
-        """
+        """The body as JSON values; None if it is not JSON or has more than MAX_JSON_VALUES."""
         if sum(map(self.body.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
             return None
         try:
@@ -1627,7 +1627,7 @@ class ProviderResponse:
 
     @property
     def effective_status(self) -> int:
-        """The status it means: Supabase Storage writes its own as text into the body of a 400."""
+        """The real status: Supabase Storage writes it as text into the body of a 400."""
         if self.status == 400:
             status_text = str(get_in(self.payload, "statusCode"))
             if re.fullmatch(r"\d{3}", status_text):
@@ -1635,9 +1635,9 @@ class ProviderResponse:
         return self.status
 
     def retry_after_s(self, now: float) -> float | None:
-        """Return the seconds the provider asks us to wait at clock time `now`.
+        """Return the seconds that the provider asks us to wait, or None if it does not say.
 
-        None if it does not say.
+        `now` is the time as time.time() has it.
         """
         # Replicate writes `retry_after` or "resets in ~30s" into the body; others send the header
         # Retry-After, as seconds or as a date.
@@ -1653,16 +1653,15 @@ class ProviderResponse:
 
 
 def parse_http_date(header: str | None) -> float | None:
-    """Return a Date header as clock time in seconds, or None."""
+    """Return an HTTP date as time.time() would, or None if it is missing or malformed."""
     with suppress(ValueError, TypeError, OverflowError):
         return parsedate_to_datetime(str(header)).timestamp()
     return None
 
 
 Attempt = ProviderResponse | httpx.RequestError
-Exchange = Callable[
-    [httpx.Request, int], Awaitable[ProviderResponse]
-]  # one attempt; the most bytes
+# Makes one attempt; the number is the most bytes of a body to read.
+Exchange = Callable[[httpx.Request, int], Awaitable[ProviderResponse]]
 
 
 class RetryBudget(NamedTuple):
@@ -1673,8 +1672,8 @@ class RetryBudget(NamedTuple):
 
 
 SPEECH_ATTEMPTS = RetryBudget(attempts=3)
-BEFORE_PAYMENT = RetryBudget(attempts=4)  # a job can still be given up
-AFTER_PAYMENT = RetryBudget(patience_share=PAID_SHARE)  # what is paid for is waited for
+BEFORE_PAYMENT = RetryBudget(attempts=4)  # nothing is lost yet: give up early
+AFTER_PAYMENT = RetryBudget(patience_share=PAID_SHARE)  # the video is paid for: keep trying
 WHILE_REJECTED = RetryBudget(patience_share=REJECTED_POLL_SHARE)
 UNTIL_DEADLINE = RetryBudget()
 
@@ -1683,19 +1682,17 @@ UNTIL_DEADLINE = RetryBudget()
 class RetryPolicy:
     """Which outcomes of a call are retried, and for how long; every other outcome is final.
 
-    A connection that could not be made is always retried. `on_broken_connection`: also one that
-    broke after sending, so that the work may have been done. `on_invalid_json`: also a success
-    whose body is not a JSON object. `in_line`: a 429 is no failure, its exchange waits in line.
-    `patient`: what the call is about is paid for, so a longer Retry-After than the longest wait
-    is cut to it, and an untrusted certificate is retried; else the call gives up.
+    A connection that could not be made is always retried. `patient` is for calls about what is
+    paid for: a Retry-After over MAX_WAIT_SHARE is cut to that, and an untrusted certificate is
+    retried. Without it the call gives up in both cases.
     """
 
     statuses: Collection[int]
     budget: RetryBudget
     rejection_budget: RetryBudget | None = None  # for 401, 403 and 404; None: `budget`
-    on_broken_connection: bool = True
-    on_invalid_json: bool = True
-    in_line: bool = False
+    on_broken_connection: bool = True  # after sending, although the work may have been done
+    on_invalid_json: bool = True  # a success whose body is not a JSON object
+    in_line: bool = False  # a 429 is no failure: the next attempt waits in line
     patient: bool = False
 
     def budget_for(self, attempt: Attempt) -> RetryBudget | None:
@@ -1720,8 +1717,9 @@ class RetryPolicy:
         return None
 
 
-# A speech after a 5xx may be paid twice, some cents: most are not charged, and a person waits. A
-# video costs more, so after a 5xx or a broken connection its prediction is searched for instead.
+# A speech that is retried after a 5xx may be paid for twice (some cents), but most failed calls are
+# not charged, and a person waits. A video costs more: after a 5xx or a broken connection its
+# prediction is searched for instead.
 SPEECH_RETRY = RetryPolicy(
     statuses={500, 502, 503, 504},
     budget=SPEECH_ATTEMPTS,
@@ -1770,9 +1768,10 @@ def retry_delay_s(
 ) -> float | None:
     """Return the seconds to wait before the next attempt, or None to give up.
 
-    `attempts` have failed in this way, the first of them `failing_s` ago. `asked_s` is the
-    provider's Retry-After: the wait is at least that long and at least the exponential delay,
-    with jitter, so that jobs that were refused together do not come back together.
+    `attempts` have failed within this budget, the first of them `failing_s` seconds ago.
+    `asked_s` is the provider's Retry-After. Over MAX_WAIT_SHARE it ends the retries, or, if the
+    call is `patient`, is cut to that; otherwise the wait is the longer of it and the exponential
+    delay. Jitter keeps jobs that were refused together from coming back together.
     """
     if attempts >= budget.attempts or failing_s >= patience_s(budget.patience_share):
         return None
@@ -1807,7 +1806,7 @@ async def open_response(request: httpx.Request) -> AsyncIterator[httpx.Response]
     """Yield the unread response to one request. Raises httpx.RequestError, BlockedUrl."""
     try:
         response = await app_state().http.send(request, stream=True)
-    except (httpx.InvalidURL, ValueError) as exc:  # also what is no text
+    except (httpx.InvalidURL, ValueError) as exc:  # ValueError: it cannot be decoded
         raise httpx.RemoteProtocolError("a redirect to an invalid URL") from exc
     async with aclosing(response):
         yield response
@@ -1893,8 +1892,8 @@ async def send_with_retry(
     return attempt
 
 
-def is_throttled(attempt: Attempt | None) -> bool:
-    """Return whether the provider refused the call as one too many."""
+def is_throttled(attempt: Attempt) -> bool:
+    """Return whether the provider answered 429 (Too Many Requests)."""
     return isinstance(attempt, ProviderResponse) and attempt.status == 429
 
 
@@ -1919,8 +1918,7 @@ Result = TypeVar("Result")
 
 
 async def wait_out_descriptors(work: Callable[[], Awaitable[Result]]) -> Result:
-    """Do work on a paid video, again as long as there are no file descriptors, as a download
-    is retried.
+    """Do work on a paid video; retry it for up to PAID_SHARE while no file descriptor is free.
 
     Raises OSError, and whatever the work raises.
     """
@@ -1949,8 +1947,8 @@ async def call_provider(
 ) -> ProviderResponse:
     """Return a provider's success; `options` are those of send_with_retry.
 
-    Raises ResourceFailed for the storage, else ProviderFailed; with `about_content`, a 400, 404
-    or 422 is about what the client sent: ProviderRefused.
+    Raises ResourceFailed for the storage, else ProviderFailed. With `about_content`, a 400, 404
+    or 422 of the others means that they reject what the client sent: ProviderRefused.
     """
     failed = ResourceFailed if provider == "supabase" else ProviderFailed
     name = PROVIDER_NAMES[provider]
@@ -1978,7 +1976,7 @@ def error_for_response(
         error_class = ResourceFailed
     elif about_content and status in (400, 404, 422):
         error_class = ProviderRefused
-    # A key, a plan, a bucket or content that is rejected stays so until somebody changes it.
+    # Other 4xx (key, plan, bucket, content) come again until somebody changes something.
     retryable = status in (408, 409, 423, 425, 429) or status not in range(400, 500)
     code: ErrorCode | None = None
     if error_class is ProviderFailed and status in (401, 402, 403):
@@ -2052,18 +2050,18 @@ def one_line(message: str) -> str:
 # ---- Lines at the providers ----------------------------------------------------------------------
 #
 # A 429 of a speech or of a create costs nothing and concerns every job, so the jobs of this
-# process wait in a line at each of the two, first come first served. Without a 429 there is no
-# line, and nobody waits but for a moment, where more than MAX_CREATES come at once.
+# process wait in a line for each of the two calls, first come first served. Without a 429 there is
+# no line, and calls wait only briefly, while MAX_CREATES creates are under way.
 #
 # ElevenLabs limits how many calls are under way, Replicate how many come in a minute. One rule
-# fits both (see Pace): after a refusal, as many go at once as are under way by then. At
-# ElevenLabs that is what the plan allows, and the next goes when one ends. At Replicate it is
-# soon none: the first in line asks again when Replicate said, and every round of successes lets
-# one more go at once.
+# fits both (see Pace): after a 429, as many calls may be under way as there are at that moment,
+# at least one. At ElevenLabs that is what the plan allows, and a call starts when another ends. At
+# Replicate it soon is one: the first in line asks again after the wait that Replicate asked for,
+# and each round of successes allows one more.
 
 
 class Pace(NamedTuple):
-    """How many calls may be under way at once, and how many must succeed until it is one more."""
+    """How many calls may be under way, and how many must succeed before it is one more."""
 
     at_once: int
     needed: int
@@ -2071,13 +2069,13 @@ class Pace(NamedTuple):
 
     @classmethod
     def after_refusal(cls, under_way: int) -> "Pace":
-        """Return the pace once a call was refused while `under_way` others had no answer yet."""
+        """Return the pace after a 429 that came while `under_way` other calls had no answer."""
         return cls(max(1, under_way), max(1, PROBE_ROUNDS * under_way))
 
     def after_success(self) -> "Pace":
-        """Return the pace once a call succeeded.
+        """Return the pace after a call that succeeded.
 
-        Each step up needs half as many as the one before.
+        Each step up needs half as many successes as the one before, but at least `at_once`.
         """
         succeeded = self.succeeded + 1
         if succeeded < self.needed:
@@ -2088,47 +2086,49 @@ class Pace(NamedTuple):
 
 @dataclass(eq=False)
 class LinePlace:
-    """The place of one call, kept from its first attempt to its last."""
+    """The place in line of one call, kept for all its attempts."""
 
     line: "ProviderLine"
     job: Job
     number: int = field(default_factory=itertools.count().__next__)  # in the order of calls
     turn_began_at: float = 0.0
-    ahead: int | None = None  # in the last event; None: it is not queued
+    ahead: int | None = None  # as the last event said; None: it is not queued
     woken: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class ProviderLine:
-    """Who may call a provider now. After a 429 jobs wait here for their turn, up to their deadline.
+    """A line for one call of a provider, first come first served.
 
-    Only a job itself takes its turn, awake and without an await between the look and the
-    taking, so one that is cancelled while it waits holds nothing.
+    After a 429 jobs wait here for their turn, up to their deadline. Each job takes its turn
+    itself, without an await between the check and the taking, so a job that is cancelled while
+    it waits holds nothing.
     """
 
     def __init__(self, provider: Provider, at_most: float = math.inf) -> None:
         self.provider = provider
-        self.at_most = at_most  # calls under way, line or not
-        self.pace: Pace | None = None  # of a line; None: there is none
+        self.at_most = at_most  # calls under way, also without a line
+        self.pace: Pace | None = None  # None: there is no line
         self.waiting: list[LinePlace] = []  # by number
         self.under_way = 0
         self.formed_at = 0.0
         self.refusals = 0
-        self.refusals_in_a_row = 0  # not counting calls that were under way at the one before
+        self.refusals_in_a_row = 0  # a call that began before the last refusal is not counted
         self.refused_at = 0.0
         self.last_refusal = ""
         self.paused_until = 0.0
         self.busy_since = 0.0
-        self.turn_ends: deque[float] = deque()  # since then, of the last LINE_SPEED_S
+        self.turn_ends: deque[float] = deque()  # since busy_since, of the last LINE_SPEED_S
 
     async def wait_for_turn(self, place: LinePlace) -> None:
         """Return when the call may be made; `end_turn` must follow. Raises ProviderBusy."""
         joined_at = time.monotonic()
         bisect.insort(self.waiting, place, key=line_number)
         try:
-            await anyio.lowlevel.checkpoint()  # a job that was cancelled goes no further
+            await anyio.lowlevel.checkpoint()  # ends here if the job was cancelled
             while not self._may_go(place):
-                self.check_turn(place.job, self._ahead_of(place))
-                self._tell_ahead(place)
+                ahead = self._ahead_of(place)
+                self.check_turn(place.job, ahead)
+                self._emit_ahead(place, ahead)
                 await self._sleep(place)
             self._begin_turn(place)
         finally:
@@ -2140,7 +2140,7 @@ class ProviderLine:
             self._end_if_empty()
 
     def end_turn(self, place: LinePlace, response: ProviderResponse | None) -> None:
-        """Make room for the next, and adapt to what the provider answered; None: it did not."""
+        """Make room for the next call, and adapt to the response; None: there was none."""
         self.under_way -= 1
         if response is None:
             self._end_if_empty()
@@ -2158,7 +2158,7 @@ class ProviderLine:
     def check_turn(self, job: Job, ahead: int | None = None) -> None:
         """Raise ProviderBusy if a job would not get its turn before its deadline.
 
-        None: it comes last.
+        `ahead` are before it; None: all who wait.
         """
         if self.pace is None:
             return
@@ -2170,15 +2170,15 @@ class ProviderLine:
         retry_after_s = min(max(1.0, too_long_s), MAX_BUSY_S)
         name = PROVIDER_NAMES[self.provider]
         detail = (
-            f"{name} answered {self.last_refusal} The wait in line there, with {ahead} jobs ahead, is"
-            f" longer than this job has; try again in {retry_after_s:.0f} s."
+            f"{name} answered {self.last_refusal} With {ahead} jobs ahead in line, this job's turn"
+            f" would come after its deadline; try again in {retry_after_s:.0f} s."
         )
         raise ProviderBusy(detail, self.provider, retry_after_s)
 
     def _expected_wait_s(self, ahead: int) -> float:
-        """Return how long a job waits at the line's present speed.
+        """Return the seconds that a job waits at the line's present speed.
 
-        While none is known, for the pause.
+        While no speed is known, that is the rest of the pause.
         """
         self._forget_old_turns()
         now = time.monotonic()
@@ -2196,7 +2196,7 @@ class ProviderLine:
             self.turn_ends.popleft()
 
     def _may_go(self, place: LinePlace) -> bool:
-        """Return whether it is this place's turn."""
+        """Return whether it is the turn of this place."""
         at_once = self.at_most
         if self.pace:
             at_once = min(at_once, self.pace.at_once)
@@ -2207,17 +2207,16 @@ class ProviderLine:
         """Return how many wait before a place."""
         return bisect.bisect_left(self.waiting, place.number, key=line_number)
 
-    def _tell_ahead(self, place: LinePlace) -> None:
-        """Tell the client how many are before it in a line, if that has changed."""
-        ahead = self._ahead_of(place)
+    def _emit_ahead(self, place: LinePlace, ahead: int) -> None:
+        """Send an event that says how many are ahead in a line, if that has changed."""
         if self.pace and ahead != place.ahead:
             place.ahead = ahead
             place.job.emit("progress", "queued", ahead=ahead)
 
     async def _sleep(self, place: LinePlace) -> None:
-        """Wait to be woken, or until it is time to look."""
+        """Wait until woken, or until the next check is due."""
         seconds = min(LINE_STEP_S, patience_s(LEASE_SHARE) / 6)
-        seconds *= random.uniform(0.75, 1.25)  # so that not all look in one moment
+        seconds *= random.uniform(0.75, 1.25)  # so that not all check in one moment
         pause_s = self.paused_until - time.monotonic()
         if pause_s > 0 and self.waiting[0] is place:
             seconds = min(seconds, pause_s)
@@ -2226,7 +2225,7 @@ class ProviderLine:
             await place.woken.wait()
 
     def _wake_first(self) -> None:
-        """Let the first in line look whether it may go."""
+        """Wake the first in line, so that it checks whether it may go."""
         if self.waiting:
             self.waiting[0].woken.set()
 
@@ -2241,9 +2240,7 @@ class ProviderLine:
             place.job.emit("progress")
 
     def _note_refusal(self, place: LinePlace, response: ProviderResponse) -> None:
-        """Form a line if there is none, let fewer go at once, and pause as long as the
-        provider asks.
-        """
+        """Form a line if there is none, let fewer go at once, and pause for the Retry-After."""
         now = time.monotonic()
         asked_s = response.retry_after_s(time.time())
         self.last_refusal = f"{response.status}: {provider_message(response).rstrip('.')}."
@@ -2258,7 +2255,7 @@ class ProviderLine:
             self.refusals_in_a_row += 1
         self.refused_at = now
         self.pace = Pace.after_refusal(self.under_way)
-        # While calls are under way, the end of one is the sign to ask again.
+        # While calls are under way, the next attempt follows the end of one.
         if asked_s is not None or self.under_way == 0:
             pause_s = backoff_s(max(1, self.refusals_in_a_row), asked_s)
             self.paused_until = max(self.paused_until, now + pause_s)
@@ -2277,7 +2274,7 @@ class ProviderLine:
 
 
 def line_number(place: LinePlace) -> int:
-    """Return by what a line is sorted."""
+    """Return the key by which a line is sorted."""
     return place.number
 
 
@@ -2358,7 +2355,10 @@ async def elevenlabs_tts_bytes(text: str, voice_id: str, job: Job | None = None)
 
 
 async def speech_exchange(job: Job, request: httpx.Request, max_bytes: int) -> ProviderResponse:
-    """Make one attempt, which may come long after the claim. Raises ClaimLost."""
+    """Make one attempt; the claim is confirmed first, since it may be old by then.
+
+    Raises ClaimLost, SpendingLimitReached.
+    """
     await confirm_claim(job)
     with app_state().video_budget.counting(job.name) as call:
         response = await send_once(request, max_bytes)
@@ -2367,7 +2367,7 @@ async def speech_exchange(job: Job, request: httpx.Request, max_bytes: int) -> P
 
 
 def name_speech_field(error: ServiceError) -> None:
-    """Add the field that ElevenLabs rejects: its codes are voice_not_found, text_too_long ..."""
+    """Add the field that ElevenLabs rejects, by its code: voice_not_found, text_too_long ..."""
     if error.response is None:
         return
     reason = get_in(error.response.payload, "detail")
@@ -2397,7 +2397,7 @@ def validate_speech(speech: bytes, output_format: str) -> bytes:
 def with_wav_header(samples: bytes, codec: str, rate: int) -> bytes:
     """Return raw mono samples as a WAV file; `rate` is in samples a second."""
     wave_format, width = RAW_CODECS[codec]
-    samples = samples[: len(samples) // 2 * 2]  # a chunk has an even length
+    samples = samples[: len(samples) // 2 * 2]  # so that the chunk needs no padding byte
     format_chunk = struct.pack("<HHIIHHH", wave_format, 1, rate, rate * width, width, width * 8, 0)
     fact_chunk = struct.pack("<I", len(samples) // width)
 
@@ -2418,9 +2418,9 @@ OPUS_RATE = 48_000  # of its granule positions, whatever the speech was sampled 
 
 
 def speech_seconds(speech: bytes) -> float | None:
-    """Return how long speech is, by the file's own numbers.
+    """Return the length of speech in seconds, as the file's own headers say.
 
-    None if it has none that can be read.
+    None if it cannot be known.
     """
     if speech.startswith(b"RIFF"):
         seconds = wav_seconds(speech)
@@ -2441,7 +2441,7 @@ def wav_seconds(speech: bytes) -> float:
         if name == b"fmt " and offset + 12 <= len(speech):
             (bytes_per_second,) = struct.unpack_from("<I", speech, offset + 8)
         if name == b"data" and bytes_per_second:
-            # A file that was written as a stream states the largest size, or none.
+            # A file that was written as a stream states the largest size, or 0.
             available = len(speech) - offset
             return min(size or available, available) / bytes_per_second
         offset += size + size % 2
@@ -2451,7 +2451,7 @@ def wav_seconds(speech: bytes) -> float:
 def opus_seconds(speech: bytes) -> float:
     """Return the length of an Ogg Opus file: the last page's position, without the pre-skip.
 
-    0 if unknown.
+    0 if it is unknown.
     """
     head = speech.find(b"OpusHead", 0, 1_000)
     last_page = speech.rfind(b"OggS\0")
@@ -2472,8 +2472,9 @@ class Mp3Frame(NamedTuple):
 
 
 def mp3_frame(speech: bytes, offset: int) -> Mp3Frame | None:
-    """Return the frame that begins at an offset, or None if there is none (ISO/IEC 11172-3,
-    2.4.1.3).
+    """Return the frame that begins at an offset, or None if there is none.
+
+    ISO/IEC 11172-3, 2.4.1.3.
     """
     header = int.from_bytes(speech[offset : offset + 4], "big")
     version = header >> 19 & 3  # 3: MPEG-1, 2: MPEG-2, 0: MPEG-2.5
@@ -2492,9 +2493,7 @@ def mp3_frame(speech: bytes, offset: int) -> Mp3Frame | None:
 
 
 def mp3_seconds(speech: bytes) -> float:
-    """Return the length of an MP3: the sum of its frames, without what the encoder added at
-    both ends.
-    """
+    """Return the length of an MP3: the sum of its frames, without the encoder's padding."""
     seconds = 0.0
     offset = 0
     gaps = 0
@@ -2515,9 +2514,9 @@ def mp3_seconds(speech: bytes) -> float:
 
 
 def encoder_padding(frame: bytes, tag_start: int) -> int:
-    """Return how many samples an MP3's encoder added, as the tag in its first frame says.
+    """Return how many samples an MP3's encoder added at both ends, by the tag in its first frame.
 
-    0 if it does not.
+    0 if the tag does not say.
     """
     tag = frame[tag_start:]
     has_all_fields = tag[:8] in (b"Xing\0\0\0\x0f", b"Info\0\0\0\x0f")
@@ -2528,9 +2527,7 @@ def encoder_padding(frame: bytes, tag_start: int) -> int:
 
 
 def next_mp3_frame(speech: bytes, offset: int) -> int:
-    """Return where to look next for a frame: behind an ID3 tag, else at the next byte that
-    may begin one.
-    """
+    """Return where to look for the next frame: behind an ID3 tag, or at the next 0xFF byte."""
     if speech[offset : offset + 3] == b"ID3" and offset + 10 <= len(speech):
         size = 0
         for byte in speech[offset + 6 : offset + 10]:
@@ -2547,7 +2544,10 @@ def speech_format() -> SpeechFormat:
 
 
 def speech_demuxer(speech: Path) -> str:
-    """Return ffmpeg's name of a speech's format; a resumed job's may be an earlier setting's."""
+    """Return ffmpeg's name of a speech's format, by its first bytes.
+
+    TTS_OUTPUT_FORMAT may have changed since the speech of a resumed job was stored.
+    """
     with speech.open("rb", buffering=0) as file:
         start = file.read(4)
     for known in (MP3, WAV, OGG):
@@ -2572,15 +2572,15 @@ async def supabase_upload(
     body: bytes | FileStream
     if isinstance(content, Path):
         body = FileStream(content)
-        size = content.stat().st_size  # noqa: ASYNC240  a moment
+        size = content.stat().st_size  # noqa: ASYNC240  takes a moment
     else:
         body = content
         size = len(content)
 
     headers = {
         **storage_headers(),
-        "Content-Type": content_type,  # without parameters: a bucket may have a list of types
-        "Content-Length": str(size),  # the bucket's limits are enforced by it
+        "Content-Type": content_type,  # no parameters: a bucket may have a list of allowed types
+        "Content-Length": str(size),  # Supabase checks the bucket's size limit by it
         "Cache-Control": IMMUTABLE_CACHE,
         "x-upsert": "true",  # makes a repeated upload safe
     }
@@ -2606,7 +2606,7 @@ def storage_url(path: str, access: Literal["", "public/", "authenticated/"] = ""
 
 
 def storage_headers() -> dict[str, str]:
-    """Return the service key in both headers, identical, for sb_ and eyJ keys.
+    """Return the service key in both headers, whether it is an `sb_` or an `eyJ` key.
 
     Raises MissingSetting.
     """
@@ -2616,9 +2616,7 @@ def storage_headers() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class FileStream:
-    """A file as a request's body: read in chunks beside the event loop, from the start at
-    each attempt.
-    """
+    """A file as a request's body: read in chunks in threads, from its start at each attempt."""
 
     path: Path
 
@@ -2630,7 +2628,7 @@ class FileStream:
 
 
 async def download(url: str, target: Path, retry: RetryPolicy = PAID_DOWNLOAD_RETRY) -> None:
-    """Stream a file of up to 100 MB to disk, from the first byte again if it breaks off.
+    """Stream a file of up to 100 MB to disk; one that breaks off starts from its first byte.
 
     Raises ResourceFailed.
     """
@@ -2655,9 +2653,7 @@ async def download(url: str, target: Path, retry: RetryPolicy = PAID_DOWNLOAD_RE
 
 
 async def download_once(target: Path, request: httpx.Request, max_bytes: int) -> ProviderResponse:
-    """Make one attempt at a download: a success goes to `target`, a refusal's body into the
-    response.
-    """
+    """Make one attempt at a download: a 200 is written to `target`, all else is returned."""
     head_bytes_left.set(MAX_HEAD_BYTES)
     async with follow_redirects(request) as response:
         head_bytes_left.set(math.inf)  # a body has limits of its own
@@ -2675,7 +2671,7 @@ async def download_once(target: Path, request: httpx.Request, max_bytes: int) ->
 async def follow_redirects(request: httpx.Request) -> AsyncIterator[httpx.Response]:
     """Yield the unread response at the end of at most five redirects. Raises BlockedUrl.
 
-    httpx's own redirects would read each body on the way whole.
+    httpx's own handling of redirects would read the whole body of each response on the way.
     """
     for _ in range(MAX_REDIRECTS + 1):
         async with open_response(request) as response:
@@ -2714,7 +2710,7 @@ async def head(url: str, timeout_s: float, slots: asyncio.Semaphore) -> HeadResu
             async with slots:
                 is_waiting = False
                 result = await head_once("HEAD", url)
-                if result.status >= 400:  # a server that refuses HEAD is asked for the first byte
+                if result.status >= 400:  # it may not allow HEAD: ask for the first byte
                     result = await head_once("GET", url)
                 return result
     except httpx.RequestError as exc:
@@ -2722,14 +2718,14 @@ async def head(url: str, timeout_s: float, slots: asyncio.Semaphore) -> HeadResu
         raise ResourceFailed(message, code="download_failed") from exc
     except TimeoutError as exc:
         if is_waiting:
-            message = "The service looks at too many files; try again."
+            message = "Too many files are being checked; try again."
             raise ResourceFailed(message, code="busy") from exc
         message = f"The URL did not answer within {timeout_s:g} s."
         raise ResourceFailed(message, code="download_failed") from exc
 
 
 async def head_once(method: Literal["HEAD", "GET"], url: str) -> HeadResult:
-    """Ask for a remote file's headers, by GET for its first byte.
+    """Ask for a remote file's headers; GET asks for its first byte as well.
 
     Raises BlockedUrl, httpx.RequestError.
     """
@@ -2739,7 +2735,7 @@ async def head_once(method: Literal["HEAD", "GET"], url: str) -> HeadResult:
     )
     async with follow_redirects(request) as response:
         size = content_length(response)
-        if response.status_code == 206:  # of a part: Content-Range may say how long the whole is
+        if response.status_code == 206:  # a part: Content-Range may state the size of the whole
             content_range = response.headers.get("content-range", "")
             match = re.fullmatch(r"bytes [\d*-]+/(\d{1,18})", content_range)
             size = int(match[1]) if match else None
@@ -2749,7 +2745,7 @@ async def head_once(method: Literal["HEAD", "GET"], url: str) -> HeadResult:
         )
 
 
-# Types of files that no picture has; one without a type, or with a general one, may be a picture.
+# Content types that no picture has. A file without a type, or with a general one, may be a picture.
 NO_PICTURE = re.compile(
     r"(text|audio|video|font)/|application/(json|xml|xhtml\+xml|pdf|zip|(x-)?javascript)\b",
     re.IGNORECASE,
@@ -2769,7 +2765,7 @@ async def check_picture(url: str) -> None:
             message = "there is no picture at this URL, its host does not exist"
             raise invalid_field("image_url", message, code="picture_not_found") from exc
         logger.info("the picture could not be checked: %r", exc)
-        return  # Replicate, which fetches it itself, may reach more
+        return  # Replicate fetches it itself, and may succeed
     if result.status in (404, 410):
         message = f"there is no picture at this URL, it answers {result.status}"
         params: ErrorParams = {"status": result.status}
@@ -2784,13 +2780,14 @@ async def check_picture(url: str) -> None:
 
 
 def is_unknown_host(exc: BaseException | None) -> bool:
-    """Return whether a look-up ended with "no such name": not one that only failed for now
-    (EAI_AGAIN).
+    """Return whether an error means that a host name does not exist.
+
+    A look-up that failed for now (EAI_AGAIN) does not mean that.
     """
     while exc is not None:
         if isinstance(exc, socket.gaierror) and exc.errno == socket.EAI_NONAME:
             return True
-        exc = exc.__cause__ or exc.__context__  # httpcore raises its own without a cause
+        exc = exc.__cause__ or exc.__context__  # httpcore's `from None` keeps only the context
     return False
 
 
@@ -2829,9 +2826,8 @@ class VideoModel:
     """A model on Replicate: where its predictions are created, and what input it takes."""
 
     name: str
-    version: (
-        str | None
-    )  # its id, or owner/name:id if one was asked for; None: official, runs by name
+    # Its id, or owner/name:id if the client named one; None: an official model, which runs by name.
+    version: str | None
     fields: dict[str, Property]
     required: tuple[str, ...]
 
@@ -2861,7 +2857,7 @@ class VideoModel:
 
     @cached_property
     def prompt_field(self) -> str | None:
-        """The field for the prompt: the shortest such name."""
+        """The field for the prompt; of several, the one with the shortest name."""
         for name in sorted(self.fields, key=len):
             tokens = name_tokens(name)
             is_text = self.fields[name].get("type") == "string"
@@ -5448,7 +5444,7 @@ async def job_folder() -> AsyncIterator[Path]:
     try:
         yield Path(folder.name)
     finally:
-        with anyio.move_on_after(MAX_RESULT_WRITE_S, shield=True):
+        with anyio.move_on_after(MAX_CLEANUP_S, shield=True):
             try:  # reading the folder takes a descriptor
                 await wait_out_descriptors(partial(asyncio.to_thread, folder.cleanup))
             except OSError as exc:  # the job is done all the same

@@ -893,7 +893,7 @@ async def test_a_look_that_gets_no_turn_says_so(
         with pytest.raises(main.ResourceFailed) as caught:
             await main.head(URL, 0.05, taken)
     assert caught.value.retryable
-    assert "too many" in caught.value.detail
+    assert "Too many" in caught.value.detail
 
 
 def test_the_host_of_a_virtual_machine_is_not_public() -> None:
