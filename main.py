@@ -45,13 +45,14 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, TypeVar, get_args
@@ -365,12 +366,7 @@ SECRET_SETTINGS = (
 )
 STORAGE_SETTINGS = ("supabase_url", "supabase_service_role")
 VIDEO_JOB_SETTINGS = ("replicate_api_token",)
-SPEECH_JOB_SETTINGS = (
-    "eleven_api_key",
-    "replicate_api_token",
-    "supabase_url",
-    "supabase_service_role",
-)
+SPEECH_JOB_SETTINGS = ("eleven_api_key", *VIDEO_JOB_SETTINGS, *STORAGE_SETTINGS)
 
 
 def read_settings(environment: Mapping[str, str | None]) -> Settings:
@@ -1483,9 +1479,7 @@ class VideoBudget:
     def reserve(self, job_name: str) -> None:
         """Reserve a video for a job, unless it has one. Raises SpendingLimitReached."""
         limit = get_settings().max_videos_per_hour
-        now = time.monotonic()
-        while self.paid_at and next(iter(self.paid_at.values())) <= now - SPENDING_WINDOW_S:
-            del self.paid_at[next(iter(self.paid_at))]
+        self._forget_old()
         if limit is None or job_name in self.reserved or job_name in self.paid_at:
             return
         if len(self.paid_at) + len(self.reserved) < limit:
@@ -1494,9 +1488,18 @@ class VideoBudget:
 
         retry_after_s: float = RETRY_RESERVED_S
         if self.paid_at:
-            retry_after_s = next(iter(self.paid_at.values())) + SPENDING_WINDOW_S - now
+            oldest_at = next(iter(self.paid_at.values()))
+            retry_after_s = oldest_at + SPENDING_WINDOW_S - time.monotonic()
         detail = f"The service makes at most {limit} videos an hour; try again later."
         raise SpendingLimitReached(detail, retry_after_s)
+
+    def _forget_old(self) -> None:
+        """Forget the videos that no longer count."""
+        since = time.monotonic() - SPENDING_WINDOW_S
+        for job_name, paid_at in list(self.paid_at.items()):
+            if paid_at > since:
+                break
+            del self.paid_at[job_name]
 
     @contextmanager
     def counting(self, job_name: str) -> Iterator[PaidCall]:
@@ -1593,7 +1596,8 @@ PROVIDER_NAMES = {
     "supabase": "Supabase Storage",
 }
 REDIRECTS = frozenset(range(300, 400))
-SERVER_ERRORS = frozenset(range(500, 600))  # Supabase has a 544
+TRANSIENT = frozenset({429, *range(500, 600)})  # Supabase has a 544
+SUCCESSES = (200, 201, 202)
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
@@ -1734,29 +1738,25 @@ CREATE_RETRY = RetryPolicy(
     on_invalid_json=False,
     in_line=True,
 )
-MODEL_RETRY = RetryPolicy(statuses={408, 429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT)
-LIST_RETRY = RetryPolicy(statuses={408, 429, *SERVER_ERRORS}, budget=WHILE_REJECTED, patient=True)
+MODEL_RETRY = RetryPolicy(statuses={408, *TRANSIENT}, budget=BEFORE_PAYMENT)
+LIST_RETRY = RetryPolicy(statuses={408, *TRANSIENT}, budget=WHILE_REJECTED, patient=True)
 POLL_RETRY = RetryPolicy(
-    statuses={401, 403, 404, 408, 429, *REDIRECTS, *SERVER_ERRORS},
+    statuses={401, 403, 404, 408, *REDIRECTS, *TRANSIENT},
     budget=UNTIL_DEADLINE,
     rejection_budget=WHILE_REJECTED,
     patient=True,
 )
 CANCEL_RETRY = RetryPolicy(
-    statuses={429, *SERVER_ERRORS}, budget=UNTIL_DEADLINE, on_invalid_json=False, patient=True
+    statuses=TRANSIENT, budget=UNTIL_DEADLINE, on_invalid_json=False, patient=True
 )
-ENTRY_RETRY = RetryPolicy(statuses={404, 429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT)
-LIST_ENTRIES_RETRY = RetryPolicy(
-    statuses={429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT, on_invalid_json=False
-)
-UPLOAD_RETRY = RetryPolicy(statuses={429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT)
+ENTRY_RETRY = RetryPolicy(statuses={404, *TRANSIENT}, budget=BEFORE_PAYMENT)
+LIST_ENTRIES_RETRY = RetryPolicy(statuses=TRANSIENT, budget=BEFORE_PAYMENT, on_invalid_json=False)
+UPLOAD_RETRY = RetryPolicy(statuses=TRANSIENT, budget=BEFORE_PAYMENT)
 DOWNLOAD_RETRY = RetryPolicy(
-    statuses={404, 429, *SERVER_ERRORS}, budget=BEFORE_PAYMENT, on_invalid_json=False
+    statuses={404, *TRANSIENT}, budget=BEFORE_PAYMENT, on_invalid_json=False
 )
-PAID_UPLOAD_RETRY = RetryPolicy(statuses={429, *SERVER_ERRORS}, budget=AFTER_PAYMENT, patient=True)
-PAID_DOWNLOAD_RETRY = RetryPolicy(
-    statuses={404, 429, *SERVER_ERRORS}, budget=AFTER_PAYMENT, on_invalid_json=False, patient=True
-)
+PAID_UPLOAD_RETRY = replace(UPLOAD_RETRY, budget=AFTER_PAYMENT, patient=True)
+PAID_DOWNLOAD_RETRY = replace(DOWNLOAD_RETRY, budget=AFTER_PAYMENT, patient=True)
 
 
 def retry_delay_s(
@@ -1957,7 +1957,7 @@ async def call_provider(
     except httpx.RequestError as exc:
         raise failed(f"{name} did not answer: {describe(exc)}.", provider) from exc
 
-    if response.status not in (200, 201, 202):
+    if response.status not in SUCCESSES:
         raise error_for_response(provider, response, about_content)
     if not response.complete:
         message = f"{name}'s response is larger than the service reads."
@@ -2122,7 +2122,7 @@ class ProviderLine:
     async def wait_for_turn(self, place: LinePlace) -> None:
         """Return when the call may be made; `end_turn` must follow. Raises ProviderBusy."""
         joined_at = time.monotonic()
-        bisect.insort(self.waiting, place, key=line_number)
+        bisect.insort(self.waiting, place, key=attrgetter("number"))
         try:
             await anyio.lowlevel.checkpoint()  # ends here if the job was cancelled
             while not self._may_go(place):
@@ -2142,16 +2142,11 @@ class ProviderLine:
     def end_turn(self, place: LinePlace, response: ProviderResponse | None) -> None:
         """Make room for the next call, and adapt to the response; None: there was none."""
         self.under_way -= 1
-        if response is None:
-            self._end_if_empty()
-        elif is_throttled(response):
-            self._note_refusal(place, response)
+        if response is not None and is_throttled(response):
+            self._note_refusal(place, response)  # the call comes back, so the line stays
         else:
-            self.turn_ends.append(time.monotonic())
-            self._forget_old_turns()
-            if response.status < 300 and self.pace:
-                self.refusals_in_a_row = 0
-                self.pace = self.pace.after_success()
+            if response is not None:
+                self._note_end(response)
             self._end_if_empty()
         self._wake_first()
 
@@ -2205,7 +2200,7 @@ class ProviderLine:
 
     def _ahead_of(self, place: LinePlace) -> int:
         """Return how many wait before a place."""
-        return bisect.bisect_left(self.waiting, place.number, key=line_number)
+        return bisect.bisect_left(self.waiting, place.number, key=attrgetter("number"))
 
     def _emit_ahead(self, place: LinePlace, ahead: int) -> None:
         """Send an event that says how many are ahead in a line, if that has changed."""
@@ -2260,6 +2255,14 @@ class ProviderLine:
             pause_s = backoff_s(max(1, self.refusals_in_a_row), asked_s)
             self.paused_until = max(self.paused_until, now + pause_s)
 
+    def _note_end(self, response: ProviderResponse) -> None:
+        """Count a call that was not refused; a success lets the pace grow."""
+        self.turn_ends.append(time.monotonic())
+        self._forget_old_turns()
+        if response.status < 300 and self.pace:
+            self.refusals_in_a_row = 0
+            self.pace = self.pace.after_success()
+
     def _end_if_empty(self) -> None:
         """Forget the line once nobody waits and no call is under way."""
         if self.pace is None or self.waiting or self.under_way:
@@ -2271,11 +2274,6 @@ class ProviderLine:
         self.pace = None
         self.refusals_in_a_row = 0
         self.paused_until = 0.0
-
-
-def line_number(place: LinePlace) -> int:
-    """Return the key by which a line is sorted."""
-    return place.number
 
 
 async def exchange_in_line(
@@ -3565,7 +3563,7 @@ def was_not_created(error: ProviderFailed) -> bool:
 
 def is_rejection(status: int) -> bool:
     """Return whether Replicate's answer to a create says that nothing was created."""
-    return status < 500 and status not in (200, 201, 202, 408)
+    return status < 500 and status not in (*SUCCESSES, 408)
 
 
 def map_replicate_field_errors(model: VideoModel, error: ServiceError) -> None:
@@ -5192,8 +5190,8 @@ async def answer_job(request: Request, body: Body, key: str | None, work: Work[B
     events = job.subscribe()
     # Starlette cancels no plain handler when its client disconnects.
     watcher = asyncio.create_task(watch_disconnect(request, job, events))
-    if job.task:
-        end_with_job(watcher, job.task)
+    assert job.task is not None
+    end_with_job(watcher, job.task)
     if prefers_event_stream(request.headers.get("accept", "")):
         return await stream_job(job, events)
     return await wait_for_job(job, events)
