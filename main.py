@@ -123,9 +123,7 @@ MAX_NUMBER = 1e15  # larger numbers in a schema are ignored
 MAX_FIELD_ERRORS = 20  # that Replicate reports about one input
 MAX_NAMED_FIELDS = 10  # of a model, in the `params` of one error
 MAX_OUTPUT_VALUES = 1_000  # the video's URL is among the first few
-MAX_MP3_GAPS = (
-    1_000  # bytes of a speech that are no frame, after which the next one is searched for
-)
+MAX_MP3_GAPS = 1_000  # places in a speech where no frame is, and the next one is searched for
 MAX_MP4_TRACKS = 100
 MAX_MP4_BOXES = 10_000  # at the top level; a fragmented video has some hundreds
 MAX_MP4_INDEX_BYTES = 1_000_000  # of `moov`; the video's description is near its start
@@ -133,9 +131,7 @@ MAX_FORMAT_BYTES = 64 * 1024  # read from the start of a file to recognise its f
 
 # httpx timeouts: seconds without a byte on the connection, not of a whole call.
 TIMEOUT = httpx.Timeout(60.0, connect=10.0)
-SPEECH_TIMEOUT = httpx.Timeout(
-    120.0, connect=10.0
-)  # ElevenLabs responds once the whole speech is made
+SPEECH_TIMEOUT = httpx.Timeout(120.0, connect=10.0)  # ElevenLabs responds when it is done
 CREATE_TIMEOUT = httpx.Timeout(20.0, connect=10.0)  # Replicate responds at once
 ENTRY_TIMEOUT = httpx.Timeout(8.0)  # a small file; a claim is retried before its lease ends
 
@@ -187,9 +183,7 @@ MAX_DURATION_KINDS = 500
 
 MIN_CANCEL_AFTER_S = 5  # the least that Replicate's Cancel-After takes (changelog 2025-10-16)
 CLOCK_TOLERANCE_S = 5.0  # a Date header has whole seconds, and arrives with a delay
-MAX_LOG_ENTRIES = (
-    1_000  # of one job: it writes four, and one every ten seconds while it holds a claim
-)
+MAX_LOG_ENTRIES = 1_000  # of one job: it writes four, and one every 10 s while it holds a claim
 VIDEO_URL_LIFETIME_S = 3_600.0  # of Replicate's URLs
 MAX_LIST_PAGES = 10  # of a hundred predictions each
 MAX_CLAIMED_PREDICTIONS = 10_000  # prediction ids that a process remembers as taken
@@ -2902,7 +2896,7 @@ def is_first_picture(name: str, prop: Property) -> bool:
 
 
 def is_small(value: Any) -> bool:
-    """Return whether a value of a schema is one that a person could have written."""
+    """Return whether a default in a schema is within the limits."""
     if isinstance(value, str):
         return len(value) <= MAX_VALUE_CHARS and is_encodable(value)
     if isinstance(value, (int, float)):
@@ -2916,14 +2910,14 @@ def is_small(value: Any) -> bool:
 
 
 def is_choice(value: Any) -> bool:
-    """Return whether an enum's value is one that a person could choose."""
+    """Return whether a value of an enum is within the limits."""
     if isinstance(value, str):
         return len(value) <= MAX_NAME_CHARS and is_encodable(value)
     return isinstance(value, (int, float)) and is_small(value)
 
 
 def is_encodable(text: str) -> bool:
-    """Return whether a text can be sent: JSON may hold half a character, a lone surrogate."""
+    """Return whether a text can be encoded: JSON may contain a lone surrogate, which cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -2932,8 +2926,9 @@ def is_encodable(text: str) -> bool:
 
 
 def read_property(schema: dict[str, Any]) -> Property:
-    """Return what is read of a property by itself: anybody may publish a model, so only what
-    is small.
+    """Return the keywords of a property that are used, each cut to its limit.
+
+    Anybody may publish a model, so no value of its schema is trusted.
     """
     prop: Property = {}
     kind = schema.get("type")
@@ -2959,8 +2954,9 @@ def read_property(schema: dict[str, Any]) -> Property:
 
 
 def resolve_schema(schema: Any, schemas: Any, depth: int = MAX_SCHEMA_DEPTH) -> Property:
-    """Return a property with what its `$ref`, `allOf`, `anyOf` and `oneOf` add: Replicate
-    keeps enums there.
+    """Return a property with what its `$ref`, `allOf`, `anyOf` and `oneOf` add.
+
+    Replicate keeps enums there.
     """
     if not isinstance(schema, dict) or depth == 0:
         return {}
@@ -3044,9 +3040,9 @@ def build_model_input(
 
 
 def length_input(model: VideoModel, body: JobPromptOnly) -> dict[str, Any]:
-    """Return the field for the video's length, in seconds or frames.
+    """Return the field for the video's length, in seconds or frames; empty if there is none.
 
-    Empty if the model has none.
+    Raises InvalidInput if the client sent a length that the model does not take.
     """
     for name in LENGTH_NAMES:
         prop = model.fields.get(name, {})
@@ -3076,9 +3072,7 @@ def length_input(model: VideoModel, body: JobPromptOnly) -> dict[str, Any]:
 
 
 def number_choices(prop: Property) -> dict[float, Any]:
-    """Return the numbers that a field lists, each with the value the model writes for it,
-    such as "5s".
-    """
+    """Return the numbers in a field's enum, each with the enum's own value, such as "5s"."""
     choices = {}
     for value in prop.get("enum", []):
         number = as_number(value)
@@ -3088,9 +3082,7 @@ def number_choices(prop: Property) -> dict[float, Any]:
 
 
 def counts_frames(name: str, prop: Property, choices: Collection[float]) -> bool:
-    """Return whether a length is in frames: by its name, numbers too large for seconds, or
-    description.
-    """
+    """Return whether a length is in frames, by its name, its numbers or its description."""
     smallest = min(choices, default=prop.get("minimum") or 0)
     if name in FRAMES_NAMES or smallest > 60:
         return True
@@ -3099,7 +3091,7 @@ def counts_frames(name: str, prop: Property, choices: Collection[float]) -> bool
 
 
 def describe_lengths(prop: Property, choices: Collection[float], frame_rate: float | None) -> str:
-    """Return the lengths a model takes, in seconds, for people."""
+    """Return the lengths that a model takes as text, in seconds."""
     if not choices:
         return describe_bounds(prop, frame_rate or 1.0)
     return " or ".join(f"{seconds:g}" for seconds in lengths_in_seconds(choices, frame_rate))
@@ -3172,7 +3164,7 @@ def choose_size(model: VideoModel, body: JobPromptOnly, choices: list[Any]) -> A
 
 
 def free_size_input(model: VideoModel, body: JobPromptOnly, name: str) -> dict[str, Any]:
-    """Return a size field that takes any text or number; empty if the client sent no size."""
+    """Return the value of a size field without an enum; empty if the client sent no size."""
     if "resolution" not in body.model_fields_set:
         return {}
     prop = model.fields[name]
@@ -3186,7 +3178,7 @@ def free_size_input(model: VideoModel, body: JobPromptOnly, name: str) -> dict[s
 
 
 def describe_bounds(prop: Property, rate: float = 1.0) -> str:
-    """Return a field's bounds for people, in units of which `rate` make one of the field's."""
+    """Return a field's bounds as text, divided by `rate`: frames become seconds."""
     parts = []
     if "minimum" in prop:
         parts.append(f"at least {prop['minimum'] / rate:.0f}")
@@ -3196,7 +3188,7 @@ def describe_bounds(prop: Property, rate: float = 1.0) -> str:
 
 
 def bounds_params(prop: Property, rate: float = 1.0) -> ErrorParams:
-    """Return a field's bounds as `min` and `max`, in the units of describe_bounds."""
+    """Return a field's bounds as `min` and `max`, divided by `rate`."""
     params: ErrorParams = {}
     if "minimum" in prop:
         params["min"] = round(prop["minimum"] / rate)
@@ -3226,14 +3218,14 @@ TERMINAL_STATUSES = ("succeeded", "failed", "canceled", "aborted")
 
 
 def last_percent(logs: Any) -> int | None:
-    """Return how far a prediction is, where its log contains a progress bar."""
+    """Return the percentage of a prediction whose log contains a progress bar, or None."""
     end_of_log = logs[-2000:] if isinstance(logs, str) else ""
     percents = re.findall(r"(?<![\d.])(\d{1,2}|100)(?:\.\d+)?%", end_of_log)
     return int(percents[-1]) if percents else None
 
 
 def is_http_url(value: Any) -> bool:
-    """Return whether a value looks like an http(s) URL of a bearable length."""
+    """Return whether a value looks like an http(s) URL of at most MAX_URL_CHARS."""
     if not isinstance(value, str) or len(value) > MAX_URL_CHARS:
         return False
     return re.match("https?://", value, re.IGNORECASE) is not None
@@ -3262,7 +3254,7 @@ def error_message(error: Any) -> str:
 
 
 class Prediction(BaseModel):
-    """What Replicate answers about one prediction, of which only this is kept while the job waits.
+    """The part of Replicate's answer about a prediction that is kept while the job waits.
 
     Every field but the first two is optional there.
     """
@@ -3276,11 +3268,11 @@ class Prediction(BaseModel):
 
 
 def poll_delay_s(waited_s: float, active_polls: int, durations: Collection[float] = ()) -> float:
-    """Return the seconds until the next poll; `durations`: of the last videos of this kind,
-    in seconds.
+    """Return the seconds until the next poll.
 
-    While none is known: every 2.5 % of the time waited, between POLL_MIN_SECONDS and 2 s. Else:
-    seldom until 0.8 of the shortest one, from then on in small steps.
+    `durations` are those of the last videos of this kind, in seconds. While none is known: every
+    2.5 % of the time waited, between POLL_MIN_SECONDS and 2 s. Otherwise: seldom until 0.8 of
+    the shortest one, from then on in small steps.
     """
     if not durations:
         delay_s = min(waited_s * POLL_SHARE, POLL_MAX_S)
@@ -3331,11 +3323,10 @@ def parse_prediction(value: Any) -> Prediction | None:
 
 
 async def find_model(name: str | None) -> VideoModel:
-    """Return a model by `owner/name` or `owner/name:version`, kept for ten minutes; None:
-    the default one.
+    """Return a model by `owner/name` or `owner/name:version`; None is the default one.
 
-    Jobs that ask for one model at the same time share one look-up; an unknown model stays
-    unknown for a minute. Raises ProviderRefused (unknown), ProviderFailed, ResourceFailed.
+    A model is kept for ten minutes, an unknown one for a minute. Jobs that ask for one model at
+    the same time share one look-up. Raises ProviderRefused (unknown), ProviderFailed, ResourceFailed.
     """
     if name is None or name == DEFAULT_MODEL:
         return HAILUO
@@ -3350,7 +3341,7 @@ async def find_model(name: str | None) -> VideoModel:
     try:
         return await asyncio.shield(lookup.task)
     except ServiceError as exc:
-        raise exc.with_traceback(None)  # noqa: B904  else it grows with each job that gets it
+        raise exc.with_traceback(None)  # noqa: B904  it would grow with each job that gets it
 
 
 def check_allowed_model(name: str) -> None:
@@ -3364,14 +3355,14 @@ def check_allowed_model(name: str) -> None:
 
 
 def begin_lookup(name: str, is_known: bool) -> ModelLookup:
-    """Start to look a model up. Raises ResourceFailed: too many that this process does not know."""
+    """Start to look a model up. Raises ResourceFailed if there are too many new models."""
     state = app_state()
     now = time.monotonic()
     if not is_known:
         is_full = len(state.lookups_at) == MAX_LOOKUPS_PER_MINUTE
         if is_full and now - state.lookups_at[0] < 60:
             message = (
-                f"The service looks up {MAX_LOOKUPS_PER_MINUTE} new models a minute; try again."
+                f"At most {MAX_LOOKUPS_PER_MINUTE} new models are looked up a minute; try again."
             )
             raise ResourceFailed(message, code="busy")
         state.lookups_at.append(now)
@@ -3392,7 +3383,7 @@ def remember_lookup(lookups: dict[str, ModelLookup], name: str, lookup: ModelLoo
 
 
 def forget_failed_lookup(name: str, task: "asyncio.Task[VideoModel]") -> None:
-    """Let the next job look a model up again, an unknown one in a minute."""
+    """Let the next job look a model up again; an unknown one only after a minute."""
     error = None if task.cancelled() else task.exception()
     if error is None and not task.cancelled():
         return
@@ -3419,7 +3410,7 @@ async def look_up_model(name: str) -> VideoModel:
     except TimeoutError as exc:
         message = f"Replicate did not describe {name} within {MAX_LOOKUP_S:g} s."
         raise ProviderFailed(message, "replicate") from exc
-    except ProviderRefused as exc:  # Replicate does not repeat the name
+    except ProviderRefused as exc:  # Replicate's own message does not name the model
         detail = f"model {name}: {exc.detail}"
         error = ProviderRefused(detail, "replicate", code="unknown_model")
         error.add_field_error("model", exc.detail, code="unknown_model")
@@ -3457,8 +3448,8 @@ async def replicate_video_from_prompt(
 ) -> str:
     """Return the URL, valid for an hour, of the video that `job` has begun, else of a new one.
 
-    `audio_url`: the speech, for a model that takes it. When it ends early, the prediction is
-    cancelled, unless a request with the same key can resume it. Raises ProviderRefused (also:
+    `audio_url` is the speech, for a model that takes it. If this call ends early, the prediction
+    is cancelled, unless a request with the same key can resume it. Raises ProviderRefused (also:
     the prediction ended failed, canceled or aborted, or its video has expired), InvalidInput,
     ProviderFailed, MissingSetting.
     """
@@ -3474,7 +3465,7 @@ async def replicate_video_from_prompt(
             values = build_model_input(model, body, audio_url)
             prediction = await create_prediction(model, values, job)
             await record_prediction(job)
-            await asyncio.sleep(0)  # a job that was cancelled meanwhile ends here
+            await asyncio.sleep(0)  # ends here if the job was cancelled meanwhile
             kind = video_kind(model, values)
             prediction = await wait_for_prediction(prediction, job, kind)
     except ClaimLost:  # another instance may use the prediction
@@ -3487,7 +3478,7 @@ async def replicate_video_from_prompt(
 
 
 def video_kind(model: VideoModel, values: Mapping[str, Any]) -> str:
-    """Return what decides how long a video takes: its model, length and size."""
+    """Return a key for videos that take equally long: model, length and size."""
     names = LENGTH_NAMES + SIZE_NAMES
     return str([model.name, *map(values.get, names)])
 
@@ -3530,7 +3521,7 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
         if was_not_created(exc):
             raise
         logger.warning("searching for a prediction whose create failed: %s", exc.detail)
-        # Without a key nobody comes back for it: what is found is cancelled even if nobody waits.
+        # Without a key no later request can find it, so a cancelled job finds and cancels it now.
         found = None
         limit_s = patience_s(MAX_SEARCH_SHARE)
         with anyio.move_on_after(limit_s, shield=job.log is None):
@@ -3543,7 +3534,7 @@ async def create_prediction(model: VideoModel, values: dict[str, Any], job: Job)
 async def search_after_lost_create(
     model: VideoModel, values: dict[str, Any], job: Job, started_at: float
 ) -> Prediction | None:
-    """Search for what a create has made whose response was lost; a failure is logged."""
+    """Search for the prediction of a create whose response was lost; a failure is logged."""
     try:
         search_s = patience_s(SEARCH_SHARE)
         return await find_unclaimed_prediction(model, values, job, started_at, search_s)
@@ -3620,7 +3611,7 @@ async def create_exchange(
 ) -> ProviderResponse:
     """Make one attempt to create, and claim what it created. Raises ClaimLost.
 
-    A cancelled job still waits a moment for the response: only that says which prediction to
+    A cancelled job still waits a moment for the response, which alone names the prediction to
     cancel.
     """
     await confirm_claim(job)
@@ -3658,7 +3649,7 @@ async def send_despite_cancellation(request: httpx.Request, max_bytes: int) -> P
 
 
 def claim_prediction(job: Job, prediction_id: str) -> None:
-    """Log the id of what is being paid for, and keep other jobs of this process from taking it."""
+    """Log the id of the job's prediction, and keep other jobs of this process from taking it."""
     if job.partial.prediction_id != prediction_id:
         logger.info("prediction_id=%s", prediction_id)
         job.partial.prediction_id = prediction_id
@@ -3672,10 +3663,9 @@ async def find_unclaimed_prediction(
     since: float,
     search_s: float = 0.0,
 ) -> Prediction | None:
-    """Search for a prediction of this input that no job has claimed: once, and for
-    `search_s` seconds.
+    """Search for a prediction of this input that no job has claimed, for `search_s` seconds.
 
-    `since` (monotonic clock): no older prediction is the job's.
+    It searches at least once. `since` (monotonic clock): no older prediction is the job's.
     """
     give_up_at = time.monotonic() + search_s
     while True:
@@ -3693,14 +3683,12 @@ async def find_unclaimed_prediction(
 
 
 def create_key(model: VideoModel, values: Mapping[str, Any]) -> str:
-    """Return what two creates have in common whose predictions look the same."""
+    """Return a key for creates whose predictions cannot be told apart."""
     return json.dumps([model.name, model.version, values], sort_keys=True)
 
 
 async def wait_for_equal_creates(model: VideoModel, values: Mapping[str, Any]) -> None:
-    """Wait while an equal create of another job has no response: its prediction is not ours
-    to take.
-    """
+    """Wait while an equal create has no response yet: its prediction belongs to another job."""
     creates = app_state().creates_in_flight
     while creates[create_key(model, values)]:  # noqa: ASYNC110  seldom, and for a moment
         await asyncio.sleep(patience_s(SEARCH_SHARE) / 100)
@@ -3722,9 +3710,7 @@ def is_claimed_by_other(prediction_id: str, job: Job) -> bool:
 
 
 async def predictions_since(since: float) -> AsyncIterator[Any]:
-    """Yield the account's predictions, newest first, that are not older than `since`
-    (monotonic clock).
-    """
+    """Yield the account's predictions since `since` (monotonic clock), the newest first."""
     if app_state().replicate_clock_s is None:  # learned from the response
         await call_replicate("GET", "predictions", LIST_RETRY, max_bytes=MAX_LIST_BYTES)
     age_s = time.monotonic() - since + CLOCK_TOLERANCE_S
@@ -3750,10 +3736,7 @@ async def predictions_since(since: float) -> AsyncIterator[Any]:
 
 
 async def poll_prediction(prediction: Prediction) -> Prediction:
-    """Return the prediction as it is now.
-
-    As it was, if the response is none, since it is polled again.
-    """
+    """Return the prediction as it is now, or unchanged if the response describes none."""
     path = f"predictions/{prediction.id}"
     response = await call_replicate("GET", path, POLL_RETRY, max_bytes=MAX_PREDICTION_BYTES)
     return parse_prediction(response.payload) or prediction
@@ -3764,7 +3747,7 @@ async def wait_for_prediction(
 ) -> Prediction:
     """Poll a prediction until it has ended, and remember how long videos of its kind take.
 
-    `kind` is None if the prediction was created earlier: how long it takes is then unknown.
+    `kind` is None if an earlier request created it: how long it takes is then unknown.
     """
     state = app_state()
     started_at = time.monotonic()
@@ -3789,9 +3772,7 @@ async def wait_for_prediction(
 
 
 def remember_duration(kind: str, seconds: float) -> None:
-    """Add how long a video took; of too many kinds, the one that was seen longest ago is
-    forgotten.
-    """
+    """Remember how long a video took; of too many kinds, the one seen longest ago is forgotten."""
     recent = app_state().recent_durations
     durations = recent.pop(kind, None) or deque(maxlen=RECENT_DURATIONS)
     durations.append(seconds)
@@ -3801,7 +3782,7 @@ def remember_duration(kind: str, seconds: float) -> None:
 
 
 async def cancel_prediction(prediction_id: str) -> None:
-    """Stop paying for a prediction that nobody waits for, whatever else ends.
+    """Cancel a prediction that nobody waits for, also while the job is cancelled.
 
     A failure is logged.
     """
@@ -3824,17 +3805,17 @@ def ffmpeg_path() -> str:
 
     Raises RuntimeError where there is none.
     """
-    path = str(imageio_ffmpeg.get_ffmpeg_exe())  # tries its own binary, but not the variable's
+    path = str(imageio_ffmpeg.get_ffmpeg_exe())  # does not check the path in the variable
     found = shutil.which(path)
     if found is None:
         raise RuntimeError(f"There is no ffmpeg at {path}; is IMAGEIO_FFMPEG_EXE right?")
-    return os.path.abspath(found)  # it runs without a PATH
+    return os.path.abspath(found)  # ffmpeg is started without a PATH
 
 
 class VideoFormat(NamedTuple):
     """What a model's file is, read from its first bytes and an MP4's index."""
 
-    name: str  # with its article, for people
+    name: str  # with its article, for messages
     demuxer: str  # ffmpeg's
     is_plain: bool = False  # H.264 that plays everywhere, in MP4 or MOV: its picture can be copied
     is_ready: bool = False  # an MP4 with its index first and sound that plays everywhere, or none
@@ -3842,7 +3823,7 @@ class VideoFormat(NamedTuple):
     decoder: str | None = None  # ffmpeg's, where its usual one has no alpha
 
 
-# How a file begins, and what it is. No demuxer: it is no video. An MP4 without ftyp is QuickTime's.
+# How a file begins, its name and its demuxer; None: it is no video. An MP4 without ftyp is a MOV.
 VIDEO_FORMATS = [
     (rb".{4}ftyp(?!qt  )", "an MP4 video", "mov"),
     (rb".{4}(ftyp|styp|moov|mdat|wide|free|skip)", "a MOV video", "mov"),
@@ -3926,8 +3907,9 @@ def is_cut_off(file: BinaryIO, head: bytes, demuxer: str) -> bool:
 
 
 def matroska_end(head: bytes) -> int:
-    """Return where a Matroska file's segment ends, 0 if it does not say (RFC 8794, element
-    sizes).
+    """Return where a Matroska file's segment ends, or 0 if it does not say.
+
+    RFC 8794, element sizes.
     """
     offset = head.find(b"\x18\x53\x80\x67") + 4  # the element Segment
     if offset < 4 or offset + 8 > len(head) or head[offset] == 0:
@@ -3941,10 +3923,7 @@ def matroska_end(head: bytes) -> int:
 
 
 def check_mp4(video: Path) -> None:
-    """Refuse a file that is not an MP4 or is cut off: ffmpeg would make a shorter video of it.
-
-    Raises ResourceFailed.
-    """
+    """Raise ResourceFailed if a file is no MP4, or cut off: ffmpeg would make a shorter video."""
     first_boxes = (b"ftyp", b"styp", b"moov", b"mdat", b"wide", b"free", b"skip")  # QuickTime: any
     size = video.stat().st_size
     offset = 0
@@ -4011,9 +3990,7 @@ def read_mp4_format(file: BinaryIO, file_format: VideoFormat) -> VideoFormat:
 
 
 def mp4_tracks(index: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Yield each track of `moov`: its handler, its codec and that codec's description (a
-    sample entry).
-    """
+    """Yield the handler, codec and sample entry (the codec's description) of each track."""
     for media in islice(find_boxes(index, b"trak", b"mdia"), MAX_MP4_TRACKS):
         handler = next(find_boxes(media, b"hdlr"), b"")[8:12]
         table = next(find_boxes(media, b"minf", b"stbl", b"stsd"), b"")
@@ -4021,7 +3998,7 @@ def mp4_tracks(index: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
         if len(entries) == 1:
             codec, entry = entries[0]
             yield handler, codec, entry
-        else:  # a track that changes its codec
+        else:  # the codec changes within the track
             yield handler, b"mixed", b""
 
 
@@ -4075,9 +4052,7 @@ OUTPUT_OPTIONS = ["-fs", str(MAX_DOWNLOAD_BYTES + 1), "-movflags", "+faststart",
 
 
 def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path) -> list[str]:
-    """Return ffmpeg's arguments: the video copied, our speech half a second in, ended as
-    `fit` says.
-    """
+    """Return ffmpeg's arguments: the video copied, the speech half a second in, ended by `fit`."""
     audio_filter = f"adelay={SPEECH_OFFSET_MS}:all=1"
     if fit == "video":
         audio_filter += ",apad"
@@ -4089,7 +4064,7 @@ def mux_arguments(video: Path, speech: Path, demuxer: str, fit: Fit, final: Path
     arguments += [*INPUT_OPTIONS, "-f", demuxer, "-i", f"file:{speech}"]
     # The model's picture and our speech, whatever else the video contains.
     arguments += ["-map", "0:V:0", "-map", "1:a:0", "-c:v", "copy"]
-    # A voice is 39 dB above its error; with the default coder at 128k 29 dB, for 1.6 times the CPU.
+    # Signal to noise of a voice is 39 dB; with the default coder at 128k 29 dB, for 1.6 times the CPU.
     arguments += ["-c:a", "aac", "-b:a", "96k", "-aac_coder", "fast", "-threads", "1"]
     arguments += ["-af", audio_filter]
     # By default a copied stream may run ten seconds ahead, and would not end with the shortest.
@@ -4139,8 +4114,8 @@ def convert_arguments(
 async def convert_video(video: Path, source: VideoFormat, target: Path, with_sound: bool) -> Path:
     """Convert a video that would not play everywhere; return what is to be delivered.
 
-    That is an MP4 or MOV as it came if it cannot be converted within the limits: it plays somewhere.
-    Raises ResourceFailed, which names the format, for anything else; OSError.
+    An MP4 or MOV that cannot be converted within the limits is delivered as it came: some players
+    play it. Raises ResourceFailed, which names the format, for anything else; OSError.
     """
     arguments = convert_arguments(video, source, target, with_sound)
     try:
@@ -4173,7 +4148,7 @@ async def run_ffmpeg(
     """
     command = [await asyncio.to_thread(ffmpeg_path), *arguments]
     stderr_tail = b""
-    # It needs no key from the environment, and Ctrl-C in a terminal is for the service alone.
+    # Without the environment it gets no key; in a session of its own it gets no Ctrl-C.
     process = await anyio.open_process(
         command, stdin=DEVNULL, stdout=DEVNULL, env={}, start_new_session=True
     )
@@ -4199,11 +4174,11 @@ async def run_ffmpeg(
 def limit_process(pid: int, max_bytes: int, in_background: bool) -> None:
     """Limit the memory of a process with a session of its own; on Linux only.
 
-    In the background it gets a tenth of a core that others need. Less would let it starve: a
-    process with SCHED_IDLE may not even get the time to end when it is killed.
+    In the background it gets a tenth of a core that other processes need. With SCHED_IDLE it
+    would starve: it may not even get the time to end when it is killed.
 
-    RLIMIT_DATA counts what it can write to. RLIMIT_AS would also count ffmpeg's own 170 MB, and
-    64 MB that malloc reserves for each thread: it cannot tell a bomb from a video.
+    RLIMIT_DATA counts writable memory. RLIMIT_AS would also count ffmpeg's own 170 MB and 64 MB
+    that malloc reserves for each thread, so it could not tell a malicious file from a video.
     """
     if sys.platform == "linux":
         with suppress(OSError, ValueError):  # it has ended already, or has a lower limit
@@ -4212,7 +4187,7 @@ def limit_process(pid: int, max_bytes: int, in_background: bool) -> None:
             with suppress(OSError):
                 for thread in os.listdir(f"/proc/{pid}/task"):
                     os.setpriority(os.PRIO_PROCESS, int(thread), BACKGROUND_NICENESS)
-                # Outside of a container a session may count as one, whatever is in it.
+                # Outside of a container the scheduler may weigh whole sessions (autogroup).
                 autogroup = Path(f"/proc/{pid}/autogroup")
                 autogroup.write_text(str(BACKGROUND_NICENESS), encoding="ascii")
 
@@ -4293,8 +4268,9 @@ last_accept_error_at = -math.inf
 
 
 def log_accept_errors_seldom(record: logging.LogRecord) -> bool:
-    """Let one line in ACCEPT_LOG_S say that no connection can be accepted: asyncio writes
-    thousands.
+    """Pass one line in ACCEPT_LOG_S about connections that cannot be accepted.
+
+    asyncio writes thousands.
     """
     global last_accept_error_at
     if not str(record.msg).startswith("socket.accept() out of system resource"):
@@ -4307,10 +4283,7 @@ def log_accept_errors_seldom(record: logging.LogRecord) -> bool:
 
 
 def raise_descriptor_limit() -> None:
-    """Let the process open as many files and connections as the system allows.
-
-    Each job takes a few.
-    """
+    """Raise the soft limit of file descriptors to the hard one; each job takes a few."""
     if resource is None:  # Windows
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -4327,9 +4300,7 @@ def raise_descriptor_limit() -> None:
 
 @contextmanager
 def hangup_as_termination() -> Iterator[None]:
-    """Let the end of its terminal end the process as SIGTERM does, unless that is ignored
-    (nohup).
-    """
+    """Turn SIGHUP (the terminal is closed) into SIGTERM, unless it is ignored (nohup)."""
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     is_main = threading.current_thread() is threading.main_thread()
     if hangup is None or not is_main or signal.getsignal(hangup) != signal.SIG_DFL:
@@ -4343,7 +4314,7 @@ def hangup_as_termination() -> Iterator[None]:
 
 
 def warn_about_missing_settings() -> None:
-    """Log what is missing: one warning for keys, one for the token that keeps strangers out."""
+    """Log one warning for missing keys, and one for a missing SERVICE_TOKEN."""
     settings = get_settings()
     missing = [name.upper() for name in SPEECH_JOB_SETTINGS if getattr(settings, name) is None]
     if missing:
@@ -4356,8 +4327,8 @@ def warn_about_missing_settings() -> None:
 async def drain_jobs(state: AppState) -> None:
     """Graceful shutdown: cancel the jobs that still run, those with a key after a while.
 
-    uvicorn has just cancelled the open requests, and with them their jobs; jobs with a key that
-    nobody waits for have not heard of it. What they leave is resumed by the next request.
+    uvicorn has just cancelled the open requests, and with them their jobs. Jobs with a key that
+    no request waits for still run; what they leave unfinished, the next request resumes.
     """
     started_at = time.monotonic()
     drain_s = min(patience_s(DRAIN_SHARE), MAX_DRAIN_S)
@@ -4374,9 +4345,7 @@ async def drain_jobs(state: AppState) -> None:
 
 @dataclass(frozen=True)
 class RequestMiddleware:
-    """The outermost layer: each request gets an id, each response X-Request-ID and
-    Server-Timing.
-    """
+    """The outermost layer: a request id, and the headers X-Request-ID and Server-Timing."""
 
     app: ASGIApp
 
@@ -4394,7 +4363,7 @@ class RequestMiddleware:
         current_request_id.set(request_id)
 
         async def send_with_headers(message: Message) -> None:
-            """Add the headers to the start of the response."""
+            """Pass a message on, with the headers added to the start of the response."""
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
@@ -4412,7 +4381,7 @@ class RequestMiddleware:
 
 
 def server_timing(timings: Mapping[Stage, float], queued_s: float = 0.0) -> str:
-    """Return stages, and the time in line, as a Server-Timing header, in milliseconds."""
+    """Return the milliseconds of each stage, and in line, as a Server-Timing header."""
     entries = [f"{name};dur={seconds * 1000:.1f}" for name, seconds in timings.items()]
     if queued_s:
         entries.append(f"queued;dur={queued_s * 1000:.1f}")
@@ -4421,9 +4390,7 @@ def server_timing(timings: Mapping[Stage, float], queued_s: float = 0.0) -> str:
 
 @dataclass(frozen=True)
 class ErrorMiddleware:
-    """The last catch, inside CORS: Starlette's own is outside, and browsers would not see
-    its answer.
-    """
+    """Answers unforeseen errors inside CORS: browsers could not read Starlette's own answer."""
 
     app: ASGIApp
 
@@ -4458,9 +4425,7 @@ class BodyTooLarge(HTTPException):
         self.start = start
 
     def as_service_error(self) -> ServiceError:
-        """Return the error for the client, who has most often put the picture itself
-        into the body.
-        """
+        """Return the error for the client; most often the picture itself is in the body."""
         embedded = EMBEDDED_PICTURE.search(self.start)
         if embedded:
             name = embedded[1].decode()
@@ -4492,7 +4457,7 @@ class BodyLimitMiddleware:
         async def receive_with_limit() -> Message:
             """Receive a message, and refuse what passes the limit of bytes or of time."""
             nonlocal is_complete
-            if is_complete:  # what follows is the client's disconnect
+            if is_complete:  # only the client's disconnect can follow
                 return await receive()
             if stated.isdecimal() and int(stated) > MAX_REQUEST_BYTES:
                 await receive_start(receive, received)
@@ -4524,14 +4489,12 @@ async def receive_start(receive: Receive, received: bytearray) -> None:
 
 @dataclass(frozen=True)
 class TokenMiddleware:
-    """Refuses, before the body is read, what may cost money and carries no token of
-    SERVICE_TOKEN.
-    """
+    """Refuses POSTs without a token of SERVICE_TOKEN, before their body is read."""
 
     app: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request: reading (/health, /docs) and preflights are open."""
+        """Handle one request; GET (/health, /docs), HEAD and preflights need no token."""
         tokens = get_settings().tokens()
         is_open = scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS")
         if is_open or not tokens or has_token(Headers(scope=scope), tokens):
@@ -4543,9 +4506,7 @@ class TokenMiddleware:
 
 
 def has_token(headers: Headers, tokens: Collection[str]) -> bool:
-    """Return whether a request carries one of these tokens, compared in constant time (RFC
-    6750).
-    """
+    """Return whether a request has one of these bearer tokens (RFC 6750), in constant time."""
     scheme, _, credentials = headers.get("authorization", "").partition(" ")
     given = credentials.strip().encode("utf-8")
     matches = [hmac.compare_digest(given, token.encode()) for token in tokens]
@@ -4562,14 +4523,14 @@ def error_response(
 
 
 async def handle_service_error(request: Request, exc: ServiceError) -> Response:
-    """Answer an error of the service's own; a missing setting is logged also if no job has begun."""
+    """Answer a ServiceError; a missing setting is logged here if no job has begun."""
     job = getattr(request.state, "job", None)
     if isinstance(exc, MissingSetting) and (job is None or job.task is None):
         logger.warning("code=%s detail=%s", exc.code, exc.detail)
     return error_response(request, exc)
 
 
-# Pydantic's error types: our code and plain words.
+# Our code and message for each of Pydantic's error types; an empty message keeps Pydantic's.
 VALIDATION_ERRORS: dict[str, tuple[FieldErrorCode, str]] = {
     "json_invalid": ("invalid_body", "is not valid JSON"),
     "dict_type": ("invalid_body", "must be a JSON object"),
@@ -4591,7 +4552,7 @@ VALIDATION_ERRORS: dict[str, tuple[FieldErrorCode, str]] = {
 
 
 def as_input_error(error: Mapping[str, Any]) -> InputError:
-    """Return a validation error of Pydantic's in plain words, with its code and what it says."""
+    """Return a validation error of Pydantic's with our code, message and params."""
     context = error.get("ctx", {})
     code, message = VALIDATION_ERRORS.get(error["type"], ("wrong_format", ""))
     message = message.format(**context) or str(error["msg"]).removeprefix("Value error, ")
@@ -4629,9 +4590,7 @@ async def handle_validation_error(request: Request, exc: RequestValidationError)
 
 
 async def handle_http_error(request: Request, exc: HTTPException) -> Response:
-    """Answer what the framework refuses: no such route (404) or method (405), an unreadable
-    body (400).
-    """
+    """Answer what the framework refuses: a route (404), a method (405) or a body (400)."""
     if isinstance(exc, BodyTooLarge):
         error = exc.as_service_error()
     elif exc.status_code == 404:
@@ -4649,7 +4608,7 @@ app = FastAPI(
     title="Talking Pet",
     summary="A photo of a pet and a line of text go in, a video in which the pet says it comes out.",
     lifespan=lifespan,
-    redirect_slashes=False,  # a 307 is no answer of this service; it would name http:// behind a proxy
+    redirect_slashes=False,  # behind a proxy a 307 would name http://
     generate_unique_id_function=lambda route: route.name,
 )
 app.add_exception_handler(ServiceError, handle_service_error)  # type: ignore[arg-type]
@@ -4679,17 +4638,17 @@ app.add_middleware(RequestMiddleware)
 #
 #   last entry                        a request with this key
 #   --------------------------------  -----------------------------------------------------------------
-#   none                              is checked, then claims what it pays for first
-#   claim, its owner at work          follows: waits for the next entry
+#   none                              is checked, then writes a claim of what it pays for first
+#   claim, its owner at work          waits for the next entry
 #   claim, silent for LEASE_SHARE     takes over: writes the next entry, a claim of its own, and searches
 #     or given up (owner is empty)      for a prediction that nobody recorded before it creates one
 #   prediction                        resumes: polls it (several instances may)
 #   result                            is answered with it
 #   refusal                           is refused with it
 #
-# Speech and video are each preceded by a claim. Whoever finds the next number taken by another
-# owner has lost the job (ClaimLost) and follows the log: so one speech and one video are paid
-# for, and of two instances that finish, the first result is the answer of both.
+# Speech and video are each preceded by a claim. An instance that finds the next number taken by
+# another owner has lost the job (ClaimLost) and follows the log. So one speech and one video are
+# paid for, and two instances that finish both answer with the first result.
 
 KEY_REUSED = "belongs to a request with another body; a new job needs a new key"
 Payment = Literal["speech", "video"]
@@ -4718,10 +4677,10 @@ class Refusal(BaseModel):
 
 
 class JobEntry(BaseModel):
-    """One entry of a job's log: everything that is known of the job so far."""
+    """One entry of a job's log: all that is known of the job so far."""
 
     entry_id: HexId
-    owner: HexId | Literal[""]  # JobLog.owner; empty: it has given the job up
+    owner: HexId | Literal[""]  # JobLog.owner; empty: the job was given up
     request_digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     claim: Payment | None = None  # what its owner is about to pay for
     partial: PartialResult = PartialResult()
@@ -4730,7 +4689,7 @@ class JobEntry(BaseModel):
 
     @model_validator(mode="after")
     def check_contents(self) -> "JobEntry":
-        """Trust the bucket no more than a request. Raises ValueError."""
+        """Raise ValueError for a bad URL or id: the bucket is trusted no more than a request."""
         values = self.partial.model_dump(exclude_none=True)
         if self.result:
             values.update(self.result.model_dump(exclude_none=True))
@@ -4746,14 +4705,14 @@ class JobEntry(BaseModel):
         return bool(self.result or self.refusal or self.partial.prediction_id)
 
     def is_unused(self) -> bool:
-        """Return whether the job was given up before anything was paid for."""
+        """Return whether the job was given up before it paid for anything."""
         may_have_paid = self.claim or self.partial.audio_url or self.can_resume()
         return self.owner == "" and not may_have_paid
 
 
 @dataclass
 class JobLog:
-    """The log of one idempotency key, as far as this job knows it."""
+    """What a job knows of the log of its idempotency key."""
 
     folder: str  # jobs/<HMAC of the key>
     request_digest: str
@@ -4761,7 +4720,7 @@ class JobLog:
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
     number: int = 0  # of the last known entry
     entry: JobEntry | None = None  # the last known one
-    written_at: float = 0.0  # when our own last entry was (monotonic clock)
+    written_at: float = 0.0  # time.monotonic() before our own last entry was written
     is_lost: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -4775,7 +4734,7 @@ class JobLog:
 
 
 def keyed_digest(text: str) -> str:
-    """Return an HMAC-SHA-256 that only the service role key can compute. Raises MissingSetting."""
+    """Return the HMAC-SHA-256 of a text under the service role key. Raises MissingSetting."""
     key = get_settings().required("supabase_service_role")
     return hmac.new(key.encode(), text.encode(), "sha256").hexdigest()
 
@@ -4783,7 +4742,7 @@ def keyed_digest(text: str) -> str:
 def new_log(route: str, body: BaseModel, key: str) -> JobLog:
     """Return the log of a request's idempotency key. Raises MissingSetting.
 
-    The bucket is public, but nobody can guess the folder's name.
+    The bucket is public; the name of the log's folder cannot be guessed.
     """
     require_settings(VIDEO_JOB_SETTINGS + STORAGE_SETTINGS)
     if isinstance(body, JobPromptTTS):
@@ -4824,7 +4783,7 @@ async def read_entry(path: str) -> JobEntry | None:
 
 
 class LogPosition(NamedTuple):
-    """The last entry of a log, and how old it and the first one are by the storage's own clock."""
+    """The number of a log's last entry, and the ages of it and the first by the storage's clock."""
 
     number: int  # 0: there is none
     age_s: float
@@ -4832,7 +4791,7 @@ class LogPosition(NamedTuple):
 
 
 async def find_last_entry(folder: str) -> LogPosition:
-    """List a log. Raises ResourceFailed."""
+    """Return the position of a log's last entry. Raises ResourceFailed."""
     settings = get_settings()
     base_url = settings.required("supabase_url")
     response = await call_provider(
@@ -4845,7 +4804,7 @@ async def find_last_entry(folder: str) -> LogPosition:
         timeout=ENTRY_TIMEOUT,
     )
     now = parse_http_date(response.headers.get("date"))
-    if not isinstance(response.payload, list):  # not "there is none": that would pay again
+    if not isinstance(response.payload, list):  # taken for an empty log, it would pay again
         raise ResourceFailed("Supabase Storage answered without a list of files.", "supabase")
     ages_s: dict[int, float] = {}
     for item in response.payload:
@@ -4859,7 +4818,10 @@ async def find_last_entry(folder: str) -> LogPosition:
 
 
 def age_of(created_at: Any, now: float | None) -> float:
-    """Return the seconds since an ISO date; 0 if either is unknown: young is the safe side."""
+    """Return the seconds since an ISO date; 0 if either is unknown.
+
+    An entry that counts as young is waited for, not taken over: the safe side.
+    """
     with suppress(ValueError):
         created = datetime.fromisoformat(str(created_at).replace("Z", "+00:00"))
         if now is not None and created.tzinfo:
@@ -4870,9 +4832,8 @@ def age_of(created_at: Any, now: float | None) -> float:
 async def write_once(path: str, entry: JobEntry, retry: RetryPolicy) -> JobEntry:
     """Write an entry unless the path exists; return the entry that is there. Raises ResourceFailed.
 
-    Of all who move a file to one path, exactly one succeeds. After any other answer the path
-    itself says who has: a move that was repeated because its answer was lost is refused as
-    well.
+    Of several moves to one path exactly one succeeds. If ours does not, the path is read: a move
+    whose response was lost is refused when it is repeated, although it succeeded.
     """
     settings = get_settings()
     source = f"jobs/new/{entry.entry_id}.json"
@@ -4912,7 +4873,7 @@ async def write_entry(
 async def write_next_entry(
     job: Job, log: JobLog, retry: RetryPolicy, given_up: bool = False, **contents: Any
 ) -> None:
-    """Do what write_entry does; the caller holds the log's lock."""
+    """Write the next entry as write_entry does; the caller holds the log's lock."""
     while not log.is_lost:
         entry = JobEntry(
             entry_id=uuid.uuid4().hex,
@@ -4928,22 +4889,22 @@ async def write_next_entry(
         if existing.entry_id == entry.entry_id:
             log.written_at = started_at
             return
-        # Not lost if it is our own: an earlier write whose answer did not arrive.
+        # The entry may be our own: an earlier write whose response was lost.
         log.is_lost = existing.owner != log.owner
     raise ClaimLost
 
 
 async def claim(job: Job, payment: Payment) -> None:
-    """Claim the right to pay; a job without a key needs none. Raises ClaimLost, ResourceFailed."""
+    """Write the claim of what is paid for next; a job without a key needs none.
+
+    Raises ClaimLost, ResourceFailed.
+    """
     if job.log:
         await write_entry(job, claim=payment)
 
 
 async def confirm_claim(job: Job) -> None:
-    """Just before paying, make sure that a claim which has become old is still ours.
-
-    Raises ClaimLost.
-    """
+    """Renew a claim that has become old, just before paying. Raises ClaimLost if it is not ours."""
     log = job.log
     if log is None:
         return
@@ -4955,17 +4916,14 @@ async def confirm_claim(job: Job) -> None:
 
 
 async def renew_claim(job: Job, log: JobLog) -> None:
-    """Write the job's claim once more, if it holds one by the time that it can.
-
-    Raises as write_entry.
-    """
+    """Write the job's claim once more, if it still holds one. Raises as write_entry."""
     async with log.lock:
         if log.entry and log.owns_claim():
             await write_next_entry(job, log, UPLOAD_RETRY, claim=log.entry.claim)
 
 
 async def renew_claims(job: Job) -> None:
-    """Show other instances, as long as the job holds a claim, that it is at work."""
+    """Renew the job's claim at intervals, so that other instances see that it works."""
     log = job.log
     assert log is not None
     while not log.is_lost and log.number < MAX_LOG_ENTRIES / 2:
@@ -4973,16 +4931,13 @@ async def renew_claims(job: Job) -> None:
         try:
             await renew_claim(job, log)
         except ClaimLost:
-            return  # the job's own next write says so, too
+            return  # the job's next write raises it, too
         except ServiceError as exc:
             logger.warning("the job's claim was not renewed: %s", exc.detail)
 
 
 async def record_prediction(job: Job) -> None:
-    """Record the prediction that was just created, also if the job is being cancelled.
-
-    Raises ClaimLost.
-    """
+    """Write the id of a new prediction, also if the job is being cancelled. Raises ClaimLost."""
     if job.log is None:
         return
     with anyio.move_on_after(patience_s(MAX_WAIT_SHARE), shield=True):
@@ -4993,9 +4948,10 @@ async def record_prediction(job: Job) -> None:
 
 
 async def follow_log(job: Job) -> JobEntry | None:
-    """Wait until no other instance is at work, and take over what there is; return the last entry.
+    """Wait until no other instance is at work, then return the last entry; None: there is none.
 
-    None: the job begins. Raises InvalidInput if the key belongs to another body, ResourceFailed.
+    What it says is taken over into the job. Raises InvalidInput if the key belongs to another
+    body, ResourceFailed.
     """
     log = job.log
     assert log is not None
@@ -5007,7 +4963,7 @@ async def follow_log(job: Job) -> JobEntry | None:
         elif position.number != log.number or log.entry is None:
             path = f"{log.folder}/{position.number:04}.json"
             log.entry = await read_entry(path)
-            if log.entry is None:  # listed but missing does not mean that nothing was paid for
+            if log.entry is None:  # listed but missing: something may have been paid for
                 raise ResourceFailed(f"The file {path} in the bucket is missing.", "supabase")
             log.number = position.number
             seen_at = time.monotonic()
@@ -5033,16 +4989,13 @@ def key_reused() -> InvalidInput:
 
 
 def check_same_body(log: JobLog, entry: JobEntry) -> None:
-    """Raise InvalidInput if the key was used for another body.
-
-    One that paid for nothing is free.
-    """
+    """Raise InvalidInput if the key was used for another body that has paid for something."""
     if entry.request_digest != log.request_digest and not entry.is_unused():
         raise key_reused()
 
 
 def expire_video_result(entry: JobEntry, age_s: float) -> JobEntry:
-    """Return the entry; the result of a silent video becomes a refusal when its URL has expired."""
+    """Return the entry, with the result of a silent video as a refusal once its URL has expired."""
     if isinstance(entry.result, VideoResult) and age_s >= VIDEO_URL_LIFETIME_S:
         refusal = Refusal(
             http_status=400,
@@ -5058,7 +5011,7 @@ def expire_video_result(entry: JobEntry, age_s: float) -> JobEntry:
 async def run_idempotent(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
     """Answer a job with a key from its log if it is done; else begin, resume or take over.
 
-    Follow if lost.
+    If another instance takes it over, wait for that one's result.
     """
     ours: str | None = None  # a prediction that this job created before it lost its claim
     while True:
@@ -5079,9 +5032,9 @@ async def run_idempotent(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
 
 
 async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> BaseModel:
-    """Run a job's work, renewing its claims, and write how it ended.
+    """Run a job's work, renew its claims, and write how it ended.
 
-    Raises ClaimLost, or as `work`.
+    Raises ClaimLost, and what `work` raises.
     """
     renewal = asyncio.create_task(renew_claims(job))
     try:
@@ -5098,7 +5051,7 @@ async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
     finally:
         renewal.cancel()
 
-    # A result is a result, also at the deadline; but only the one in the log is everybody's answer.
+    # A result counts also at the deadline, but only once it is in the log: that one answers everybody.
     with anyio.move_on_after(MAX_RESULT_WRITE_S, shield=True):
         await write_entry(job, PAID_UPLOAD_RETRY, result=result)
         return result
@@ -5108,12 +5061,12 @@ async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
 
 
 async def record_end(job: Job, error: ServiceError) -> None:
-    """Write that a job was refused for good, or that it has given its claim up: others need
-    not wait.
+    """Write that a job was refused for good, or that it gives its claim up.
+
+    Then no other instance waits for it.
     """
     log = job.log
-    # Not a rejected key or plan, which the owner can change: the video is paid for, and may
-    # be there.
+    # A rejected key or plan is not final: the owner can change it, and the video is paid for.
     may_be_final = error.http_status == 400 or job.past_deadline()
     is_refused = may_be_final and not error.retryable and error.category == "provider"
     is_final = job.partial.prediction_id and is_refused
@@ -5131,7 +5084,7 @@ async def record_end(job: Job, error: ServiceError) -> None:
 
 
 def open_claim(job: Job, error: ServiceError) -> Payment | None:
-    """Return the claim that may have been paid for; None if a provider has certainly done nothing."""
+    """Return the claim if it may have been paid for; None if certainly not."""
     if job.log is None or job.log.entry is None:
         return None
     did_nothing = error.http_status == 400
@@ -5143,10 +5096,7 @@ def open_claim(job: Job, error: ServiceError) -> Payment | None:
 
 
 class LegacyRecord(BaseModel):
-    """What earlier versions kept in one file, jobs/<HMAC of the key>.json.
-
-    A deploy overlaps them.
-    """
+    """The one file that earlier versions kept of a job: jobs/<HMAC of the key>.json."""
 
     body: str
     written: float
@@ -5156,7 +5106,7 @@ class LegacyRecord(BaseModel):
 
 
 async def read_legacy_record(log: JobLog) -> LogPosition:
-    """Read an earlier version's record, where there is no log, as if it were its last entry."""
+    """Read an earlier version's record as if it were the last entry of a log."""
     content = await read_file(f"{log.folder}.json", UPLOAD_RETRY)
     if content is None:
         return LogPosition(0, 0.0, 0.0)
@@ -5188,7 +5138,7 @@ async def answer_job(request: Request, body: Body, key: str | None, work: Work[B
     """Run a job, or join the running one with this key; answer with JSON or an event stream."""
     job = start_job(request, body, key, work)
     events = job.subscribe()
-    # Starlette cancels no plain handler when its client disconnects.
+    # Starlette does not cancel a plain handler when its client disconnects.
     watcher = asyncio.create_task(watch_disconnect(request, job, events))
     assert job.task is not None
     end_with_job(watcher, job.task)
@@ -5198,7 +5148,10 @@ async def answer_job(request: Request, body: Body, key: str | None, work: Work[B
 
 
 def end_with_job(watcher: asyncio.Task[None], job_task: asyncio.Task[None]) -> None:
-    """Cancel a client's watcher when the job ends; a client that has left is forgotten at once."""
+    """Cancel a client's watcher when the job ends.
+
+    A watcher that ends first is forgotten at once.
+    """
 
     def cancel_watcher(_: object) -> None:
         watcher.cancel()
@@ -5247,12 +5200,12 @@ def result_or_raise(job: Job) -> BaseModel:
 
 
 def replay_header(job: Job) -> dict[str, str]:
-    """Return Idempotency-Replayed if the result is an earlier request's."""
+    """Return the header Idempotency-Replayed if the result was read from the job log."""
     return {"Idempotency-Replayed": "true"} if job.replayed else {}
 
 
 def prefers_event_stream(accept: str) -> bool:
-    """Return whether an Accept header names an event stream, and JSON with no higher quality.
+    """Return whether an Accept header prefers an event stream to JSON, or likes both equally.
 
     RFC 9110, 12.5.1.
     """
@@ -5297,7 +5250,7 @@ def start_job(request: Request, body: Body, key: str | None, work: Work[Body]) -
 
 
 async def run_job(job: Job, coro: Awaitable[BaseModel]) -> None:
-    """Run a job to its end, in a task of its own: a result, or the error for all who wait."""
+    """Run a job to its end, in a task of its own, and set its result or error."""
     try:
         with job.scope, anyio.move_on_after(get_settings().job_timeout_seconds):
             job.result = await coro
@@ -5306,9 +5259,9 @@ async def run_job(job: Job, coro: Awaitable[BaseModel]) -> None:
     finally:
         if job.result is None:
             job.result = job.cancellation_error()
-            if job.log and not job.log.is_refused():  # another instance may still succeed, or has
+            if job.log and not job.log.is_refused():  # another instance may succeed, or has
                 job.result.retryable = True
-        app_state().jobs.pop(job.name, None)  # from now on only its log knows of it
+        app_state().jobs.pop(job.name, None)  # later requests find its log only
         app_state().video_budget.release(job.name)
         job.finish()
 
@@ -5334,9 +5287,7 @@ class EventStreamResponse(EventSourceResponse):
 
 
 async def sse_stream(job: Job, first_chunk: bytes | None, events: Events) -> AsyncIterator[bytes]:
-    """Yield every stage event, comments while there is none, then exactly one `result` or
-    `error`.
-    """
+    """Yield every stage event, comments in between, then exactly one `result` or `error`."""
     chunk = first_chunk
     while chunk is not None:
         yield chunk
@@ -5365,14 +5316,14 @@ async def next_sse_chunk(job: Job, events: Events) -> bytes | None:
             data = event.model_dump_json(exclude_none=True)
             return format_sse_event(event="stage", data_str=data)
     except asyncio.CancelledError:
-        # uvicorn cancels its requests as the process ends: the client still gets the job's outcome.
+        # uvicorn cancels open requests at shutdown; the client still gets the job's outcome.
         job.cancel("shutdown")
     return KEEPALIVE_COMMENT
 
 
 # ---- Job pipelines -------------------------------------------------------------------------------
 #
-# Each step asks job.partial whether an earlier request has done it already.
+# Each step first looks into job.partial, in case an earlier request with the same key has done it.
 
 
 async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
@@ -5384,10 +5335,7 @@ async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
 
 
 async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
-    """Make a final video.
-
-    The cheap step comes first, so that a bad text, voice or bucket costs no video.
-    """
+    """Make a final video; the speech comes first, so that a bad text or voice costs no video."""
     require_settings(SPEECH_JOB_SETTINGS)
     if job.partial.audio_url is None:
         check_text(body.text)
@@ -5403,7 +5351,7 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
             read_format = partial(asyncio.to_thread, read_video_format, video)
             video_format = await wait_out_descriptors(read_format)
 
-        # A model that takes speech makes a video that speaks by itself.
+        # The video of a model that takes speech has the speech in it already.
         speech_to_mux = speech if model.speech_field is None else None
         final = await make_final_video(video, video_format, speech_to_mux, body.fit, job)
 
@@ -5425,10 +5373,7 @@ async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
 
 
 def cut_seconds(audio_seconds: float | None, final_seconds: float | None) -> float | None:
-    """Return how much of the speech is not heard, because the final video ends before.
-
-    None: unknown.
-    """
+    """Return the seconds of speech after the end of the final video; None: unknown."""
     if audio_seconds is None or final_seconds is None:
         return None
     seconds = SPEECH_OFFSET_MS / 1000 + audio_seconds - final_seconds
@@ -5460,16 +5405,16 @@ def check_text(text: str) -> None:
 
 async def check_job(body: JobPromptOnly, job: Job, has_speech: bool = False) -> VideoModel:
     """Refuse, before anything is paid for, what cannot succeed; return the requested model."""
-    if job.partial.prediction_id:  # paid for under the settings and the schema of then
+    if job.partial.prediction_id:  # paid for: today's settings and schema do not matter
         return await find_paid_model(body.model)
     check_allowed_model(body.model or DEFAULT_MODEL)
     model = await find_model(body.model)
-    audio_url = EXAMPLE_AUDIO_URL if has_speech else None  # the speech's own URL is not known yet
+    audio_url = EXAMPLE_AUDIO_URL if has_speech else None  # stands for the speech, not made yet
     build_model_input(model, body, audio_url)
     app_state().create_line.check_turn(job)
     if has_speech and job.partial.audio_url is None:
         app_state().speech_line.check_turn(job)
-    if job.search_from is None:  # else it may be paid for
+    if job.search_from is None:  # otherwise a video may be paid for already
         await check_picture(body.image_url)
         app_state().video_budget.reserve(job.name)
     return model
@@ -5478,7 +5423,7 @@ async def check_job(body: JobPromptOnly, job: Job, has_speech: bool = False) -> 
 async def find_paid_model(name: str | None) -> VideoModel:
     """Find the model of a prediction that exists. Raises ProviderFailed, ResourceFailed.
 
-    If Replicate does not know the model just now, the prediction is not given up for that.
+    If Replicate does not know the model just now, the error is retryable: the video is paid for.
     """
     try:
         return await find_model(name)
@@ -5507,17 +5452,16 @@ async def make_speech(body: JobPromptTTS, job: Job, target: Path) -> str:
         if speech is not None and target.stat().st_size != len(speech):  # noqa: ASYNC240
             message = "The speech's public URL answers with another file; is SUPABASE_URL right?"
             raise ResourceFailed(message, "supabase", retryable=False)
-        if speech is None:  # an earlier request's
+        if speech is None:  # an earlier request has made it
             stored = await asyncio.to_thread(target.read_bytes)
             job.audio_seconds = await asyncio.to_thread(speech_seconds, stored)
     return audio_url
 
 
 async def download_speech(audio_url: str, target: Path) -> None:
-    """Fetch the speech as everybody would: a bucket that is not public shows before a video
-    is paid for.
+    """Fetch the speech from its public URL, before a video is paid for. Raises ResourceFailed.
 
-    Raises ResourceFailed.
+    The error says so if the bucket is not public.
     """
     try:
         await download(audio_url, target, DOWNLOAD_RETRY)
@@ -5549,10 +5493,9 @@ async def make_video(
 async def make_final_video(
     video: Path, video_format: VideoFormat, speech: Path | None, fit: Fit, job: Job
 ) -> Path:
-    """Make a video that plays everywhere and says the speech; None: the model's video speaks
-    by itself.
+    """Make a video that plays everywhere, with the speech put in. Raises ResourceFailed, OSError.
 
-    Raises ResourceFailed, OSError.
+    `speech` is None if the model's video has it already.
     """
     if not plays_everywhere(video_format, as_it_is=speech is None):
         with job.stage("convert"):
@@ -5599,7 +5542,7 @@ EXAMPLE_SPEECH_RESULT = SpeechResult(
 
 
 def job_responses(example: BaseModel) -> dict[int | str, dict[str, Any]]:
-    """Return how a job's two forms of response, and its errors, are described in /docs."""
+    """Return the OpenAPI description of a job's JSON response, event stream and errors."""
     text = ""
     for name, event in (("stage", EXAMPLE_STAGE), ("result", example)):
         text += f"event: {name}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
@@ -5624,8 +5567,8 @@ def job_responses(example: BaseModel) -> dict[int | str, dict[str, Any]]:
     }
     content = {
         "application/json": {"example": example.model_dump()},
-        # OpenAPI 3.2 has itemSchema; generators of clients still read 3.1, and a schema
-        # of the whole body would give every call of theirs two types.
+        # OpenAPI 3.2 has itemSchema, but client generators still read 3.1, where a schema of the
+        # whole body would give each of their calls two types.
         "text/event-stream": {"x-itemSchema": event_schema, "example": text},
     }
     return {200: {"content": content}, **ERROR_RESPONSES}
@@ -5677,7 +5620,7 @@ async def debug_head(body: HeadRequest) -> HeadResult:
 
 
 def openapi() -> dict[str, Any]:
-    """Return the contract, with the events of a stream beside the bodies."""
+    """Return the OpenAPI document, with the schemas of the events added."""
     contract = FastAPI.openapi(app)
     for event in (StageEvent, ErrorEvent):
         schema = event.model_json_schema(ref_template="#/components/schemas/{model}")
