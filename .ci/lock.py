@@ -13,10 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements.txt"
 LOCK = ROOT / ".ci" / "requirements.lock"
+# On any machine, the files for Render
 PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux2014_x86_64",
-)  # on any machine, the files for Render
+)
 
 
 def render_python() -> str:

@@ -30,24 +30,25 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# They are about something else than main.py
 LEFT_OUT = (
     "test_bench.py",
     "test_live.py",
     "test_sandbox.py",
-)  # they are about something else than main.py
+)
 QUICK_S = 5.0  # a failure in a file that takes longer is doubted: where time counts, a busy machine fails as well
+# They take long to load
 UNUSED = (
     "cacheprovider",
     "schemathesis",
     "hypothesispytest",
     "playwright",
     "base_url",
-)  # they take long to load
+)
 PYTEST = ("-m", "pytest", "-xq", "--tb=no", "--lanes=1", *(f"-pno:{plugin}" for plugin in UNUSED))
 HANG = ("-o", "faulthandler_timeout=120", "-o", "faulthandler_exit_on_timeout=true")  # of one test
-BOUND = partial(
-    resource.setrlimit, resource.RLIMIT_DATA, (4 << 30,) * 2
-)  # should a mutant grow without end
+# Should a mutant grow without end
+BOUND = partial(resource.setrlimit, resource.RLIMIT_DATA, (4 << 30,) * 2)
 
 SWAPS = {
     **{
@@ -74,9 +75,8 @@ SWAPS = {
 NAME_SWAPS = {"min": "max", "max": "min", "any": "all", "all": "any", "fullmatch": "match"}
 UNWRAPPED = ("shield", "wait_for", "redact")  # calls that give way to their first argument
 NO_POLICY = ("description", "examples", "example", "summary", "responses", "maxsize")  # arguments
-DOCUMENTATION = re.compile(
-    r"(?i)example|^(job|head)_errors|event_stream"
-)  # what is named so at the top
+# What is named so at the top
+DOCUMENTATION = re.compile(r"(?i)example|^(job|head)_errors|event_stream")
 WORD = re.compile(r"[\w./:;=*+-]+")  # a text with blanks is a message
 FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 # Writes each line of main.py's functions and the test it runs for, none in the service's own processes.
@@ -97,12 +97,10 @@ sys.settrace(trace)
 threading.settrace(trace)
 """
 
-Cover = dict[
-    str, tuple[float, dict[str, list[int]]]
-]  # by test file: its seconds of CPU, and each test's lines
-Edit = tuple[
-    str, int, int, int, str
-]  # operator, line, first and last column in bytes, what stands there instead
+# By test file: its seconds of CPU, and each test's lines
+Cover = dict[str, tuple[float, dict[str, list[int]]]]
+# Operator, line, first and last column in bytes, what stands there instead
+Edit = tuple[str, int, int, int, str]
 Row = dict[str, Any]  # a mutant; with its verdict, a line of the results
 
 
@@ -193,9 +191,8 @@ class Source:
             for number, line in enumerate(self.lines, 1)
             if re.search(rf"\b({names})\b", line)
         ]
-        here = set(
-            range(*mutant["here"]) or named
-        )  # what stands at the top runs everywhere: who names it counts
+        # What stands at the top runs everywhere: who names it counts
+        here = set(range(*mutant["here"]) or named)
         single, whole, is_reached = list[str](), list[str](), False
         for file, (seconds, lines) in sorted(cover.items(), key=lambda item: item[1][0]):
             reaching = [test for test, its_lines in lines.items() if here & set(its_lines)]

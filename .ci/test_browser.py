@@ -133,7 +133,7 @@ def test_whatever_a_model_hands_over_is_seen(page: Page, video_format: str) -> N
 
 def test_the_bar_shows_the_percentage_of_the_video(page: Page, sandbox: Sandbox) -> None:
     """While the video is made, the bar shows the percentage in the model's log."""
-    sandbox.reads_to_finish, sandbox.video_seconds = 8, 1.5
+    sandbox.polls_to_finish, sandbox.video_seconds = 8, 1.5
     make_video(page)
     page.wait_for_function(
         "(bar => bar && bar.value > 0 && bar.value < 100)(document.querySelector('progress'))",
@@ -726,7 +726,7 @@ FETCH_HEADERS = """async ([service, image_url]) => {
 def test_the_page_fits_a_phone(open_page: OpenPage, sandbox: Sandbox) -> None:
     """At 360 px nothing overflows in any state of the page."""
     page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
-    sandbox.reads_to_finish, sandbox.video_seconds = 8, 1.0
+    sandbox.polls_to_finish, sandbox.video_seconds = 8, 1.0
     widths = {"rest": overflow(page)}
     make_video(page)
     page.wait_for_selector("progress", timeout=JOB_MS)

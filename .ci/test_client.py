@@ -645,9 +645,8 @@ def test_an_aborted_call_throws_the_signals_reason(
         plain(502, PAGE, "text/html") if moment in ("retry", "delay") else endless
     )
     started = time.monotonic()
-    outcome = make_video(
-        JOB, stand_in.url, {"abortAt": moment, "speedup": 0.05}, key=KEY
-    )  # a delay would take 15 s
+    # A delay would take 15 s
+    outcome = make_video(JOB, stand_in.url, {"abortAt": moment, "speedup": 0.05}, key=KEY)
     assert time.monotonic() - started < 10
     assert (outcome.is_video_error, outcome.error["message"]) == (False, "aborted by the user")
     assert len(stand_in.requests) == requests

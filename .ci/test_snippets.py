@@ -155,7 +155,7 @@ def test_a_block_says_what_went_wrong(
 def wait_for_video(sandbox: Sandbox) -> None:
     """Wait until a video is being made."""
     deadline = time.monotonic() + 20
-    while not sandbox.calls("read"):
+    while not sandbox.calls("poll"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 

@@ -34,9 +34,8 @@ def folder(running_service: Service, tmp_path_factory: pytest.TempPathFactory) -
         (folder / "openapi.json").write_bytes(response.read())
     run(folder, "npm", "run", "types")
     run(folder, "npm", "run", "build")
-    shutil.copy(
-        KIT / "client.js", folder / "built"
-    )  # the compiler leaves it to others, as a front end's would
+    # The compiler leaves it to others, as a front end's would
+    shutil.copy(KIT / "client.js", folder / "built")
     return folder
 
 

@@ -55,27 +55,24 @@ from tests.sandbox.schemas import Model
 
 # The limits: what README promises on two cores.
 ONE_SHORT_JOB = 1.04  # of the providers' own time: up to 0.27 s of waiting for a read, then ffmpeg
-ONE_LONG_JOB = 1.02  # reads are 2.5 % of the time waited apart, so half of that is lost on average
+ONE_LONG_JOB = 1.02  # polls are 2.5 % of the time waited apart, so half of that is lost on average
 CROWD_TIME = 1.35  # of one job's: the muxes of all share the cores
 HEALTH_P99_MS = 50.0  # far below the 5 s that Render gives a health check
 GROWTH_MB = 60.0  # media stream through; on top of 60 MB at rest that leaves most of 512 MB
 TREE_MB = 300.0  # service and ffmpeg together, of the smallest instance's 512 MB
 CONVERT_CPU_S = 12.0  # of a video that not every browser plays, beside its mux
 CONVERT_MB = 260.0  # service and ffmpeg together
-REFUSED = (
-    5.0  # by Replicate's limits, 600 creates and 3,000 other calls a minute (docs rate-limits)
-)
-PACED_TIME = 1.6  # of the video's time: reads of 300 jobs are 7.5 s apart
-CPU_OVER_FFMPEG = (
-    1.7  # of bare ffmpeg's, which takes some 65 ms on a voice: 45 ms beside it are ours
-)
+# By Replicate's limits, 600 creates and 3,000 other calls a minute (docs rate-limits)
+REFUSED = 5.0
+PACED_TIME = 1.6  # of the video's time: polls of 300 jobs are 7.5 s apart
+# Of bare ffmpeg's, which takes some 65 ms on a voice: 45 ms beside it are ours
+CPU_OVER_FFMPEG = 1.7
 OWN_CPU_MS = 45.0  # a core does twenty jobs a second, if ffmpeg runs elsewhere
-READS = 55.0  # a video; Replicate's own client makes two a second
-LATE_S = 0.35  # its 0.25 s, and no more than one reads so much less often for
+POLLS = 55.0  # a video; Replicate's own client makes two a second
+LATE_S = 0.35  # its 0.25 s, and no more than so many fewer polls are worth
 LINE_TIME = 1.5  # of the best possible: the line finds out by refusals what the plan allows
-LINE_REFUSED = (
-    299.0  # 300 speeches at once: at worst all but ten, before the first refusal is known
-)
+# 300 speeches at once: at worst all but ten, before the first refusal is known
+LINE_REFUSED = 299.0
 CREATES_S = 115.0  # 80 s at best: the last 400 may begin after a minute, and take 20 s
 CREATES_REFUSED = 199.0
 CROWD_HEALTH_MS = 500.0
@@ -123,9 +120,8 @@ class Sizes:
     line_creates: int = 1_000
     line_creates_s: float = 20.0
     line_low: int = 8
-    growth_poll_s: float = (
-        2.0  # the longest wait between two reads, but for what the crowd itself imposes
-    )
+    # The longest wait between two polls, but for what the crowd itself imposes
+    growth_poll_s: float = 2.0
 
     def providers_s(self, video_s: float) -> float:
         """Seconds that a speech job spends at the providers: speech, upload, video, download, upload."""
@@ -198,7 +194,7 @@ class Studio(Replicate):
 
     def create(self, request: Request, model: Model, body: dict[str, Any]) -> Response:
         """Start a prediction that takes the next of the times, and ends at the first read after it."""
-        self.behaviour = Behaviour(reads_to_finish=1, video_seconds=next(self.times_s))
+        self.behaviour = Behaviour(polls_to_finish=1, video_seconds=next(self.times_s))
         return super().create(request, model, body)
 
 
@@ -256,7 +252,7 @@ class SecureSandbox(Sandbox):
 class Watched:
     """How a video was waited for: how often it was read, and the seconds from its end to the read that found it."""
 
-    reads: int
+    polls: int
     late_s: float
 
 
@@ -319,7 +315,7 @@ def provide(pipe: Connection, certificate: Path, key: Path) -> None:
                 ended = [one for one in sandbox.predictions.values() if one.status == "succeeded"]
                 pipe.send(
                     [
-                        Watched(one.reads, one.ended_after_s - one.behaviour.video_seconds)
+                        Watched(one.polls, one.ended_after_s - one.behaviour.video_seconds)
                         for one in ended
                     ]
                 )
@@ -718,7 +714,7 @@ class Bench:
             found = re.findall(rf"the line at {provider} is gone: .*refusals=(\d+)", service.log)
         return load, sum(map(int, found)), health_ms
 
-    def reads(self) -> Iterator[Row]:
+    def polls(self) -> Iterator[Row]:
         """Videos of one model, whose times differ: how often each is read, and how late its end is noticed."""
         sizes, failed = self.sizes, 0
         times_s = video_times_s(sizes.watched_s, sizes.watched * (1 + sizes.watched_waves))
@@ -730,15 +726,15 @@ class Bench:
         watched = self.providers.watched()
         first, later = watched[: sizes.watched], watched[sizes.watched :]
         name = f"Videos of some {sizes.watched_s:g} s, {sizes.watched} at once"
-        yield Row("reads", f"{name}: not answered", failed, 0)
-        reads, late_s = (
-            statistics.mean(one.reads for one in later),
+        yield Row("polls", f"{name}: not answered", failed, 0)
+        polls, late_s = (
+            statistics.mean(one.polls for one in later),
             statistics.mean(one.late_s for one in later),
         )
-        note = f"mean of {len(later)}; {statistics.mean(one.reads for one in first):.0f} of the first {len(first)}"
-        yield Row("reads", f"{name}: polls of each", reads, READS, note=note)
+        note = f"mean of {len(later)}; {statistics.mean(one.polls for one in first):.0f} of the first {len(first)}"
+        yield Row("polls", f"{name}: polls of each", polls, POLLS, note=note)
         note = f"mean; most {max(one.late_s for one in later):.2f} s"
-        yield Row("reads", f"{name}: known after its end", late_s, LATE_S, "s", note)
+        yield Row("polls", f"{name}: known after its end", late_s, LATE_S, "s", note)
 
     def cpu(self) -> Iterator[Row]:
         """Processor time of speech jobs, the service's own and with ffmpeg's, and of ffmpeg alone."""
@@ -749,9 +745,8 @@ class Bench:
             asyncio.run(client.jobs(1))
             bare_s = [bare_mux_cpu_s(self.video, count)]
             own_s, theirs_s = cpu_of_jobs_s(client, count)
-            bare_s.append(
-                bare_mux_cpu_s(self.video, count)
-            )  # on both sides, since a machine's speed drifts
+            # On both sides, since a machine's speed drifts
+            bare_s.append(bare_mux_cpu_s(self.video, count))
             alone_s = cpu_of_jobs_s(client, alone, apart_s=APART_S)
         name, ffmpeg_s, job_s = (
             f"{count} speech jobs at once",
@@ -770,7 +765,7 @@ class Bench:
         yield Row("cpu", f"{name}: CPU each without ffmpeg's", own_s * 1000, OWN_CPU_MS, "ms", note)
 
     def growth(self) -> Iterator[Row]:
-        """Ever more jobs at once in one process, all with about the same number of reads."""
+        """Ever more jobs at once in one process, all with about the same number of polls."""
         cpu_ms, waiting_mb, sizes = list[float](), list[float](), self.sizes
         self.prepare(sizes.growth_s)
         with self.fresh(POLL_MIN_SECONDS=f"{sizes.growth_poll_s:g}") as service:
@@ -812,7 +807,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "convert": Bench.convert,
     "pace": Bench.pace,
     "line": Bench.line,
-    "reads": Bench.reads,
+    "polls": Bench.polls,
     "cpu": Bench.cpu,
     "growth": Bench.growth,
 }

@@ -463,9 +463,10 @@ class World:
         pick = self.random
         self.storage_s = pick.choice([0.01, 0.05, 0.15, 0.4])
         self.fault_share = pick.choice([0.0, 0.0, 0.02, 0.1, 0.25])
+        # Fails often
         self.weak_call = pick.choice(
             [None, None, "create", "create", "move", "speech", "read", "upload"]
-        )  # fails often
+        )
         self.storage_skew_s = pick.uniform(-120, 120)
         self.replicate_skew_s = pick.uniform(-120, 120)
         self.settings = {"JOB_TIMEOUT_SECONDS": pick.choice(["600", "600", "600", "600", "90"])}

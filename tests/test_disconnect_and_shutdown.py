@@ -46,7 +46,7 @@ HOLDS: dict[str, list[str]] = {
     "speech": ["speech"],
     "audio_upload": ["upload"],
     "create": ["create"],
-    "video": ["read"],
+    "video": ["poll"],
     "download": ["output"],
     "mux": [],
     "final_upload": ["upload", "upload"],
@@ -69,9 +69,8 @@ class HoldingService:
     ) -> None:
         self.sandbox, self.folder, self.slow_next = sandbox, folder / "tmp", folder / "slow-next"
         self.folder.mkdir(parents=True)
-        ffmpeg = (
-            folder / "ffmpeg"
-        )  # the real one; where `slow_next` exists, it reads the video no faster than it plays, times `mux_rate`
+        # The real one; where `slow_next` exists, it reads the video no faster than it plays, times `mux_rate`
+        ffmpeg = folder / "ffmpeg"
         real = imageio_ffmpeg.get_ffmpeg_exe()
         ffmpeg.write_text(
             f'#!/bin/sh\n/bin/rm "{self.slow_next}" 2>&- && exec "{real}" -readrate {mux_rate} "$@"\nexec "{real}" "$@"\n'
@@ -156,7 +155,7 @@ async def test_a_disconnect_cancels_a_job_without_a_key(
     )
     assert time.monotonic() - left_at < (1.5 if stage == "create" else 1.0)
     request_count = len(sandbox.requests)
-    await anyio.sleep(0.08)  # four reads
+    await anyio.sleep(0.08)  # four polls
     assert len(sandbox.requests) == request_count
     assert len(sandbox.calls("cancel")) == (stage in ("create", "video"))
     assert len(videos) == (stage in MADE)
@@ -316,7 +315,7 @@ async def test_a_cancel_is_finished_after_the_graceful_shutdown(sandbox: Sandbox
     with Service(environment, graceful_s=1) as service:
         async with await anyio.connect_tcp("127.0.0.1", service.port) as connection:
             await connection.send(request_bytes(speech_job(sandbox), FORMS["json"]))
-            assert await wait_until(lambda: sandbox.calls("read"))
+            assert await wait_until(lambda: sandbox.calls("poll"))
             service.process.send_signal(signal.SIGTERM)
             await anyio.sleep(0.85)  # of the one second that is left
         assert await anyio.to_thread.run_sync(service.process.wait, 10) in (0, -signal.SIGTERM)

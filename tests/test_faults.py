@@ -42,7 +42,7 @@ PLACES = {
     "audio upload": Place("upload", "audio_upload", "resource", "supabase", frozenset()),
     "speech file": Place("public", "audio_upload", "resource", None, SPOKEN),
     "create": Place("create", "video", "provider", "replicate", SPOKEN),
-    "read": Place("read", "video", "provider", "replicate", SPOKEN | {"prediction_id"}),
+    "poll": Place("poll", "video", "provider", "replicate", SPOKEN | {"prediction_id"}),
     "video": Place("output", "download", "resource", None, PAID_FOR),
     "final upload": Place("upload", "final_upload", "resource", "supabase", PAID_FOR),
 }
@@ -135,7 +135,7 @@ class Case:
     def is_late(self) -> bool:
         """Whether the job ends at its deadline."""
         return self.outcome == "late" or (
-            self.goes_on and self.place == "read" and self.fault != "404"
+            self.goes_on and self.place == "poll" and self.fault != "404"
         )
 
     @property
@@ -199,7 +199,7 @@ class Instance:
     def __init__(self, folder: Path, deadline_s: int) -> None:
         self.folder, self.deadline_s = folder, deadline_s
         folder.mkdir()
-        self.sandbox = Sandbox(reads_to_finish=1).start()
+        self.sandbox = Sandbox(polls_to_finish=1).start()
         changes = {**PACE, "TMPDIR": str(folder), "JOB_TIMEOUT_SECONDS": str(deadline_s)}
         self.service = Service({**self.sandbox.environment(), **changes})
 
@@ -291,9 +291,8 @@ async def run_all(cases: list[Case], instances: list[Instance]) -> dict[Case, Se
         await anyio.to_thread.run_sync(instance.service.start)
         async with service_client(instance.service.url) as client:
             instance.sandbox.video(short_video())
-            await client.post(
-                "/jobs_prompt_tts", json=speech_job(instance.sandbox)
-            )  # what is made once has been made
+            # What is made once has been made
+            await client.post("/jobs_prompt_tts", json=speech_job(instance.sandbox))
             while queue:
                 case = queue.pop()
                 seen[case] = await instance.run(client, case)
@@ -360,7 +359,7 @@ def test_a_lasting_fault_ends_the_job_with_its_error(seen: dict[Case, Seen], cas
     assert ("86400 s" in found.answer["detail"]) == ("day" in case.fault)
     if case.outcome == "on" and case.goes_on:  # as long as patience lasts
         assert found.asked > 4
-    elif (case.place, case.outcome) != ("read", "late"):
+    elif (case.place, case.outcome) != ("poll", "late"):
         assert found.asked == (int(case.outcome) if case.goes_on else 1)
 
 

@@ -562,7 +562,7 @@ async def test_a_prediction_larger_than_a_megabyte_is_not_read(
 ) -> None:
     """The job ends, and its prediction is cancelled."""
     body = prediction_of(json.dumps(["x" * 1_000] * 1_100))
-    sandbox_environ.fault("read", "status", status=200, body=body)
+    sandbox_environ.fault("poll", "status", status=200, body=body)
     async with application(monkeypatch) as client:
         response = await send_video_job(client, sandbox_environ)
     assert (response.status_code, response.json()["provider"]) == (500, "replicate")
@@ -602,7 +602,7 @@ async def test_a_poll_that_is_redirected_is_made_again(
 ) -> None:
     """The video is paid for: a redirect is an outage, wherever it leads."""
     headers = {"location": location} if location else {}
-    sandbox_environ.fault("read", "status", times=3, status=302, headers=headers)
+    sandbox_environ.fault("poll", "status", times=3, status=302, headers=headers)
     async with application(monkeypatch) as client:
         response = await send_video_job(client, sandbox_environ)
     assert response.status_code == 200, response.text
@@ -628,7 +628,7 @@ def open_descriptors(pid: int) -> int:
 
 
 @needs_proc
-@pytest.mark.parametrize("call", ["read", "output", "upload"])
+@pytest.mark.parametrize("call", ["poll", "output", "upload"])
 async def test_running_out_of_descriptors_after_paying_is_waited_out(
     sandbox: Sandbox, start_service: StartService, call: str
 ) -> None:
@@ -664,9 +664,8 @@ async def test_the_log_is_bounded_while_no_connection_can_be_accepted(
         resource.prlimit(service.pid, resource.RLIMIT_NOFILE, hard)
         async with httpx.AsyncClient(trust_env=False, verify=False, timeout=30) as client:
             assert (await client.get(f"{service.url}/health")).status_code == 200
-    assert (
-        service.log.count("out of system resource") <= 2
-    )  # the second may be the exception's own text
+    # The second may be the exception's own text
+    assert service.log.count("out of system resource") <= 2
     assert len(service.log) < 10_000
 
 

@@ -242,7 +242,7 @@ async def test_any_number_of_requests_join_a_running_job(front: FrontEnd, path: 
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(wait, "events")
-        assert await wait_until(lambda: front.sandbox.calls("read"))
+        assert await wait_until(lambda: front.sandbox.calls("poll"))
         await front.leave(
             path, "events", lambda: f"joins the job of request_id={front.key}" in front.service.log
         )
@@ -262,7 +262,7 @@ async def test_any_number_of_requests_join_a_running_job(front: FrontEnd, path: 
 # What makes a job fail with a 500 at each step: the call, its number among such calls, and its status.
 FAILURES = {
     "speech": ("speech", 1, 401), "audio_upload": ("upload", SPEECH, 403), "fetch": ("public", 1, 403),
-    "create": ("create", 1, 402), "video": ("read", 1, 402), "download": ("output", 1, 403),
+    "create": ("create", 1, 402), "video": ("poll", 1, 402), "download": ("output", 1, 403),
     "mux": None, "final_upload": ("upload", VIDEO, 403),
 }  # fmt: skip
 
@@ -298,7 +298,7 @@ async def test_a_failed_job_is_resumed(calm: FrontEnd, step: str, form: str) -> 
 # it has its number, and its caller does not know; the service waits 8 s for that. The last three renew their claims,
 # which makes uploads and moves of its own.
 HOLDS = {
-    "video": ("read", 1), "download": ("output", 1), "final_upload": ("upload", VIDEO),
+    "video": ("poll", 1), "download": ("output", 1), "final_upload": ("upload", VIDEO),
     "begun": ("move", ENTRIES[BEGUN]), "spoken": ("move", ENTRIES[SPOKEN]), "done": ("move", ENTRIES[DONE]),
     "created": ("move", ENTRIES[CREATED]),
     "audio_upload": ("upload", SPEECH), "create": ("create", 1), "speech": ("speech", 1),
@@ -339,9 +339,8 @@ class Resumed(NamedTuple):
     first: dict[str, JobOutcome]
     again: dict[str, JobOutcome]
     records: dict[str, dict[str, Any]]
-    setup_s: float = (
-        0.0  # from the first job that is held for seconds only to the end of the process
-    )
+    # From the first job that is held for seconds only to the end of the process
+    setup_s: float = 0.0
 
 
 @pytest.fixture(scope="module", params=[signal.SIGKILL, signal.SIGTERM], ids=lambda one: one.name)
@@ -609,9 +608,9 @@ async def test_a_rejected_poll_does_not_refuse_the_job_for_good(
 ) -> None:
     """A token or a plan can be put right: the next request delivers the video that was paid for."""
     front.service = start_once(PATIENCE_SECONDS="0.8")  # 401 and 403 are retried for 0.2 s
-    front.fault("read", status=status, times=None)
+    front.fault("poll", status=status, times=None)
     assert (await front.send(SILENT)).kind == (500, "provider", False)
-    front.sandbox.wire.faults["read"].clear()
+    front.sandbox.wire.faults["poll"].clear()
     assert ((await front.send(SILENT)).status, front.paid_for) == (200, (0, 1))
 
 
@@ -901,7 +900,7 @@ async def test_the_storage_calls_that_a_key_costs(calm: FrontEnd, path: str) -> 
         assert (await replace(calm, key=key).send(path)).status == 200
         return Counter(request.call for request in calm.sandbox.requests)
 
-    calm.sandbox.reads_to_finish = 1
+    calm.sandbox.polls_to_finish = 1
     without = await calls(None)
     entries = 4 if path == TALKING else 3
     expected = {"objects": 1, "storage": 1, "upload": entries, "move": entries}
@@ -1014,10 +1013,10 @@ async def test_without_a_key_only_the_record_is_missing(front: FrontEnd) -> None
         assert (await replace(front, key=key).send(SILENT)).status == 200
         return [(f"{one.call} {one.method} {one.path}", one.body) for one in front.sandbox.requests]
 
-    front.sandbox.reads_to_finish = 1
+    front.sandbox.polls_to_finish = 1
     plain, keyed = await sent(None), await sent("a-key")
     first, second = front.sandbox.predictions
-    assert [call.split()[0] for call, _ in plain] == ["picture", "create", "read"]
+    assert [call.split()[0] for call, _ in plain] == ["picture", "create", "poll"]
     assert [
         (call.replace(second, first), body) for call, body in keyed if "storage" not in call
     ] == plain
@@ -1081,9 +1080,9 @@ async def test_a_model_that_is_missing_for_a_moment_does_not_refuse_a_paid_video
 ) -> None:
     """The look-up of another process gets a 404: the job may be sent again, and its video is delivered."""
     front.changes = {"model": "wan-video/wan-2.2-i2v-fast"}
-    front.fault("read", status=401, times=None)
+    front.fault("poll", status=401, times=None)
     assert (await front.send(SILENT)).status == 500
-    front.sandbox.wire.faults["read"].clear()
+    front.sandbox.wire.faults["poll"].clear()
 
     front.sandbox.fault("model", "status", status=404)
     second, third = start_once(number=2), start_once(number=3)

@@ -40,9 +40,8 @@ def provider_response(status: int, body: Any = None, **headers: str) -> main.Pro
 
 # The policy
 
-Outcomes = (
-    str  # "+": a call succeeded; a figure: one was refused while so many others were under way
-)
+# "+": a call succeeded; a figure: one was refused while so many others were under way
+Outcomes = str
 
 PACES = [  # the outcomes, how many go at once then, how many must succeed for one more
     ("a refusal while others are under way: as many", "9", 9, 72),

@@ -47,9 +47,8 @@ class Takes(NamedTuple):
 
     picture: str
     length: str | None = None
-    lengths: dict[int, int] | None = (
-        None  # seconds -> what the model is sent; None: any, as they are
-    )
+    # Seconds -> what the model is sent; None: any, as they are
+    lengths: dict[int, int] | None = None
     size: str | None = None
     sizes: tuple[str, ...] = ()
     speech: str | None = None

@@ -24,7 +24,7 @@ Durations = Callable[[random.Random, int], float]  # of video number so and so, 
 class Polled(NamedTuple):
     """What it took to see one video."""
 
-    reads: int
+    polls: int
     late_s: float
 
 
@@ -35,14 +35,17 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_for(
-    video_s: float, known: "deque[float] | tuple[float, ...]", chance: random.Random, polls: int = 1
+    video_s: float,
+    known: "deque[float] | tuple[float, ...]",
+    chance: random.Random,
+    active_polls: int = 1,
 ) -> Polled:
     """One video that is ready after `video_s`, polled as the service would."""
-    waited_s, reads = 0.0, 0
+    waited_s, polls = 0.0, 0
     while waited_s < video_s:
-        waited_s += main.poll_delay_s(waited_s, polls, known) * chance.uniform(0.9, 1.1)
-        reads += 1
-    return Polled(reads, waited_s - video_s)
+        waited_s += main.poll_delay_s(waited_s, active_polls, known) * chance.uniform(0.9, 1.1)
+        polls += 1
+    return Polled(polls, waited_s - video_s)
 
 
 def simulate(
@@ -75,19 +78,19 @@ def changing(first: Durations, then: Durations) -> Durations:
 def averages(polled: list[Polled]) -> Polled:
     """Mean polls and mean lateness of a video, once ten durations are known."""
     return Polled(
-        mean(video.reads for video in polled[10:]), mean(video.late_s for video in polled[10:])
+        mean(video.polls for video in polled[10:]), mean(video.late_s for video in polled[10:])
     )
 
 
 def test_known_durations_take_few_polls_and_little_time():
     """Over videos of 30 to 120 s with a spread of 10 %: at most 55 polls, and 0.35 s late, on average."""
     reached = [averages(simulate(around(middle_s, 0.1))) for middle_s in (30, 45, 60, 90, 120)]
-    assert mean(one.reads for one in reached) <= 55
+    assert mean(one.polls for one in reached) <= 55
     assert mean(one.late_s for one in reached) <= 0.35
 
 
 @pytest.mark.parametrize(
-    ("durations", "reads", "late_s"),
+    ("durations", "polls", "late_s"),
     [
         pytest.param(around(30, 0.1), 50, 0.2, id="30 s, 10 % to both sides"),
         pytest.param(around(60, 0.05), 40, 0.4, id="60 s, 5 %"),
@@ -97,11 +100,11 @@ def test_known_durations_take_few_polls_and_little_time():
         pytest.param(changing(around(45, 0.05), around(90, 0.05)), 75, 0.6, id="45 s, then 90 s"),
     ],
 )
-def test_known_durations_save_polls_and_lateness(durations, reads, late_s):
+def test_known_durations_save_polls_and_lateness(durations, polls, late_s):
     """Whatever the spread: fewer polls than without known durations, and sooner."""
     reached = averages(simulate(durations))
     unknowing = averages(simulate(durations, kept=0))
-    assert reached.reads <= min(reads, 0.8 * unknowing.reads)
+    assert reached.polls <= min(polls, 0.8 * unknowing.polls)
     assert reached.late_s <= min(late_s, 0.9 * unknowing.late_s)
 
 
@@ -146,7 +149,7 @@ def test_a_video_slower_than_any_before_is_polled_less_and_less(video_s):
     chance = random.Random(1)
     polled = [wait_for(video_s, NINETY, chance) for _ in range(20)]
     unknowing = [wait_for(video_s, (), chance) for _ in range(20)]
-    assert mean(video.reads for video in polled) <= mean(video.reads for video in unknowing)
+    assert mean(video.polls for video in polled) <= mean(video.polls for video in unknowing)
     assert max(video.late_s for video in polled) <= 1.1 * main.POLL_MAX_S
 
 
@@ -174,7 +177,7 @@ class Replicate:
     """Replicate at the edge of the process: every prediction is ready `video_s` after it was made."""
 
     def __init__(self, router: respx.MockRouter) -> None:
-        self.video_s, self.outcome, self.reads, self.made, self.first_read_s = (
+        self.video_s, self.outcome, self.polls, self.made, self.first_poll_s = (
             VIDEO_S,
             "succeeded",
             0,
@@ -188,13 +191,13 @@ class Replicate:
 
     def create(self, request: httpx.Request) -> httpx.Response:
         """A new prediction."""
-        self.made, self.reads = time.monotonic(), 0
+        self.made, self.polls = time.monotonic(), 0
         return httpx.Response(201, json=self.prediction("starting"))
 
     def read(self, request: httpx.Request) -> httpx.Response:
         """How it is now."""
-        self.reads, age_s = self.reads + 1, time.monotonic() - self.made
-        self.first_read_s = age_s if self.reads == 1 else self.first_read_s
+        self.polls, age_s = self.polls + 1, time.monotonic() - self.made
+        self.first_poll_s = age_s if self.polls == 1 else self.first_poll_s
         return httpx.Response(
             200, json=self.prediction(self.outcome if age_s >= self.video_s else "processing")
         )
@@ -207,7 +210,7 @@ class Replicate:
 
 @pytest.fixture
 async def replicate(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Replicate]:
-    """Replicate, with reads that may follow each other at once, and the application, which knows of no video yet."""
+    """Replicate, with polls that may follow each other at once, and the application, which knows of no video yet."""
     use_settings(monkeypatch, POLL_MIN_SECONDS="0.001")
     async with main.lifespan(main.app):
         with respx.mock(assert_all_called=False) as router:
@@ -224,7 +227,7 @@ async def test_the_second_video_of_a_kind_is_polled_later(replicate):
     replicate.video_s = 1.0  # a tenth of it is long enough for a busy machine
     await video()
     await video()
-    assert replicate.first_read_s >= 0.9 * 0.1 * replicate.video_s
+    assert replicate.first_poll_s >= 0.9 * 0.1 * replicate.video_s
     await video(seconds=10)
     assert [len(durations) for durations in main.app_state().recent_durations.values()] == [2, 1]
     assert all(
@@ -250,5 +253,5 @@ async def test_a_resumed_prediction_is_polled_at_once(replicate):
     job = main.Job("-")
     job.partial.prediction_id = "p1"
     assert await main.hailuo_video_from_prompt(main.JobPromptOnly(**BODY), job)
-    assert replicate.first_read_s < 0.1 * replicate.video_s
+    assert replicate.first_poll_s < 0.1 * replicate.video_s
     assert not main.app_state().recent_durations

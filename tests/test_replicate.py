@@ -25,8 +25,8 @@ VIDEO_URL = "https://replicate.delivery/xezq/video.mp4"
 API = f"{REPLICATE_URL}/v1"
 CREATE_URL = f"{API}/models/minimax/hailuo-02/predictions"
 LIST_URL = f"{API}/predictions"
-READ_URL = f"{LIST_URL}/p1"
-CANCEL_URL = f"{READ_URL}/cancel"
+POLL_URL = f"{LIST_URL}/p1"
+CANCEL_URL = f"{POLL_URL}/cancel"
 JOB = main.JobPromptOnly(image_url=PICTURE_URL, prompt="The cat talks")
 BODY = {"image_url": PICTURE_URL, "prompt": "The cat talks"}
 INPUT = {
@@ -71,13 +71,13 @@ class Replicate:
         self.router = router
         self.create = router.post(CREATE_URL).respond(201, json=prediction("starting"))
         self.list = router.get(LIST_URL).respond(200, json={"results": [], "next": None})
-        self.read = router.get(READ_URL).respond(200, json=DONE)
+        self.poll = router.get(POLL_URL).respond(200, json=DONE)
         self.cancel = router.post(CANCEL_URL).respond(200, json=prediction("canceled"))
 
-    def reads(self, *outcomes: Any) -> None:
+    def polls(self, *outcomes: Any) -> None:
         """What the polls return one after the other; the last one stays."""
         turns = itertools.chain(outcomes, itertools.repeat(outcomes[-1]))
-        self.read.mock(side_effect=lambda request: respond_with(next(turns)))
+        self.poll.mock(side_effect=lambda request: respond_with(next(turns)))
 
     def lists(self, *pages: list[Any]) -> None:
         """The lists of predictions one after the other; the last one stays."""
@@ -115,7 +115,7 @@ async def test_the_create_and_the_poll(monkeypatch, client, replicate):
     """The default model's fields and route, with Cancel-After; a silent video needs one key only."""
     use_settings(monkeypatch, ELEVEN_API_KEY="", SUPABASE_URL="", SUPABASE_SERVICE_ROLE="")
     assert await post(client) == (200, {"video_url": VIDEO_URL})
-    create, read = replicate.create.calls.last.request, replicate.read.calls.last.request
+    create, read = replicate.create.calls.last.request, replicate.poll.calls.last.request
     assert (json.loads(create.content), read.content) == ({"input": INPUT}, b"")
     assert (create.headers["cancel-after"], create.headers["content-type"]) == (
         "600s",
@@ -142,7 +142,7 @@ async def test_cancel_after_is_the_jobs_deadline(monkeypatch, replicate, timeout
 )
 async def test_both_helpers_return_the_video_of_a_job(replicate, helper):
     """Each takes nothing but the request body, and polls on after a broken connection."""
-    replicate.reads(httpx.ReadError("reset"), prediction("processing"), DONE)
+    replicate.polls(httpx.ReadError("reset"), prediction("processing"), DONE)
     assert await helper(JOB) == VIDEO_URL
 
 
@@ -189,11 +189,11 @@ def test_polls_get_rarer_the_longer_a_video_takes(monkeypatch, waited_s, delay_s
 async def test_the_polls_of_a_process_are_counted(client, replicate):
     """Twenty waiting jobs share the rate: each polls less often than one alone would."""
     states = itertools.chain([prediction("processing")] * 20, itertools.repeat(DONE))
-    replicate.read.mock(side_effect=lambda request: httpx.Response(200, json=next(states)))
+    replicate.poll.mock(side_effect=lambda request: httpx.Response(200, json=next(states)))
     started = time.monotonic()
     answers = await asyncio.gather(*(post(client) for _ in range(20)))
     assert {status for status, _ in answers} == {200}
-    assert (replicate.read.call_count, main.app_state().active_polls) == (40, 0)
+    assert (replicate.poll.call_count, main.app_state().active_polls) == (40, 0)
     assert time.monotonic() - started >= 40 / 2400 * 60 * 0.8
 
 
@@ -208,19 +208,19 @@ async def test_an_unusable_poll_does_not_end_the_job(replicate):
         *map(prediction, ("starting", "processing", "queued", "PROCESSING", "")),
         prediction("processing", logs="x" * 900_000),
     ]
-    replicate.reads(
+    replicate.polls(
         *odd, {"id": "p1", "status": "succeeded", "output": VIDEO_URL, "logs": "x" * 900_000}
     )
     assert await main.hailuo_video_from_prompt(JOB) == VIDEO_URL
-    assert (replicate.read.call_count, replicate.create.call_count) == (len(odd) + 1, 1)
+    assert (replicate.poll.call_count, replicate.create.call_count) == (len(odd) + 1, 1)
 
 
 async def test_a_prediction_over_1_mb_ends_the_job(client, replicate):
     """At once, since the next poll would return the same; it is a 500 with the id in `partial`."""
-    replicate.reads({**DONE, "logs": "x" * 1_000_000})
+    replicate.polls({**DONE, "logs": "x" * 1_000_000})
     message = "Replicate's response is larger than the service reads."
     assert await failed(client) == (500, message, {"prediction_id": "p1"})
-    assert replicate.read.call_count == 1
+    assert replicate.poll.call_count == 1
 
 
 LOGS: list[tuple[Any, ...]] = [
@@ -294,7 +294,7 @@ REASONS: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize(("status", "error", "words"), cases(REASONS))
 async def test_a_prediction_that_ends_without_a_video(client, replicate, status, error, words):
     """The job gets a 400 with Replicate's reason and the prediction's id."""
-    replicate.reads(prediction(status, error=error))
+    replicate.polls(prediction(status, error=error))
     message = f"No video was made, the prediction ended as {status}: {words}"
     assert await failed(client) == (400, message, {"prediction_id": "p1"})
     assert (replicate.create.call_count, replicate.cancel.called) == (1, False)
@@ -305,7 +305,7 @@ async def test_a_prediction_that_succeeds_at_once_is_not_polled(replicate, statu
     """The response to the create has everything, whatever its 2xx status."""
     replicate.create.respond(status, json=DONE)
     assert await main.hailuo_video_from_prompt(JOB) == VIDEO_URL
-    assert not replicate.read.called
+    assert not replicate.poll.called
 
 
 # A create whose response is lost
@@ -360,7 +360,7 @@ async def test_a_lost_create_is_searched_for_and_not_retried(
     use_settings(monkeypatch, PATIENCE_SECONDS="8")
     replicate.create.mock(side_effect=[outcome])
     assert await failed(client) == (500, message, {})
-    assert (replicate.create.call_count, replicate.read.called, replicate.cancel.called) == (
+    assert (replicate.create.call_count, replicate.poll.called, replicate.cancel.called) == (
         1,
         False,
         False,
@@ -436,7 +436,7 @@ def cancellable(work: Awaitable[Any]) -> tuple[anyio.CancelScope, "asyncio.Task[
 
 async def ended_while_waiting(replicate: Replicate) -> None:
     """Start a job and cancel it while its video is being made."""
-    replicate.reads(prediction("processing"))
+    replicate.polls(prediction("processing"))
     job = main.Job("-")
     heard, (scope, task) = job.subscribe(), cancellable(main.hailuo_video_from_prompt(JOB, job))
     while (event := await asyncio.wait_for(heard.get(), 5)) is None or event.status != "processing":
@@ -450,20 +450,20 @@ async def test_a_cancelled_job_cancels_its_prediction(replicate, caplog):
     """Once, by its id; nothing is polled afterwards."""
     caplog.set_level("INFO", logger="talking_pet")
     await ended_while_waiting(replicate)
-    reads = replicate.read.call_count
+    polls = replicate.poll.call_count
     request = replicate.cancel.calls.last.request
     assert (request.method, str(request.url), request.content) == ("POST", CANCEL_URL, b"")
     assert request.headers["authorization"] == f"Bearer {SECRETS['REPLICATE_API_TOKEN']}"
     assert {"prediction_id=p1", "prediction_id=p1 cancelled"} <= set(log_lines(caplog))
     await asyncio.sleep(0.05)
-    assert (replicate.read.call_count, replicate.cancel.call_count) == (reads, 1)
+    assert (replicate.poll.call_count, replicate.cancel.call_count) == (polls, 1)
 
 
 async def test_a_shutdown_is_answered_and_logged(client, replicate, caplog):
     """A job whose request uvicorn cancels is still answered, and its log line has the outcome."""
-    replicate.reads(prediction("processing"))
+    replicate.polls(prediction("processing"))
     asking = asyncio.create_task(client.post("/jobs_prompt_only", json=BODY))
-    while not replicate.read.called:
+    while not replicate.poll.called:
         await asyncio.sleep(0.001)
     asking.cancel()
     answer = (await asking).json()
@@ -529,7 +529,7 @@ async def test_a_create_in_flight_is_awaited_and_its_prediction_cancelled(
     assert not task.done()
     may_answer.set()
     await asyncio.wait_for(task, 5)
-    assert (replicate.create.call_count, replicate.cancel.call_count, replicate.read.called) == (
+    assert (replicate.create.call_count, replicate.cancel.call_count, replicate.poll.called) == (
         1,
         cancels,
         False,
@@ -600,7 +600,7 @@ async def test_a_poll_that_is_refused_for_good_cancels_a_prediction_that_nobody_
     client, replicate
 ):
     """Without a key nobody comes back for it, and it must not run on and be billed."""
-    replicate.read.respond(410, json={"detail": "Gone."})
+    replicate.poll.respond(410, json={"detail": "Gone."})
     status, detail, partial = await failed(client)
     assert (status, partial) == (500, {"prediction_id": "p1"})
     assert detail.startswith("Replicate answered 410")

@@ -182,14 +182,14 @@ REPEATED_STATUSES = {
     "create": {429},
     "model": {408, 429, *SERVER_ERRORS},
     "list": {408, 429, *SERVER_ERRORS},
-    "read": {*range(300, 400), 401, 403, 404, 408, 429, *SERVER_ERRORS},
+    "poll": {*range(300, 400), 401, 403, 404, 408, 429, *SERVER_ERRORS},
     "upload": {429, *SERVER_ERRORS},
     "fetch": {404, 429, *SERVER_ERRORS},
     "paid upload": {429, *SERVER_ERRORS},
     "paid fetch": {404, 429, *SERVER_ERRORS},
 }
 EVERY_CALL = pytest.mark.parametrize("call", REPEATED_STATUSES)
-PAID = ("list", "read", "paid upload", "paid fetch")
+PAID = ("list", "poll", "paid upload", "paid fetch")
 IN_LINE = ("speech", "create")  # after a 429 they wait in line, up to the job's deadline
 
 # How often a call is made while it goes wrong in one way; "on": as long as its patience lasts, which is more than a few
@@ -230,9 +230,8 @@ def calls(
 ) -> dict[str, tuple[str, Work, httpx.Response]]:
     """Each call of a job: where it goes, the work that makes it, and an answer that it is content with."""
     v1, file_url = f"{REPLICATE_URL}/v1", DONE["output"]
-    providers.route(url=f"{v1}/predictions").respond(
-        200, json={"results": []}
-    )  # a create that failed is not found
+    # A create that failed is not found
+    providers.route(url=f"{v1}/predictions").respond(200, json={"results": []})
     stored = httpx.Response(200, json={"Key": "a"})
     upload_url = f"{SUPABASE_URL}/storage/v1/object/pets/a.mp3"
 
@@ -261,7 +260,7 @@ def calls(
             lambda: anext(main.predictions_since(time.time()), None),
             listed,
         ),
-        "read": (
+        "poll": (
             f"{v1}/predictions/p1",
             lambda: main.poll_prediction(started),
             httpx.Response(200, json=DONE),
@@ -297,9 +296,8 @@ async def count_requests(
 @EVERY_CALL
 async def test_which_outcomes_are_retried(monkeypatch, providers, calls, call):
     """Every status, every transport error and every invalid response; what may be paid for is not sent twice."""
-    use_settings(
-        monkeypatch, PATIENCE_SECONDS="0.02" if call == "create" else "4"
-    )  # a create is looked for
+    # A create is looked for
+    use_settings(monkeypatch, PATIENCE_SECONDS="0.02" if call == "create" else "4")
     url, work, success = calls[call]
     is_safe = call not in ("speech", "create")
     outcomes = [(httpx.Response(status), status in REPEATED_STATUSES[call]) for status in STATUSES]
@@ -330,7 +328,7 @@ async def test_how_many_attempts_a_call_makes(monkeypatch, providers, calls, cal
 
 SHARES = [
     ("a list: a quarter", "list", 503, 0.1),
-    *((f"a read answered {status}: a quarter", "read", status, 0.1) for status in (401, 403, 404)),
+    *((f"a poll answered {status}: a quarter", "poll", status, 0.1) for status in (401, 403, 404)),
     ("the upload of a video: the whole", "paid upload", 503, 0.4),
     ("the download of a video: the whole", "paid fetch", 404, 0.4),
 ]

@@ -141,10 +141,11 @@ FULL = {"detail": "Slow down."}
 NO_BUCKET = {"statusCode": "404", "error": "Bucket not found", "message": "Bucket not found"}
 NO_FACE, NO_VIDEO = methodcaller("outcome", "failed", "No face."), methodcaller("video", "noise")
 
+# What is said of a body that is refused before a job begins
 NO_JOB = (
     "absolute",
     "called seconds",
-)  # what is said of a body that is refused before a job begins
+)
 
 # Status, category, provider, and whether it is worth asking again; a part of the detail, what exists, and the field.
 ERRORS: list[tuple[Any, ...]] = [
@@ -285,7 +286,7 @@ ERRORS: list[tuple[Any, ...]] = [
     ),
     (
         "read refused",
-        refuse("read", 410),
+        refuse("poll", 410),
         {},
         "500 provider replicate no",
         "Replicate answered 410",

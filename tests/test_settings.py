@@ -143,9 +143,8 @@ def loaded_from(file: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setattr(
-        main.logger, "filters", [*main.logger.filters]
-    )  # the other module puts its own there
+    # The other module puts its own there
+    monkeypatch.setattr(main.logger, "filters", [*main.logger.filters])
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module

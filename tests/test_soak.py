@@ -28,16 +28,15 @@ QUICK = {
     "RETRY_FIRST_SECONDS": "0.005",
     "PATIENCE_SECONDS": "0.6",
 }
-THREAD_POOL = min(
-    32, (os.cpu_count() or 1) + 4
-)  # asyncio's own, which grows to its size as it is used
+# Asyncio's own, which grows to its size as it is used
+THREAD_POOL = min(32, (os.cpu_count() or 1) + 4)
 GROWTH_KB = 4_000  # a job that kept 14 kB for good would show
 
 
 @pytest.fixture(scope="module")
 def instant() -> Iterator[Sandbox]:
     """A sandbox that answers as fast as it can and keeps no record."""
-    with Sandbox(record=False, reads_to_finish=1) as sandbox:
+    with Sandbox(record=False, polls_to_finish=1) as sandbox:
         yield sandbox
 
 
@@ -45,16 +44,15 @@ def plan_faults(sandbox: Sandbox) -> None:
     """Faults for a round of a hundred jobs, in the order in which they are met."""
     sandbox.reset()
     sandbox.video(requests.short_video())
-    for call in ("speech", "upload", "public", "create", "list", "read", "output"):
+    for call in ("speech", "upload", "public", "create", "list", "poll", "output"):
         sandbox.fault(call, "status", times=2, status=429, headers={"retry-after": "0"})
         for kind in ("cut", "halfway", "lost", "behind", "html", "html", "malformed", "empty"):
             sandbox.fault(call, kind)
         sandbox.fault(call, "status", times=2, status=403)
     # A refused HEAD; the GET that follows is not read to its end.
     sandbox.fault("picture", "status", times=10, status=405)
-    sandbox.fault(
-        "create", "status", times=40, status=422
-    )  # a process reads 40 times a second: fewer videos, less time
+    # A process polls 40 times a second: fewer videos, less time
+    sandbox.fault("create", "status", times=40, status=422)
     for status in ("failed", "aborted", "succeeded", "canceled", "succeeded"):
         sandbox.outcome(status, times=4)
 

@@ -193,7 +193,7 @@ async def test_accept_decides_between_events_and_json(
     client: httpx.AsyncClient, sandbox: Sandbox, accept: str, is_stream: bool
 ) -> None:
     """Events if the Accept header prefers them, JSON otherwise."""
-    sandbox.reads_to_finish = 1
+    sandbox.polls_to_finish = 1
     response = await client.post(
         "/jobs_prompt_only", json=prompt_job(sandbox), headers={"accept": accept}
     )

@@ -523,9 +523,8 @@ async def test_no_key_follows_a_redirect(
     """The owner's base URLs are trusted, but where they redirect to gets no key."""
     thief = serve({})
     internet.add("thief.example", thief)
-    provider = serve(
-        {f"/api{path}": redirect("http://thief.example/", 307)}
-    )  # method, headers and body would go along
+    # Method, headers and body would go along
+    provider = serve({f"/api{path}": redirect("http://thief.example/", 307)})
     bases = {"ELEVEN_BASE_URL": f"{provider.url}/api/", "REPLICATE_BASE_URL": f"{provider.url}/api"}
     use_settings(monkeypatch, **bases, SUPABASE_URL=f"{provider.url}/api")
     with pytest.raises((main.ProviderFailed, main.ResourceFailed), match="answered 307: "):

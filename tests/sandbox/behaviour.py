@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 class Behaviour:
     """How the stand-ins behave; a test may change any of it on the sandbox at any time."""
 
-    reads_to_finish: int = 3
+    polls_to_finish: int = 3
     """A prediction ends no earlier than this poll: "starting" at the first, then "processing"."""
     video_seconds: float = 0.0
     """A prediction ends no earlier than this many seconds after its creation."""

@@ -2,7 +2,7 @@
 
 with Sandbox() as sandbox:
     sandbox.environment()                      # the variables that point the service here
-    sandbox.fault("read", "status", status=503)
+    sandbox.fault("poll", "status", status=503)
     sandbox.calls("create")                    # the requests that came in
     sandbox.speeches, sandbox.predictions      # what was paid for
 
@@ -266,11 +266,11 @@ class Sandbox(Behaviour):
         self.predictions[prediction_id].expire()
 
     def limits(
-        self, creates_per_minute: int | None = 600, reads_per_minute: int | None = 3000
+        self, creates_per_minute: int | None = 600, others_per_minute: int | None = 3000
     ) -> None:
         """Turn on Replicate's rate limits; every call but create counts as a read."""
         self.replicate.creates = Limit(creates_per_minute)
-        self.replicate.others = Limit(reads_per_minute)
+        self.replicate.others = Limit(others_per_minute)
 
     def reset(self) -> None:
         """Forget requests, faults, predictions and objects, and behave as at the start.

@@ -60,7 +60,7 @@ class Prediction:
     outcome: str = "succeeded"
     planned_error: str | None = None
     cancel_after: int | None = None
-    reads: int = 0  # polls so far
+    polls: int = 0  # so far
     video: bytes = b""
     error: str | None = None
     making: asyncio.Task[None] | None = None
@@ -92,14 +92,14 @@ class Prediction:
     @property
     def is_started(self) -> bool:
         """Whether it has left the queue: from the second poll on."""
-        return self.reads >= 2 and self.outcome != "queued"
+        return self.polls >= 2 and self.outcome != "queued"
 
     @property
     def is_due(self) -> bool:
         """Whether it has been polled often enough and is old enough to end now."""
         if self.outcome not in ENDED:
             return False
-        enough_polls = self.reads >= self.behaviour.reads_to_finish
+        enough_polls = self.polls >= self.behaviour.polls_to_finish
         return enough_polls and self.age_s >= self.behaviour.video_seconds
 
     @property
@@ -107,7 +107,7 @@ class Prediction:
         """The part done, 0 to 1: by polls or by age, whichever is less."""
         if self.ended_as == "succeeded":
             return 1.0
-        by_polls = self.reads / max(1, self.behaviour.reads_to_finish)
+        by_polls = self.polls / max(1, self.behaviour.polls_to_finish)
         by_age = 1.0
         if self.behaviour.video_seconds:
             by_age = self.age_s / self.behaviour.video_seconds
@@ -130,11 +130,11 @@ class Prediction:
         self.is_removed = True
         self.video = b""
 
-    async def read(self) -> None:
+    async def poll(self) -> None:
         """Count a poll, and end the prediction if it is due."""
         if self.status in ENDED:
             return
-        self.reads += 1
+        self.polls += 1
         if not self.is_due:
             return
 
@@ -268,7 +268,7 @@ class Replicate:
             Route(model + "/predictions", on("create", self.create_official), methods=["POST"]),
             Route(predictions, on("create", self.create_version), methods=["POST"]),
             Route(predictions, on("list", self.listing), methods=["GET"]),
-            Route(predictions + "/{id}", on("read", self.read), methods=["GET"]),
+            Route(predictions + "/{id}", on("poll", self.poll), methods=["GET"]),
             Route(predictions + "/{id}/cancel", on("cancel", self.cancel), methods=["POST"]),
             Route("/delivery/{id}/output.mp4", on("output", self.output), methods=["GET"]),
         ]
@@ -377,11 +377,11 @@ class Replicate:
 
     # Following a prediction
 
-    async def read(self, request: Request) -> Response:
+    async def poll(self, request: Request) -> Response:
         """`GET /v1/predictions/{id}`: one poll of a prediction."""
         self.admit(request, self.others)
         prediction = self.known_prediction(request)
-        await prediction.read()
+        await prediction.poll()
         return JSONResponse(prediction.json(self.base_url()))
 
     async def listing(self, request: Request) -> Response:

@@ -87,7 +87,7 @@ def send(name: str, sandbox: Sandbox, call: Call, **options: Any) -> httpx.Respo
 EFFECTS: dict[str, Callable[[Sandbox], bool]] = {
     "speech": lambda sandbox: sandbox.speeches == {"Hello!": 1},
     "create": lambda sandbox: len(sandbox.predictions) == 1,
-    "read": lambda sandbox: only_prediction(sandbox).reads == 1,
+    "poll": lambda sandbox: only_prediction(sandbox).polls == 1,
     "cancel": lambda sandbox: only_prediction(sandbox).status == "canceled",
     "upload": lambda sandbox: "pets/a.bin" in sandbox.objects,
 }
@@ -113,7 +113,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 def test_a_call_can_be_carried_out_without_its_response(sandbox, call, name, kind, details):
     """It has its effect once: before a cut, behind a 502, and before a slow response."""
     sandbox.video(b"video")
-    if name in ("read", "cancel"):
+    if name in ("poll", "cancel"):
         create(sandbox, call)
     sandbox.fault(name, kind, **details)
 

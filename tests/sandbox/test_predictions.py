@@ -580,7 +580,7 @@ def test_a_running_prediction_does_not_expire(sandbox, call):
 def test_rate_limits_refuse_with_the_seconds_to_wait(sandbox, call):
     """Above the limit there is a 429 in Replicate's words; creates have a limit of their own."""
     sandbox.video(b"video")
-    sandbox.limits(creates_per_minute=1, reads_per_minute=2)
+    sandbox.limits(creates_per_minute=1, others_per_minute=2)
     prediction = create(sandbox, call)
     refused = post_prediction(sandbox, call)
     assert refused.status_code == 429

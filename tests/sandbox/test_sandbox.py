@@ -41,10 +41,10 @@ def test_recording_can_be_turned_off(client):
 def test_a_reset_restores_the_behaviour(sandbox):
     """Whatever a test has set is forgotten."""
     sandbox.video_seconds = 9
-    sandbox.reads_to_finish = 9
+    sandbox.polls_to_finish = 9
     sandbox.plan = "free"
     sandbox.reset()
-    assert (sandbox.video_seconds, sandbox.reads_to_finish, sandbox.plan) == (0.0, 3, "pro")
+    assert (sandbox.video_seconds, sandbox.polls_to_finish, sandbox.plan) == (0.0, 3, "pro")
 
 
 def test_a_port_in_use_is_an_error_that_leaves_nothing(sandbox):

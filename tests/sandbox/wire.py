@@ -22,7 +22,7 @@ CALLS = (
     "speech",
     "model",
     "create",
-    "read",  # a poll of a prediction
+    "poll",  # a poll of a prediction
     "list",
     "cancel",
     "upload",
