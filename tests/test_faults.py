@@ -71,14 +71,14 @@ FAULTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # 3, 4:  the call is repeated. One such fault does no harm; if it goes on, the job ends after so many attempts.
-# on:    an outage of five attempts does no harm; if it goes on, the job ends when patience does (a read: late; a 429 of
+# on:    an outage of five attempts does no harm; if it goes on, the job ends when patience does (a poll: late; a 429 of
 #        speech or create: once its wait in line would pass the deadline).
 # found: the call was carried out although its answer never came, and what it made is found.
 # ends:  the job ends at once with an error of that place.
 # late:  the job ends at its deadline.
 # "-":   no such case.
 OUTCOMES = """
-                    speech   audio upload   speech file   create   read    video     final upload
+                    speech   audio upload   speech file   create   poll    video     final upload
 429               | on     | 4            | 4           | on     | on    | on     | on
 429, wait a day   | ends   | ends         | ends        | ends   | on    | on     | on
 502 HTML          | 3      | 4            | 4           | ends   | on    | on     | on
@@ -386,7 +386,7 @@ def test_the_deadline_ends_the_job_and_its_video(seen: dict[Case, Seen], case: C
     )
     assert found.answer["retryable"], "without a key it may be sent again"
     assert 0 <= found.seconds - found.deadline_s < longest_delay_s(case)
-    is_made = stage in ("download", "final_upload") or case.name in ("read, slow", "read, drip")
+    is_made = stage in ("download", "final_upload") or case.name in ("poll, slow", "poll, drip")
     assert found.videos == (
         [] if stage in ("speech", "audio_upload") else ["succeeded" if is_made else "canceled"]
     )
