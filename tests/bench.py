@@ -113,7 +113,7 @@ class Sizes:
     paced_s: float = 20.0
     growth: tuple[int, ...] = (10, 50, 100, 200)
     growth_s: float = 10.0
-    watched: int = 10  # videos at once: more would be read less often
+    watched: int = 10  # videos at once: more would be polled less often
     watched_waves: int = 5  # after one from which their model is known
     watched_s: float = 30.0  # the median
     line_speeches: int = 300
@@ -195,7 +195,7 @@ class Studio(Replicate):
     times_s: Iterator[float]
 
     def create(self, request: Request, model: Model, body: dict[str, Any]) -> Response:
-        """Start a prediction that takes the next of the times, and ends at the first read after it."""
+        """Start a prediction that takes the next of the times, and ends at the first poll after it."""
         self.behaviour = Behaviour(polls_to_finish=1, video_seconds=next(self.times_s))
         return super().create(request, model, body)
 

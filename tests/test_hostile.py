@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -1103,3 +1104,19 @@ async def test_the_wait_for_descriptors_begins_with_the_first_failure(
         return "done"
 
     assert await main.wait_out_descriptors(work) == "done"
+
+
+async def test_only_missing_descriptors_are_waited_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk ends the work at once, and missing descriptors do when patience is over."""
+    set_variables(monkeypatch, PATIENCE_SECONDS="0.1", RETRY_FIRST_SECONDS="0.02")
+    calls = dict.fromkeys((errno.ENOSPC, errno.EMFILE), 0)
+
+    async def fail(number: int) -> None:
+        calls[number] += 1
+        raise OSError(number, "no more")
+
+    for number in calls:
+        with pytest.raises(OSError, match="no more"):
+            await main.wait_out_descriptors(partial(fail, number))
+    assert calls[errno.ENOSPC] == 1
+    assert calls[errno.EMFILE] > 1

@@ -187,14 +187,14 @@ class Replicate:
         router.post(f"{REPLICATE_URL}/v1/models/minimax/hailuo-02/predictions").mock(
             side_effect=self.create
         )
-        router.get(f"{REPLICATE_URL}/v1/predictions/p1").mock(side_effect=self.read)
+        router.get(f"{REPLICATE_URL}/v1/predictions/p1").mock(side_effect=self.poll)
 
     def create(self, request: httpx.Request) -> httpx.Response:
         """A new prediction."""
         self.made, self.polls = time.monotonic(), 0
         return httpx.Response(201, json=self.prediction("starting"))
 
-    def read(self, request: httpx.Request) -> httpx.Response:
+    def poll(self, request: httpx.Request) -> httpx.Response:
         """How it is now."""
         self.polls, age_s = self.polls + 1, time.monotonic() - self.made
         self.first_poll_s = age_s if self.polls == 1 else self.first_poll_s
