@@ -299,6 +299,23 @@ async def test_a_new_line_begins_with_the_first_backoff() -> None:
         assert is_gone(line)
 
 
+@pytest.mark.anyio
+async def test_each_refusal_in_a_row_doubles_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A provider that does not say how long to wait is asked less and less often."""
+    set_variables(monkeypatch, RETRY_FIRST_SECONDS="0.1")
+    line, pauses_s = main.ProviderLine("replicate"), list[float]()
+
+    async def refuse(request: httpx.Request, max_bytes: int) -> main.ProviderResponse:
+        return provider_response(429)
+
+    place = main.LinePlace(line, main.Job("-"))
+    for _ in range(3):
+        await main.exchange_in_line(place, refuse, REQUEST, 0)
+        pauses_s.append(line.paused_until - line.refused_at)
+    for pause_s, longest_s in zip(pauses_s, (0.1, 0.2, 0.4), strict=True):
+        assert 0.75 * longest_s <= pause_s <= longest_s
+
+
 BUSY = [  # seconds that the provider asks, jobs before, what the job has left in seconds, the refusal
     ("in time", 0, 10, 60, None),
     ("the line is too long", 0, 100, 60, 40),
