@@ -107,7 +107,7 @@ MAX_LIST_BYTES = 8_000_000  # of a list of a hundred predictions
 MAX_JSON_VALUES = 100_000
 MAX_URL_CHARS = 4_096
 MAX_DETAIL_CHARS = 300  # of a provider's own message that is passed on
-MAX_ERROR_CHARS = 1_000  # of an error's text as a client gets it, whoever wrote it
+MAX_ERROR_CHARS = 1_000  # of an error's text that a client gets, the service's own or a provider's
 MAX_LOG_CHARS = 20_000  # of one line of the log, its traceback included
 CHUNK_BYTES = 128 * 1024  # of one read or write on disk; each is one call in a worker thread
 
@@ -1428,7 +1428,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         """Raise RuntimeError unless both guarded pools refuse a loopback address."""
         for pool in (self.public, self.user_supplied):
             try:
-                await pool.request("GET", "http://127.0.0.1:9/")  # the discard port: nobody listens
+                await pool.request("GET", "http://127.0.0.1:9/")  # the discard port: unused
             except PrivateAddress:
                 continue
             except Exception as exc:  # any other error: it has tried to connect
@@ -2147,7 +2147,7 @@ class ProviderLine:
     def check_turn(self, job: Job, ahead: int | None = None) -> None:
         """Raise ProviderBusy if a job would not get its turn before its deadline.
 
-        `ahead` are before it; None: all who wait.
+        `ahead` jobs are before it; None: all that wait.
         """
         if self.pace is None:
             return
@@ -2258,7 +2258,7 @@ class ProviderLine:
             self.pace = self.pace.after_success()
 
     def _end_if_empty(self) -> None:
-        """Forget the line once nobody waits and no call is under way."""
+        """End the line once no job waits and no call is under way."""
         if self.pace is None or self.waiting or self.under_way:
             return
         seconds = time.monotonic() - self.formed_at
@@ -4257,7 +4257,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def configure_logging() -> None:
-    """Log to stderr, unless whoever runs the service has set up logging already."""
+    """Log to stderr, unless logging is set up already."""
     logger.setLevel(logging.INFO)
     if not logger.hasHandlers():
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
@@ -5051,7 +5051,7 @@ async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
     finally:
         renewal.cancel()
 
-    # A result counts also at the deadline, but only once it is in the log: that one answers everybody.
+    # A result counts also at the deadline, but only once it is in the log, which all requests get.
     with anyio.move_on_after(MAX_RESULT_WRITE_S, shield=True):
         await write_entry(job, PAID_UPLOAD_RETRY, result=result)
         return result
