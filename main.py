@@ -96,7 +96,7 @@ logger = logging.getLogger("talking_pet")
 # ---- Limits and timings --------------------------------------------------------------------------
 
 MAX_REQUEST_BYTES = 64 * 1024
-BODY_START_S = 1.0  # reads the start of a body that is too large, for a more exact error
+BODY_START_S = 1.0  # to receive the start of a body that is too large, for a more exact error
 BODY_TIMEOUT_S = 30.0  # to receive a whole body; one on its way holds up to 150 kB of memory
 MAX_SPEECH_BYTES = 9_500_000
 MAX_DOWNLOAD_BYTES = 100_000_000  # a final video has no more either
@@ -113,7 +113,7 @@ CHUNK_BYTES = 128 * 1024  # of one read or write on disk; each is one call in a 
 
 # Untrusted input: a model's schema and output (anybody may publish a model), and media files.
 MAX_SCHEMA_PARTS = 4  # subschemas of one property; an enum takes one, a nullable value two
-MAX_SCHEMA_DEPTH = 4  # nested levels of $ref, allOf, anyOf and oneOf
+MAX_SCHEMA_DEPTH = 4  # levels of one property: itself, and three of $ref, allOf, anyOf, oneOf
 MAX_SCHEMA_FIELDS = 300  # well-known models have up to fifteen
 MAX_NAME_CHARS = 100  # of a field's name, type or format, or of one value of its enum
 MAX_ENUM_VALUES = 100  # in one enum, or in a default that is a list or an object
@@ -161,8 +161,8 @@ MAX_CLEANUP_S = 20.0  # to remove a job's folder
 
 # Lines at the providers (see ProviderLine).
 MAX_CREATES = 64  # at once: the TLS handshakes of more would delay /health
-PROBE_ROUNDS = 8  # after a refusal: successes for each call under way before one more may start
-LINE_SPEED_S = 120.0  # a wait is estimated from the calls of so long: limits are by the minute
+PROBE_ROUNDS = 8  # after a refusal: successes for each call under way before the limit rises
+LINE_SPEED_S = 120.0  # a wait is estimated from the calls of this time: limits are by the minute
 LINE_STEP_S = 2.0  # how often a job in line checks its place and its deadline
 MAX_BUSY_S = 3_600.0  # the longest Retry-After of our own
 
@@ -601,8 +601,8 @@ class JobPromptTTS(JobPromptOnly):
     voice_id: VoiceId = Field(description="ElevenLabs voice", examples=["JBFqnCBsd6RMkjVDRZzb"])
     fit: Fit = Field(
         "shortest",
-        description="Where the clip ends. shortest: with the shorter of video and speech; video: "
-        "with the video, silent after a shorter speech; speech: with the speech, repeating a "
+        description="Where the clip ends. shortest: with video or speech, whichever ends first; "
+        "video: with the video, silent after a shorter speech; speech: with the speech, repeating a "
         "shorter video",
     )
 
@@ -961,7 +961,7 @@ class Job:
     scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)  # around its work
     cancel_reason: CancelReason | None = None
     result: BaseModel | ServiceError | None = None
-    replayed: bool = False  # the result was read from the job log
+    replayed: bool = False  # the result was read from the job log, and no stage was run for it
     # Only with an Idempotency-Key:
     log: "JobLog | None" = None
     search_from: float | None = None  # since when it may have an unrecorded prediction (monotonic)
@@ -1100,8 +1100,8 @@ def error_body(error: ServiceError, request_id: str, job: Job | None) -> dict[st
 # ---- HTTP transport and SSRF protection ----------------------------------------------------------
 #
 # Every outgoing request passes GuardedTransport. The owner's own addresses (both APIs, the
-# storage) are trusted. Every other URL, also a redirect's, is checked without a look-up first
-# (check_public_url) and then connected to by PublicOnlyBackend, which resolves the name once,
+# storage) are trusted. Every other URL, also a redirect's, is first checked without resolving its
+# name (check_public_url), and then connected to by PublicOnlyBackend, which resolves the name once,
 # checks each address, and connects to the checked address itself.
 
 # Networks that some Python versions call global (ipaddress.is_global), or that lead to internal
@@ -1483,16 +1483,17 @@ class VideoBudget:
         retry_after_s: float = RETRY_RESERVED_S
         if self.paid_at:
             oldest_at = next(iter(self.paid_at.values()))
-            retry_after_s = oldest_at + SPENDING_WINDOW_S - time.monotonic()
+            retry_after_s = max(1.0, oldest_at + SPENDING_WINDOW_S - time.monotonic())
         detail = f"The service makes at most {limit} videos an hour; try again later."
         raise SpendingLimitReached(detail, retry_after_s)
 
     def _forget_old(self) -> None:
         """Forget the videos that no longer count."""
         since = time.monotonic() - SPENDING_WINDOW_S
-        for job_name, paid_at in list(self.paid_at.items()):
+        while self.paid_at:
+            job_name, paid_at = next(iter(self.paid_at.items()))
             if paid_at > since:
-                break
+                return
             del self.paid_at[job_name]
 
     @contextmanager
@@ -1670,7 +1671,7 @@ class RetryBudget(NamedTuple):
 
 
 SPEECH_ATTEMPTS = RetryBudget(attempts=3)
-BEFORE_PAYMENT = RetryBudget(attempts=4)  # nothing is lost yet: give up early
+BEFORE_PAYMENT = RetryBudget(attempts=4)  # no video is paid for yet: give up early
 AFTER_PAYMENT = RetryBudget(patience_share=PAID_SHARE)  # the video is paid for: keep trying
 WHILE_REJECTED = RetryBudget(patience_share=REJECTED_POLL_SHARE)
 UNTIL_DEADLINE = RetryBudget()
@@ -1942,7 +1943,7 @@ async def call_provider(
     """Return a provider's success; `options` are those of send_with_retry.
 
     Raises ResourceFailed for the storage, else ProviderFailed. With `about_content`, a 400, 404
-    or 422 of the others means that they reject what the client sent: ProviderRefused.
+    or 422 of ElevenLabs or Replicate means that it rejects what the client sent: ProviderRefused.
     """
     failed = ResourceFailed if provider == "supabase" else ProviderFailed
     name = PROVIDER_NAMES[provider]
@@ -2620,7 +2621,7 @@ class FileStream:
 
 
 async def download(url: str, target: Path, retry: RetryPolicy = PAID_DOWNLOAD_RETRY) -> None:
-    """Stream a file of up to 100 MB to disk; one that breaks off starts from its first byte.
+    """Stream a file of up to 100 MB to disk; one that breaks off is started again.
 
     Raises ResourceFailed.
     """
@@ -2926,7 +2927,7 @@ def is_encodable(text: str) -> bool:
 
 
 def read_property(schema: dict[str, Any]) -> Property:
-    """Return the keywords of a property that are used, each cut to its limit.
+    """Return the keywords of a property that are used; what is over a limit is cut or left out.
 
     Anybody may publish a model, so no value of its schema is trusted.
     """
@@ -3164,7 +3165,7 @@ def choose_size(model: VideoModel, body: JobPromptOnly, choices: list[Any]) -> A
 
 
 def free_size_input(model: VideoModel, body: JobPromptOnly, name: str) -> dict[str, Any]:
-    """Return the value of a size field without an enum; empty if the client sent no size."""
+    """Return a size field without an enum, with its value; empty if the client sent no size."""
     if "resolution" not in body.model_fields_set:
         return {}
     prop = model.fields[name]
@@ -3747,7 +3748,7 @@ async def wait_for_prediction(
 ) -> Prediction:
     """Poll a prediction until it has ended, and remember how long videos of its kind take.
 
-    `kind` is None if an earlier request created it: how long it takes is then unknown.
+    `kind` is None if an earlier request recorded it: how long it takes is then unknown.
     """
     state = app_state()
     started_at = time.monotonic()
@@ -4489,7 +4490,7 @@ async def receive_start(receive: Receive, received: bytearray) -> None:
 
 @dataclass(frozen=True)
 class TokenMiddleware:
-    """Refuses POSTs without a token of SERVICE_TOKEN, before their body is read."""
+    """Refuses all but reads and preflights without a token of SERVICE_TOKEN, unread."""
 
     app: ASGIApp
 
@@ -4989,7 +4990,7 @@ def key_reused() -> InvalidInput:
 
 
 def check_same_body(log: JobLog, entry: JobEntry) -> None:
-    """Raise InvalidInput if the key was used for another body that has paid for something."""
+    """Raise InvalidInput if the key has another body, unless that job gave up before it paid."""
     if entry.request_digest != log.request_digest and not entry.is_unused():
         raise key_reused()
 
@@ -5051,7 +5052,7 @@ async def run_and_record(job: Job, work: Callable[[], Awaitable[BaseModel]]) -> 
     finally:
         renewal.cancel()
 
-    # A result counts also at the deadline, but only once it is in the log, which all requests get.
+    # A result counts even after the deadline, but only once it is in the log, which decides.
     with anyio.move_on_after(MAX_RESULT_WRITE_S, shield=True):
         await write_entry(job, PAID_UPLOAD_RETRY, result=result)
         return result
@@ -5200,12 +5201,12 @@ def result_or_raise(job: Job) -> BaseModel:
 
 
 def replay_header(job: Job) -> dict[str, str]:
-    """Return the header Idempotency-Replayed if the result was read from the job log."""
+    """Return the header Idempotency-Replayed if the job is a replay (see Job.replayed)."""
     return {"Idempotency-Replayed": "true"} if job.replayed else {}
 
 
 def prefers_event_stream(accept: str) -> bool:
-    """Return whether an Accept header prefers an event stream to JSON, or likes both equally.
+    """Return whether an Accept header names an event stream, with a quality no lower than JSON's.
 
     RFC 9110, 12.5.1.
     """
@@ -5335,7 +5336,7 @@ async def video_job(body: JobPromptOnly, job: Job) -> VideoResult:
 
 
 async def speech_job(body: JobPromptTTS, job: Job) -> SpeechResult:
-    """Make a final video; the speech comes first, so that a bad text or voice costs no video."""
+    """Make a final video; speech comes first: a bad text, voice or bucket costs no video."""
     require_settings(SPEECH_JOB_SETTINGS)
     if job.partial.audio_url is None:
         check_text(body.text)
