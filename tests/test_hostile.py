@@ -26,7 +26,9 @@ import pytest
 import main
 from tests.conftest import StartService
 from tests.sandbox import Sandbox, Service
-from tests.support.application import set_variables, use_settings
+from tests.support.application import running_application, set_variables, use_settings
+from tests.support.processes import needs_proc, wait_until
+from tests.support.requests import prompt_job, service_client, speech_job
 
 pytestmark = pytest.mark.anyio
 
@@ -36,7 +38,6 @@ PUBLIC = "93.184.216.34"
 NAME = "hostile.example"
 URL = f"http://{NAME}/pet.jpg"
 MODEL = "stranger/model"
-needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 
 
 @asynccontextmanager
@@ -45,41 +46,15 @@ async def application(
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of the application, which runs in this process with these settings."""
     set_variables(monkeypatch, **variables)
-    async with main.lifespan(main.app):
-        transport = httpx.ASGITransport(main.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://service", timeout=60
-        ) as client:
-            yield client
-
-
-def service_client(service: Service, timeout: float = 60) -> httpx.AsyncClient:
-    """A client of a service's process."""
-    return httpx.AsyncClient(base_url=service.url, trust_env=False, verify=False, timeout=timeout)
-
-
-def video_request(sandbox: Sandbox, **changes: Any) -> dict[str, Any]:
-    """The body of a job for a silent video."""
-    return {"image_url": sandbox.image_url, "prompt": "The cat looks up", **changes}
-
-
-def speech_request(sandbox: Sandbox, **changes: Any) -> dict[str, Any]:
-    """The body of a speech job."""
-    return video_request(sandbox, text="Feed me!", voice_id=sandbox.voice_id, **changes)
+    async with running_application() as client:
+        yield client
 
 
 async def send_video_job(
     client: httpx.AsyncClient, sandbox: Sandbox, **changes: Any
 ) -> httpx.Response:
     """The response to a job for a silent video."""
-    return await client.post("/jobs_prompt_only", json=video_request(sandbox, **changes))
-
-
-async def wait_until(condition: Callable[[], Any]) -> None:
-    """Return once a condition holds; fail after half a minute."""
-    with anyio.fail_after(30):
-        while not condition():
-            await asyncio.sleep(0.01)
+    return await client.post("/jobs_prompt_only", json=prompt_job(sandbox, **changes))
 
 
 # Access and spending
@@ -111,7 +86,7 @@ async def test_a_post_without_a_valid_token_is_refused(
 ) -> None:
     """401 with the usual body, readable from a page of another origin; no provider is called."""
     headers = {**ORIGIN, **({"Authorization": authorization} if authorization else {})}
-    response = await guarded.post(path, json=speech_request(sandbox), headers=headers)
+    response = await guarded.post(path, json=speech_job(sandbox), headers=headers)
     error = response.json()
     assert (response.status_code, error["category"], error["retryable"]) == (
         401,
@@ -177,11 +152,11 @@ async def test_a_token_in_a_query_string_is_not_in_the_access_log(
 ) -> None:
     """Whoever sends it in the wrong place does not show it to all who read the log."""
     service = start_service(SERVICE_TOKEN=TOKENS[0], ELEVEN_API_KEY="a/part+of=it")
-    async with service_client(service) as client:
+    async with service_client(service.url, timeout=60) as client:
         await client.get("/health", params={"token": TOKENS[0], "other": "shown"})
         await client.get("/health?quoted=a%2Fpart%2Bof%3Dit")
-    await wait_until(lambda: "/health?token=***&other=shown" in service.log)
-    await wait_until(lambda: "/health?quoted=***" in service.log)
+    assert await wait_until(lambda: "/health?token=***&other=shown" in service.log)
+    assert await wait_until(lambda: "/health?quoted=***" in service.log)
     assert TOKENS[0] not in service.log
 
 
@@ -223,7 +198,7 @@ async def test_no_more_videos_are_paid_for_than_an_hour_may_have(
     async with application(monkeypatch, MAX_VIDEOS_PER_HOUR="2") as client:
         for _ in range(2):
             assert (await send_video_job(client, sandbox_environ)).status_code == 200
-        response = await client.post("/jobs_prompt_tts", json=speech_request(sandbox_environ))
+        response = await client.post("/jobs_prompt_tts", json=speech_job(sandbox_environ))
     error = response.json()
     assert (response.status_code, error["category"], error["retryable"]) == (429, "resource", True)
     assert 3_500 < int(response.headers["retry-after"]) <= 3_600
@@ -240,7 +215,7 @@ async def test_a_refused_job_with_a_key_is_refused_again_before_its_speech(
         assert (await send_video_job(client, sandbox_environ)).status_code == 200
         for _ in range(2):
             response = await client.post(
-                "/jobs_prompt_tts", json=speech_request(sandbox_environ), headers=headers
+                "/jobs_prompt_tts", json=speech_job(sandbox_environ), headers=headers
             )
             assert response.status_code == 429
     assert sandbox_environ.calls("speech") == []
@@ -251,7 +226,7 @@ async def test_jobs_at_the_same_time_do_not_pay_for_speech_in_vain(
 ) -> None:
     """A job reserves its video first: one speech is paid for, not five."""
     async with application(monkeypatch, MAX_VIDEOS_PER_HOUR="1") as client:
-        body = speech_request(sandbox_environ)
+        body = speech_job(sandbox_environ)
         responses = await asyncio.gather(
             *[client.post("/jobs_prompt_tts", json=body) for _ in range(5)]
         )
@@ -278,7 +253,7 @@ async def test_what_was_not_paid_for_does_not_count(
     sandbox_environ: Sandbox, monkeypatch: pytest.MonkeyPatch, path: str, call: str, status: int
 ) -> None:
     """A job that fails before anything is paid for leaves its video to the next one."""
-    body = speech_request(sandbox_environ) if "tts" in path else video_request(sandbox_environ)
+    body = speech_job(sandbox_environ) if "tts" in path else prompt_job(sandbox_environ)
     sandbox_environ.fault(call, "status", status=status)
     async with application(monkeypatch, MAX_VIDEOS_PER_HOUR="1") as client:
         for expected in (False, True):
@@ -293,7 +268,7 @@ async def test_an_outage_does_not_use_the_hour_up(
     nobody = {"ELEVEN_BASE_URL": "http://127.0.0.1:9", "PATIENCE_SECONDS": "0.4"}
     async with application(monkeypatch, MAX_VIDEOS_PER_HOUR="1", **nobody) as client:
         for _ in range(2):
-            response = await client.post("/jobs_prompt_tts", json=speech_request(sandbox_environ))
+            response = await client.post("/jobs_prompt_tts", json=speech_job(sandbox_environ))
             assert response.status_code == 500, response.text
 
 
@@ -323,7 +298,7 @@ async def test_a_job_that_resumes_or_is_replayed_counts_once(
         statuses = []
         for _ in range(3):
             response = await client.post(
-                "/jobs_prompt_tts", json=speech_request(sandbox_environ), headers=headers
+                "/jobs_prompt_tts", json=speech_job(sandbox_environ), headers=headers
             )
             statuses.append(response.status_code)
     assert statuses == [500, 200, 200]
@@ -639,13 +614,13 @@ async def test_running_out_of_descriptors_after_paying_is_waited_out(
     if call == "upload":
         sandbox.fault("upload", "slow", seconds=0)  # the speech's
     sandbox.fault(call, "slow", seconds=1)
-    async with service_client(service) as client:
-        sending = asyncio.create_task(client.post("/jobs_prompt_tts", json=speech_request(sandbox)))
+    async with service_client(service.url, timeout=60) as client:
+        sending = asyncio.create_task(client.post("/jobs_prompt_tts", json=speech_job(sandbox)))
         calls = 2 if call == "upload" else 1
-        await wait_until(lambda: len(sandbox.calls(call)) == calls or sending.done())
+        assert await wait_until(lambda: len(sandbox.calls(call)) == calls or sending.done())
         log_size = len(service.log)
         resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (3, hard[1]))
-        await wait_until(lambda: "retry in" in service.log[log_size:] or sending.done())
+        assert await wait_until(lambda: "retry in" in service.log[log_size:] or sending.done())
         resource.prlimit(service.pid, resource.RLIMIT_NOFILE, hard)
         response = await sending
     assert response.status_code == 200, response.text
@@ -661,7 +636,7 @@ async def test_the_log_is_bounded_while_no_connection_can_be_accepted(
     hard = resource.prlimit(service.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(service.pid, resource.RLIMIT_NOFILE, (open_descriptors(service.pid), hard[1]))
     with socket.create_connection(("127.0.0.1", int(service.url.rpartition(":")[2]))):
-        await wait_until(lambda: "out of system resource" in service.log)
+        assert await wait_until(lambda: "out of system resource" in service.log)
         resource.prlimit(service.pid, resource.RLIMIT_NOFILE, hard)
         async with httpx.AsyncClient(trust_env=False, verify=False, timeout=30) as client:
             assert (await client.get(f"{service.url}/health")).status_code == 200
@@ -876,7 +851,9 @@ async def test_few_files_are_looked_at_at_once(
     hostile(respond)
     async with application(monkeypatch) as client:
         looks = [asyncio.create_task(debug_head(client)) for _ in range(20)]
-        await wait_until(lambda: main.app_state().open_requests == 20 and active >= main.MAX_HEADS)
+        assert await wait_until(
+            lambda: main.app_state().open_requests == 20 and active >= main.MAX_HEADS
+        )
         await asyncio.sleep(0)
         release.set()
         responses = await asyncio.gather(*looks)
@@ -911,7 +888,7 @@ async def test_a_create_that_drips_ends_soon_after_the_deadline(
     sandbox.video_seconds = 600
     sandbox.fault("create", "drip", seconds=0.5)
     service = start_service(graceful_s=1, JOB_TIMEOUT_SECONDS="1")
-    async with service_client(service, timeout=20) as client:
+    async with service_client(service.url, timeout=20) as client:
         response = await send_video_job(client, sandbox)
     assert (response.status_code, response.json()["provider"]) == (500, "replicate")
     assert len(sandbox.calls("cancel")) == 1
@@ -922,7 +899,7 @@ async def test_a_search_that_drips_ends(sandbox: Sandbox, start_service: StartSe
     sandbox.fault("create", "lost")
     sandbox.fault("list", "drip", times=None, seconds=0.5)
     service = start_service(graceful_s=1)
-    async with service_client(service, timeout=20) as client:
+    async with service_client(service.url, timeout=20) as client:
         response = await send_video_job(client, sandbox)
     assert (response.status_code, response.json()["provider"]) == (500, "replicate")
 
@@ -949,7 +926,7 @@ async def test_clients_that_join_and_leave_are_forgotten(
 ) -> None:
     """However long their job goes on, nothing is kept of them."""
     sandbox.video_seconds = 600
-    body, headers = video_request(sandbox), {"Idempotency-Key": "joined"}
+    body, headers = prompt_job(sandbox), {"Idempotency-Key": "joined"}
 
     def tasks() -> int:
         gc.collect()
@@ -981,13 +958,13 @@ async def test_clients_that_join_and_leave_are_forgotten(
 
     async with application(monkeypatch):
         first = asyncio.create_task(call(asyncio.Event()))
-        await wait_until(lambda: sandbox.predictions)
+        assert await wait_until(lambda: sandbox.predictions)
         [job] = main.app_state().jobs.values()
         before = tasks()
         for _ in range(20):
             left = asyncio.Event()
             joining = asyncio.create_task(call(left))
-            await wait_until(lambda: len(job.subscribers) == 2)
+            assert await wait_until(lambda: len(job.subscribers) == 2)
             left.set()
             await joining
         assert len(job.subscribers) == 1
@@ -1007,7 +984,7 @@ async def test_only_the_first_names_of_a_body_are_compared(
         body = {**{f"{number}": 1 for number in range(count)}, "secondss": 6}
         async with application(monkeypatch) as client:
             response = await client.post(
-                "/jobs_prompt_only", json={**body, **video_request(sandbox_environ)}
+                "/jobs_prompt_only", json={**body, **prompt_job(sandbox_environ)}
             )
         assert response.status_code == status, response.text
 
@@ -1021,9 +998,9 @@ async def test_hangup_ends_the_process_as_sigterm_does(
     """The running job's prediction is cancelled before the process ends."""
     sandbox.video_seconds = 600
     service = start_service(graceful_s=1)
-    async with service_client(service) as client:
-        sending = asyncio.create_task(client.post("/jobs_prompt_only", json=video_request(sandbox)))
-        await wait_until(lambda: sandbox.predictions)
+    async with service_client(service.url, timeout=60) as client:
+        sending = asyncio.create_task(client.post("/jobs_prompt_only", json=prompt_job(sandbox)))
+        assert await wait_until(lambda: sandbox.predictions)
         exit_code = await asyncio.to_thread(service.stop, signal.SIGHUP)
         response = await sending
     assert exit_code in (0, -signal.SIGTERM)

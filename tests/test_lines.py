@@ -25,17 +25,12 @@ import main
 from tests.conftest import StartService
 from tests.sandbox import Sandbox, Service
 from tests.sandbox.service import ROOT
-from tests.support.application import set_variables
+from tests.support.application import provider_response, set_variables
+from tests.support.requests import speech_job
 
 REQUEST = httpx.Request("POST", "http://provider")
 WAIT_S = 15.0
 SIMULATION_TIMEOUT_S = 120.0
-
-
-def provider_response(status: int, body: Any = None, **headers: str) -> main.ProviderResponse:
-    """Return a provider's response."""
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return main.ProviderResponse(status, httpx.Headers(named), json.dumps(body).encode())
 
 
 # The policy
@@ -133,7 +128,7 @@ class Slots:
         try:
             await asyncio.sleep(0)
             if self.free == 0:
-                return provider_response(429, {"detail": "Too many."})
+                return provider_response(429, '{"detail": "Too many."}')
             self.free -= 1
             try:
                 for _ in range(self.steps):
@@ -141,7 +136,7 @@ class Slots:
             finally:
                 self.free += 1
             self.done.append(name)
-            return provider_response(200, {})
+            return provider_response(200, "{}")
         finally:
             self.under_way -= 1
 
@@ -266,7 +261,7 @@ async def test_the_first_in_line_asks_when_the_provider_said(
     async def refuse_once(request: httpx.Request, max_bytes: int) -> main.ProviderResponse:
         asked_at.append(time.monotonic())
         if len(asked_at) == 1:
-            return provider_response(429, {"retry_after": 0.3})
+            return provider_response(429, '{"retry_after": 0.3}')
         return provider_response(201)
 
     place = main.LinePlace(line, main.Job("first"))
@@ -458,16 +453,6 @@ def wait_until(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
-
-
-def speech_job(sandbox: Sandbox) -> dict[str, Any]:
-    """The body of a speech job."""
-    return {
-        "image_url": sandbox.image_url,
-        "prompt": "The pet talks",
-        "text": "Hello",
-        "voice_id": sandbox.voice_id,
-    }
 
 
 def test_the_client_sees_how_many_are_ahead(sandbox: Sandbox, service: Service) -> None:

@@ -36,9 +36,11 @@ def speech_job(sandbox: Sandbox, **changes: Any) -> dict[str, Any]:
     return prompt_job(sandbox, **{"text": "Feed me!", "voice_id": sandbox.voice_id, **changes})
 
 
-def service_client(url: str, **options: Any) -> httpx.AsyncClient:
-    """A client of the service that waits for two minutes at most; it loads no certificates, which takes a moment."""
-    return httpx.AsyncClient(base_url=url, trust_env=False, verify=False, timeout=120, **options)
+def service_client(url: str, timeout: float = 120, **options: Any) -> httpx.AsyncClient:
+    """A client of the service that waits `timeout` seconds at most; it loads no certificates, which takes a moment."""
+    return httpx.AsyncClient(
+        base_url=url, trust_env=False, verify=False, timeout=timeout, **options
+    )
 
 
 @lru_cache
