@@ -3272,8 +3272,9 @@ def poll_delay_s(waited_s: float, active_polls: int, durations: Collection[float
     """Return the seconds until the next poll.
 
     `durations` are those of the last videos of this kind, in seconds. While none is known: every
-    2.5 % of the time waited, between POLL_MIN_SECONDS and 2 s. Otherwise: seldom until 0.8 of
-    the shortest one, from then on in small steps.
+    2.5 % of the time waited, at most 2 s. Otherwise: seldom until 0.8 of the shortest one, from
+    then on in small steps. Never less than POLL_MIN_SECONDS, nor than lets `active_polls` stay
+    within MAX_POLLS_PER_MINUTE.
     """
     if not durations:
         delay_s = min(waited_s * POLL_SHARE, POLL_MAX_S)
@@ -3376,7 +3377,7 @@ def begin_lookup(name: str, is_known: bool) -> ModelLookup:
 
 
 def remember_lookup(lookups: dict[str, ModelLookup], name: str, lookup: ModelLookup) -> None:
-    """Add a look-up to those remembered, the oldest of which is forgotten."""
+    """Remember a look-up; of more than MAX_MODELS, the oldest is forgotten."""
     lookups.pop(name, None)
     lookups[name] = lookup
     if len(lookups) > MAX_MODELS:
@@ -3384,7 +3385,7 @@ def remember_lookup(lookups: dict[str, ModelLookup], name: str, lookup: ModelLoo
 
 
 def forget_failed_lookup(name: str, task: "asyncio.Task[VideoModel]") -> None:
-    """Let the next job look a model up again; an unknown one only after a minute."""
+    """Forget a failed look-up; one of an unknown model is remembered for a minute."""
     error = None if task.cancelled() else task.exception()
     if error is None and not task.cancelled():
         return
@@ -4173,7 +4174,7 @@ async def run_ffmpeg(
 
 
 def limit_process(pid: int, max_bytes: int, in_background: bool) -> None:
-    """Limit the memory of a process with a session of its own; on Linux only.
+    """Limit the memory of a process with a session of its own, and its priority; on Linux only.
 
     In the background it gets a tenth of a core that other processes need. With SCHED_IDLE it
     would starve: it may not even get the time to end when it is killed.
@@ -4440,7 +4441,7 @@ EMBEDDED_PICTURE = re.compile(rf'"({PICTURE_NAMES})"\s*:\s*"\s*data:'.encode(), 
 
 @dataclass(frozen=True)
 class BodyLimitMiddleware:
-    """Refuses request bodies over MAX_REQUEST_BYTES; of a longer one no more than that is read."""
+    """Refuses request bodies over MAX_REQUEST_BYTES, of which little more than that is read."""
 
     app: ASGIApp
 

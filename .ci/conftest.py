@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
-# Also where pytest is not started as a module
+# Needed where pytest is not started as a module
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.conftest import running_sandbox, running_service, sandbox, service, start_service  # noqa: F401

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements.txt"
 LOCK = ROOT / ".ci" / "requirements.lock"
-# On any machine, the files for Render
+# The files for Render, on whatever machine this runs
 PLATFORMS = (
     "manylinux_2_28_x86_64",
     "manylinux2014_x86_64",

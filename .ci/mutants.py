@@ -30,14 +30,14 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# They are about something else than main.py
+# Files that test something else than main.py
 LEFT_OUT = (
     "test_bench.py",
     "test_live.py",
     "test_sandbox.py",
 )
 QUICK_S = 5.0  # a failure in a file that takes longer is doubted: where time counts, a busy machine fails as well
-# They take long to load
+# Plugins that take long to load
 UNUSED = (
     "cacheprovider",
     "schemathesis",
@@ -47,7 +47,7 @@ UNUSED = (
 )
 PYTEST = ("-m", "pytest", "-xq", "--tb=no", "--lanes=1", *(f"-pno:{plugin}" for plugin in UNUSED))
 HANG = ("-o", "faulthandler_timeout=120", "-o", "faulthandler_exit_on_timeout=true")  # of one test
-# Should a mutant grow without end
+# In case a mutant grows without end
 BOUND = partial(resource.setrlimit, resource.RLIMIT_DATA, (4 << 30,) * 2)
 
 SWAPS = {

@@ -34,7 +34,7 @@ def folder(running_service: Service, tmp_path_factory: pytest.TempPathFactory) -
         (folder / "openapi.json").write_bytes(response.read())
     run(folder, "npm", "run", "types")
     run(folder, "npm", "run", "build")
-    # The compiler leaves it to others, as a front end's would
+    # As in a front end, the compiler does not copy it
     shutil.copy(KIT / "client.js", folder / "built")
     return folder
 

@@ -463,7 +463,7 @@ class World:
         pick = self.random
         self.storage_s = pick.choice([0.01, 0.05, 0.15, 0.4])
         self.fault_share = pick.choice([0.0, 0.0, 0.02, 0.1, 0.25])
-        # Fails often
+        # The call that fails often
         self.weak_call = pick.choice(
             [None, None, "create", "create", "move", "speech", "read", "upload"]
         )

@@ -115,13 +115,13 @@ async def test_the_create_and_the_poll(monkeypatch, client, replicate):
     """The default model's fields and route, with Cancel-After; a silent video needs one key only."""
     use_settings(monkeypatch, ELEVEN_API_KEY="", SUPABASE_URL="", SUPABASE_SERVICE_ROLE="")
     assert await post(client) == (200, {"video_url": VIDEO_URL})
-    create, read = replicate.create.calls.last.request, replicate.poll.calls.last.request
-    assert (json.loads(create.content), read.content) == ({"input": INPUT}, b"")
+    create, poll = replicate.create.calls.last.request, replicate.poll.calls.last.request
+    assert (json.loads(create.content), poll.content) == ({"input": INPUT}, b"")
     assert (create.headers["cancel-after"], create.headers["content-type"]) == (
         "600s",
         "application/json",
     )
-    for request in (create, read):  # an address from the answer gets no token
+    for request in (create, poll):  # an address from the answer gets no token
         assert request.headers["authorization"] == f"Bearer {SECRETS['REPLICATE_API_TOKEN']}"
         assert not {"prefer", "xi-api-key", "apikey", "cookie"} & set(request.headers)
 

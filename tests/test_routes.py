@@ -141,7 +141,7 @@ FULL = {"detail": "Slow down."}
 NO_BUCKET = {"statusCode": "404", "error": "Bucket not found", "message": "Bucket not found"}
 NO_FACE, NO_VIDEO = methodcaller("outcome", "failed", "No face."), methodcaller("video", "noise")
 
-# What is said of a body that is refused before a job begins
+# Parts of the details of bodies that are refused before a job begins
 NO_JOB = (
     "absolute",
     "called seconds",
@@ -285,7 +285,7 @@ ERRORS: list[tuple[Any, ...]] = [
         None,
     ),
     (
-        "read refused",
+        "poll refused",
         refuse("poll", 410),
         {},
         "500 provider replicate no",

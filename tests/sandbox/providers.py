@@ -268,7 +268,7 @@ class Sandbox(Behaviour):
     def limits(
         self, creates_per_minute: int | None = 600, others_per_minute: int | None = 3000
     ) -> None:
-        """Turn on Replicate's rate limits; every call but create counts as a read."""
+        """Turn on Replicate's rate limits; `others_per_minute` counts every call but create."""
         self.replicate.creates = Limit(creates_per_minute)
         self.replicate.others = Limit(others_per_minute)
 

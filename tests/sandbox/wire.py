@@ -22,7 +22,7 @@ CALLS = (
     "speech",
     "model",
     "create",
-    "poll",  # a poll of a prediction
+    "poll",
     "list",
     "cancel",
     "upload",
